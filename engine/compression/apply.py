@@ -1,0 +1,242 @@
+"""Carrying out plans: score, keep, compact, seal. The only code that moves tokens between pages.
+
+A lane before:  [ shared | sealed | open ]      kept tokens, some of which the plan no longer wants
+A lane after:   [ shared | sealed | open ]      leading pages that do not change stay, the rest is rewritten
+
+Survivors go to the lane's own pages where nobody else refers to them, and to fresh ones where somebody does: a shared
+page is never written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from winnow.engine.compression.plan import Evict
+from winnow.engine.compression.policy import LaneView
+from winnow.engine.compression.registry import eviction_policy
+from winnow.engine.compression.select import keep_sets, layer_budgets
+from winnow.engine.compression.signals import Signal
+from winnow.engine.compression.timeline import NEVER
+from winnow.engine.pages import Ints, OutOfPages, PageArena
+from winnow.engine.prefix_cache import PrefixCache
+from winnow.engine.sequence import Sequence
+from winnow.kernels.dispatch import Backend
+
+
+@dataclass
+class Freed:
+    """What compression gave back since the engine started."""
+
+    tokens: int = 0
+    """Lane tokens evicted"""
+    bytes: int = 0
+
+
+class Compressor:
+    """Applies the plans of sequences that have reached an event of their timeline."""
+
+    def __init__(self, arena: PageArena, cache: PrefixCache | None, ops: Backend, q_per_kv: int):
+        self._arena = arena
+        self._cache = cache
+        self._ops = ops
+        self._q_per_kv = q_per_kv
+        self.freed = Freed()
+
+    # Side state: logical positions and attention mass of the lanes of sequences that evict ---------------------------
+
+    def prepare(self, seq: Sequence, new_tokens: int) -> None:
+        """Before a step: room for the mass that the queries of `new_tokens`, counted as kept already, hand out."""
+        slot, kv = seq.slot, self._arena.kv
+        if seq.vote_start >= seq.computed + new_tokens:
+            return
+        needed = int(self._arena.kept[slot].max())
+        kv.mass[slot] = _grown(kv.mass.get(slot), self._lanes_of(slot), needed, torch.float32)
+
+    def sync_positions(self, seq: Sequence, upto: int) -> None:
+        """Notes the positions of the tokens that came since the last event; lanes already count them as kept."""
+        slot, kv = seq.slot, self._arena.kv
+        kept = kv.kept[slot].long()
+        new = upto - seq.positions_known
+        positions = _grown(kv.positions.get(slot), self._lanes_of(slot), int(kept.max()), torch.int32)
+        if new:
+            index = kept[..., None] - new + torch.arange(new)
+            values = torch.arange(seq.positions_known, upto, dtype=torch.int32).expand(index.shape)
+            positions.scatter_(2, index, values)
+        kv.positions[slot] = positions
+        seq.positions_known = upto
+
+    def _lanes_of(self, slot: int) -> tuple[int, int]:
+        _, layers, heads, _ = self._arena.kv.table.shape
+        return layers, heads
+
+    # Events ----------------------------------------------------------------------------------------------------------
+
+    def apply(self, seq: Sequence) -> None:
+        """Compresses a sequence that stands at an event. OutOfPages leaves it untouched, to be tried again."""
+        slot, seen, arena = seq.slot, seq.computed, self._arena
+        kept = arena.kept[slot]
+        keep: Tensor | None = None
+        count = kept
+        if seq.timeline.evicts_at(seen):
+            assert seq.plan.evict is not None
+            self.sync_positions(seq, seen)
+            index, counts = self._choose(seq, seq.plan.evict)
+            count = counts.numpy().astype(np.int32)
+            keep = index if (count < kept).any() else None
+        before = int(arena.columns[slot].sum())
+        self._rewrite(seq, keep, count)
+        self.freed.bytes += (before - int(arena.columns[slot].sum())) * arena.layout.page_bytes
+        seq.vote_start = seq.timeline.vote_start(seen)
+        if seq.vote_start == NEVER:
+            arena.kv.mass.pop(slot, None)
+
+    def _choose(self, seq: Sequence, evict: Evict) -> tuple[Tensor, Tensor]:
+        """Keep sets of all lanes: index [layers, kv_heads, most] int64, count [layers, kv_heads] int64."""
+        slot, kv, seen = seq.slot, self._arena.kv, seq.computed
+        policy = eviction_policy(evict.policy)
+        layers, _ = self._lanes_of(slot)
+        kept = kv.kept[slot].long()
+        tokens = int(kept.max())
+        budget = evict.budget_tokens(seen)
+        recent = evict.recent_tokens(budget)
+        protected = min(budget, recent + evict.sinks)
+        budgets = torch.tensor(layer_budgets(budget, layers, evict.layer_budget, seen, protected=protected))
+        held = torch.arange(tokens) < kept[..., None]
+        positions = kv.positions[slot][..., :tokens].long().masked_fill(~held, -1)
+        mass = kv.mass[slot][..., :tokens] if Signal.ATTENTION in policy.signals else None
+        votes = seen - seq.timeline.vote_start(seen - 1)
+        # Keys are read a layer at a time, since those of all layers together may be larger than the arena.
+        blocks = [slice(i, i + 1) for i in range(layers)] if Signal.KEYS in policy.signals else [slice(0, layers)]
+        chosen = []
+        for block in blocks:
+            view = LaneView(
+                positions=positions[block],
+                kept=kept[block],
+                layers=torch.arange(block.start, block.stop),
+                keys=self._keys(slot, block.start) if Signal.KEYS in policy.signals else None,
+                mass=None if mass is None else mass[block],
+                votes=max(0, votes),
+                q_per_kv=self._q_per_kv,
+                seen=seen,
+                seed=seq.plan_seed,
+            )
+            scores = policy.score(view, evict)
+            chosen.append(keep_sets(scores, kept[block], budgets[block], evict.sinks, recent, evict.head_budget))
+        most = max(index.shape[-1] for index, _ in chosen)
+        pad = torch.nn.functional.pad
+        return (
+            torch.cat([pad(index, (0, most - index.shape[-1]), value=-1) for index, _ in chosen]),
+            torch.cat([count for _, count in chosen]),
+        )
+
+    def _keys(self, slot: int, layer: int) -> Tensor:
+        return self._ops.read_lanes(self._arena.kv, slot, layer)[0][None]
+
+    def _rewrite(self, seq: Sequence, keep: Tensor | None, count: Ints) -> None:
+        """Moves the kept tokens (None: all) to where the plan wants them, and seals what is to be sealed."""
+        arena, slot, fmt = self._arena, seq.slot, seq.timeline.fmt
+        packed, open_ = arena.layout.capacity(fmt), arena.layout.page_tokens
+        is_sealing = fmt is not arena.layout.compute
+        kept, old_sealed = arena.kept[slot].copy(), arena.sealed[slot].copy()
+        evicted = int((kept - count).sum())
+
+        # Leading tokens that stay where they are, and the sealed (or, where nothing is sealed, open) pages full of them.
+        if keep is None:
+            same, in_sealed = count, np.minimum(count, old_sealed * packed)
+        else:
+            moves = keep.numpy()
+            in_place = moves == np.arange(moves.shape[-1])
+            same = np.logical_and.accumulate(in_place, -1).sum(-1, dtype=np.int32)
+            in_sealed = ((moves >= 0) & (moves < old_sealed[..., None] * packed)).sum(-1, dtype=np.int32)
+        if is_sealing:
+            start = np.minimum(same // packed, old_sealed)
+            # What was sealed once is not widened again, but for the rest that no longer fills a page.
+            wanted = np.maximum((count - seq.plan.residual).clip(0) // packed, in_sealed // packed)
+            sealed = np.maximum(start, wanted).astype(np.int32)
+            columns = sealed + -(-(count - sealed * packed) // open_)
+        else:
+            start = same // open_
+            sealed = start  # to the kernel these are pages that stay; the table knows no sealed ones
+            columns = -(-count // open_)
+        start = start.astype(np.int32)
+        if keep is None and (not is_sealing or np.array_equal(sealed, old_sealed)):
+            self._carry_side_state(seq, None, count)
+            return
+
+        table = self._destination(slot, start, columns)
+        rest = count - start * packed
+        self._ops.repack(
+            arena.kv,
+            slot,
+            None if keep is None else _from(keep, start * packed),
+            torch.from_numpy(np.ascontiguousarray(rest, np.int32)),
+            torch.from_numpy(start),
+            torch.from_numpy(table),
+            torch.from_numpy(np.ascontiguousarray(sealed, np.int32)),
+            fmt,
+        )
+        arena.replace(slot, table, columns, count, sealed if is_sealing else np.zeros_like(sealed))
+        self.freed.tokens += evicted
+        self._carry_side_state(seq, keep, count)
+
+    def _destination(self, slot: int, start: Ints, columns: Ints) -> Ints:
+        """[layers, kv_heads, n] the lanes' new pages: own ones where nobody else refers to them, else fresh ones."""
+        arena = self._arena
+        width = max(1, int(columns.max()))
+        place = np.arange(width)
+        written = (place >= start[..., None]) & (place < columns[..., None])
+
+        def mine() -> tuple[Ints, np.ndarray]:
+            old = np.full((*columns.shape, width), -1, np.int32)
+            shared_width = min(width, arena.table.shape[-1])
+            old[..., :shared_width] = arena.table[slot, :, :, :shared_width]
+            old[place >= arena.columns[slot][..., None]] = -1
+            return old, written & ((old < 0) | (arena.refs[old] > 1))
+
+        table, needs_fresh = mine()
+        try:
+            fresh = arena.take(int(needs_fresh.sum()))
+        except OutOfPages:
+            if self._cache is None:
+                raise
+            # The cache's own references can go: then the pages are ours and are rewritten in place.
+            self._cache.forget(arena.held(slot))
+            table, needs_fresh = mine()
+            fresh = arena.take(int(needs_fresh.sum()))
+        table[needs_fresh] = fresh
+        return table
+
+    def _carry_side_state(self, seq: Sequence, keep: Tensor | None, count: Ints) -> None:
+        """Moves positions and mass with their tokens; mass that does not accumulate starts anew after an eviction."""
+        kv, slot = self._arena.kv, seq.slot
+        if keep is not None:
+            kv.positions[slot] = kv.positions[slot].gather(2, keep.clamp_min(0))
+        if (mass := kv.mass.get(slot)) is None:
+            return
+        if not seq.accumulates_mass:
+            if seq.timeline.evicts_at(seq.computed):
+                mass.zero_()
+        elif keep is not None:
+            held = torch.arange(keep.shape[-1]) < torch.from_numpy(count)[..., None]
+            kv.mass[slot] = mass.gather(2, keep.clamp_min(0)) * held
+
+
+def _from(keep: Tensor, first: Ints) -> Tensor:
+    """Drops the leading `first` [layers, kv_heads] entries of each row of `keep`, padding with -1."""
+    index = torch.from_numpy(first.astype(np.int64))[..., None] + torch.arange(keep.shape[-1])
+    inside = index < keep.shape[-1]
+    return keep.gather(2, index.clamp_max(keep.shape[-1] - 1)).masked_fill(~inside, -1).to(torch.int32)
+
+
+def _grown(side: Tensor | None, lanes: tuple[int, int], tokens: int, dtype: torch.dtype) -> Tensor:
+    """`side` with room for `tokens` tokens a lane, zeros where it is new; grows by half, so that growth is rare."""
+    if side is not None and side.shape[-1] >= tokens:
+        return side
+    grown = torch.zeros((*lanes, tokens if side is None else max(tokens, side.shape[-1] * 3 // 2)), dtype=dtype)
+    if side is not None:
+        grown[..., : side.shape[-1]] = side
+    return grown

@@ -1,0 +1,308 @@
+"""The plan: what a caller writes under "compression", validated and immutable.
+
+    {"kv": {"evict": {"policy": "snapkv", "budget": 0.25, "sinks": 4, "recent": 64, "window": 32},
+            "format": "int4", "residual": 32}}
+
+A policy's own knobs stand flat beside the common ones. Whatever is unknown, out of range or without effect is refused
+with the JSON path of the field. `{}` is the plan that compresses nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cache, cached_property, reduce
+from hashlib import sha256
+from operator import or_
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    WithJsonSchema,
+    create_model,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from winnow.engine.compression.plan_errors import explain
+from winnow.engine.compression.registry import EVICTION, eviction_policy
+from winnow.engine.errors import PlanNotSupported, RequestError
+from winnow.kernels.layout import PageFormat
+
+MAX_TOKENS = 10_000_000
+"""Largest count in a plan; longer contexts do not exist."""
+
+FormatName = Literal["f32", "bf16", "int8", "int4"]
+"""Labels of `PageFormat`"""
+
+
+def _check_budget(value: Any) -> int | float:
+    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_TOKENS:
+        return value
+    if isinstance(value, float) and 0 < value <= 1:
+        return value
+    raise PydanticCustomError("budget", f"must be a fraction in (0, 1] or a count of tokens from 1 to {MAX_TOKENS}")
+
+
+Budget = Annotated[
+    int | float,
+    PlainValidator(_check_budget),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+                {"type": "integer", "minimum": 1, "maximum": MAX_TOKENS},
+            ]
+        }
+    ),
+]
+"""A float in (0, 1] is a fraction of the tokens seen so far, an int a number of tokens: 1 is one token, 1.0 is all."""
+
+
+class Part(BaseModel):
+    """Base of the plan's parts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Evict(Part):
+    """The knobs that all eviction policies have. An instance is of `evict_model(policy)`: it has the policy's own
+    knobs too, and is itself the `params` that the policy's methods take."""
+
+    policy: str
+    budget: Budget = Field(description="what a lane keeps: a fraction (0.25) of the tokens seen, or a count (1024)")
+    sinks: int = Field(4, ge=0, le=MAX_TOKENS, description="first tokens that are never evicted")
+    recent: int | None = Field(
+        None, ge=0, le=MAX_TOKENS, description="newest tokens that are never evicted; the policy's choice if unset"
+    )
+    during: Literal["prefill", "decode", "both"] = Field(
+        "prefill", description="evict once when the prompt is read, every `interval` generated tokens, or both"
+    )
+    interval: int = Field(32, ge=1, le=65536, description="generated tokens between evictions during decode")
+    head_budget: Literal["uniform", "adaptive"] = Field(
+        "uniform", description="each head keeps the same, or the heads of a layer compete for what they keep (AdaKV)"
+    )
+    layer_budget: Literal["uniform", "pyramid"] = Field(
+        "uniform", description="each layer keeps the same, or lower layers keep more (PyramidKV)"
+    )
+
+    @model_validator(mode="after")
+    def _interval_is_used(self) -> Evict:
+        if self.during == "prefill" and "interval" in self.model_fields_set:
+            raise PydanticCustomError(
+                "unused", "has no effect unless `during` is 'decode' or 'both'", {"at": "interval"}
+            )
+        return self
+
+    @property
+    def keeps_all(self) -> bool:
+        return isinstance(self.budget, float) and self.budget == 1.0
+
+    def budget_tokens(self, seen: int) -> int:
+        """Tokens that a lane keeps of `seen`. A fraction is rounded down, as in kvpress, but to no less than one."""
+        wanted = int(seen * self.budget) if isinstance(self.budget, float) else min(self.budget, seen)
+        return max(1, wanted)
+
+    def voters(self, seen: int) -> int | None:
+        """`EvictionPolicy.voters` of the plan's policy."""
+        return eviction_policy(self.policy).voters(self, seen)
+
+    def recent_tokens(self, budget_tokens: int) -> int:
+        """Newest tokens to protect: the caller's number, or the policy's for this budget."""
+        if self.recent is not None:
+            return self.recent
+        return eviction_policy(self.policy).default_recent(self, budget_tokens)
+
+
+@cache
+def evict_model(name: str) -> type[Evict]:
+    """The model of `evict` for one policy: common knobs and its own, which therefore may not share a name."""
+    policy = eviction_policy(name)
+    doc = (type(policy).__doc__ or name).strip()
+    fields: dict[str, Any] = {"policy": (Literal[name], Field(description=doc))}
+    bases: Any = (Evict, policy.Params)
+    return cast(type[Evict], create_model(f"Evict_{name}", __base__=bases, __doc__=doc, **fields))
+
+
+if TYPE_CHECKING:
+    AnyEvict = Evict
+else:
+    AnyEvict = Annotated[reduce(or_, (evict_model(name) for name in EVICTION)), Field(discriminator="policy")]
+
+
+class KV(Part):
+    """Compression of keys and values."""
+
+    evict: AnyEvict | None = None
+    format: FormatName | None = Field(None, description="page format of full pages; the engine's own if unset")
+    residual: int = Field(32, ge=0, le=65536, description="newest tokens that stay unquantized")
+
+    @model_validator(mode="after")
+    def _residual_is_used(self) -> KV:
+        if self.format is None and "residual" in self.model_fields_set:
+            raise PydanticCustomError("unused", "has no effect without `format`", {"at": "residual"})
+        return self
+
+
+class Plan(Part):
+    """The resolved compression of one request."""
+
+    kv: KV = KV()
+
+    @property
+    def evict(self) -> Evict | None:
+        """The eviction asked for; None if there is none or its budget is everything."""
+        evict = self.kv.evict
+        return None if evict is None or evict.keeps_all else evict
+
+    @property
+    def is_off(self) -> bool:
+        """Neither evicts nor names a format: the sequence is served as if there were no plan."""
+        return self.evict is None and self.format is None
+
+    @property
+    def evicts_at_prefill_end(self) -> bool:
+        return self.evict is not None and self.evict.during != "decode"
+
+    @property
+    def evicts_in_decode(self) -> bool:
+        return self.evict is not None and self.evict.during != "prefill"
+
+    @property
+    def interval(self) -> int:
+        """Generated tokens between two evictions; 0 if none happen in decode."""
+        return self.evict.interval if self.evict is not None and self.evicts_in_decode else 0
+
+    @property
+    def format(self) -> PageFormat | None:
+        """Format of sealed pages; None is the engine's compute format."""
+        return None if self.kv.format is None else PageFormat.parse(self.kv.format)
+
+    @property
+    def residual(self) -> int:
+        """Newest tokens that stay in the compute format."""
+        return self.kv.residual if self.kv.format is not None else 0
+
+    def sealed_format(self, compute: PageFormat) -> PageFormat:
+        """Format of sealed pages on an engine that computes in `compute`; PlanNotSupported if it has more bits."""
+        if self.format is None:
+            return compute
+        if self.format.bits > compute.bits:
+            raise PlanNotSupported(
+                "compression.kv.format", f"'{self.kv.format}' is larger than '{compute.label}', the engine's own format"
+            )
+        return self.format
+
+    def budget_tokens(self, seen: int) -> int:
+        """Tokens that a lane keeps of `seen`, before layers and heads share them out; at least 1."""
+        return max(1, seen) if self.evict is None else self.evict.budget_tokens(seen)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """32 hex digits, equal for plans that mean the same, whether or not they spell defaults out."""
+        canonical = json.dumps(self.model_dump(), sort_keys=True, separators=(",", ":"))
+        return sha256(canonical.encode()).hexdigest()[:32]
+
+    def to_wire(self) -> dict[str, Any]:
+        """JSON data for `Submit.plan`; `parse` reads it."""
+        return self.model_dump(exclude_unset=True)
+
+    @classmethod
+    def parse(cls, data: Any, at: str = "compression") -> Plan:
+        """The plan that JSON data describes; RequestError names what is wrong, as a path below `at`."""
+        if not isinstance(data, dict):
+            raise RequestError(at, f"{at} must be an object")
+        try:
+            return cls.model_validate(_without_future(data, at))
+        except ValidationError as error:
+            raise explain(error, at, _fields) from None
+
+    @classmethod
+    def resolve(
+        cls,
+        data: Any,
+        profiles: Mapping[str, Plan],
+        default: Plan | None = None,
+        maximum: Maximum | None = None,
+    ) -> Plan:
+        """The plan of a request whose "compression" is `data`: an object, a profile's name, or None for the default.
+
+        Raises RequestError for a plan that is wrong, unknown, or holds more than `maximum`.
+        """
+        if data is None:
+            plan = default or cls()
+        elif isinstance(data, str):
+            if data not in profiles:
+                known = ", ".join(sorted(profiles)) or "none are configured"
+                raise RequestError("compression", f"compression: unknown profile {data[:40]!r}; known: {known}")
+            plan = profiles[data]
+        elif isinstance(data, dict):
+            plan = cls.parse(data)
+        else:
+            raise RequestError("compression", "compression must be an object or the name of a profile")
+        if maximum is not None:
+            maximum.check(plan)
+        return plan
+
+
+class Maximum(Part):
+    """The most a request may hold on this server, as the operator writes it."""
+
+    budget: Budget | None = Field(None, description="largest eviction budget: a fraction or a count")
+    format: FormatName | None = Field(None, description="largest page format")
+
+    def check(self, plan: Plan, at: str = "compression") -> None:
+        """RequestError, naming the field and the limit, for a plan that may hold more.
+
+        A limit that is a fraction cannot be compared with a count of tokens, nor the other way round: such a plan is
+        refused. A plan that names no format holds f32.
+        """
+        if self.budget is not None:
+            unit = "fraction of the tokens" if isinstance(self.budget, float) else "number of tokens"
+            evict = plan.kv.evict
+            if evict is None or type(evict.budget) is not type(self.budget) or evict.budget > self.budget:
+                path = f"{at}.kv.evict.budget"
+                raise RequestError(path, f"{path} must be given, as a {unit} of at most {self.budget}, on this server")
+        if self.format is not None:
+            held = plan.format if plan.format is not None else PageFormat.F32
+            if held.bits > PageFormat.parse(self.format).bits:
+                path = f"{at}.kv.format"
+                raise RequestError(path, f"{path} must be given, as '{self.format}' or smaller, on this server")
+
+
+def evict_schema() -> dict[str, dict[str, Any]]:
+    """JSON schema of `kv.evict` for each policy, by name."""
+    return {name: evict_model(name).model_json_schema() for name in EVICTION}
+
+
+def plan_schema() -> dict[str, Any]:
+    """JSON schema of the whole plan, with its own `$defs`."""
+    return Plan.model_json_schema()
+
+
+def _without_future(data: dict[str, Any], at: str) -> dict[str, Any]:
+    """The data without the parts of the design that this version does not serve; they may only be null."""
+    data = _refuse(data, ("vision", "prompt"), at)
+    if isinstance(data.get("kv"), dict):
+        data["kv"] = _refuse(data["kv"], ("read",), f"{at}.kv")
+    return data
+
+
+def _refuse(data: dict[str, Any], names: tuple[str, ...], at: str) -> dict[str, Any]:
+    for name in names:
+        if data.get(name) is not None:
+            raise PlanNotSupported(f"{at}.{name}", f"{at}.{name} is not supported by this server; leave it out")
+    return {key: value for key, value in data.items() if key not in names}
+
+
+def _fields(path: tuple[str, ...], policy: str | None) -> list[str]:
+    """Names that are allowed in the object at `path`."""
+    if path == ():
+        return list(Plan.model_fields)
+    if path == ("kv",):
+        return list(KV.model_fields)
+    return list(evict_model(policy or next(iter(EVICTION))).model_fields)

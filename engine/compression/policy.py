@@ -1,0 +1,81 @@
+"""What an eviction policy is, and what it is shown.
+
+A policy scores tokens and does nothing else: it moves no page, keeps no state and knows no budget. The engine turns
+scores into keep sets (`select.keep_sets`). Policies import torch for type checkers only, since the server reads their
+knobs and must not load it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+from winnow.engine.compression.signals import Signal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class PolicyParams(BaseModel):
+    """Base of a policy's own knobs. Strict: `"0.5"` is no number, and neither is `true`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+@dataclass(frozen=True)
+class LaneView:
+    """The lanes of some layers of one sequence, at the moment when tokens are to be chosen.
+
+    Lanes are ragged: what lies at and beyond a lane's kept length is padding and says nothing.
+    """
+
+    positions: Tensor
+    """[layers, kv_heads, tokens] int64: logical positions, ascending; -1 beyond kept"""
+    kept: Tensor
+    """[layers, kv_heads] int64: tokens that each lane holds"""
+    layers: Tensor
+    """[layers] int64: which layers of the model these are"""
+    keys: Tensor | None
+    """[layers, kv_heads, tokens, head_dim] float32, zeros beyond kept (`Signal.KEYS`)"""
+    mass: Tensor | None
+    """[layers, kv_heads, tokens] float32: softmax probability, summed over the voting queries and over the query
+    heads of the KV group (`Signal.ATTENTION`)"""
+    votes: int
+    """How many queries voted: those of the sequence's newest `votes` tokens"""
+    q_per_kv: int
+    seen: int
+    """Tokens of the sequence so far, evicted ones included"""
+    seed: int
+    """The request's own seed, 64 bits"""
+
+    @property
+    def age(self) -> Tensor:
+        """[layers, kv_heads, tokens] int64: how many tokens of the lane are newer; negative beyond kept."""
+        indices = self.positions.new_ones(self.positions.shape[-1]).cumsum(0)  # 1, 2, ...
+        return self.kept.unsqueeze(-1) - indices
+
+    @property
+    def is_held(self) -> Tensor:
+        """[layers, kv_heads, tokens] bool: false for padding."""
+        return self.age >= 0
+
+
+class EvictionPolicy(Protocol):
+    """One named method. Stateless; the registry makes one instance for the process."""
+
+    signals: ClassVar[frozenset[Signal]]
+    """What `score` reads of the view beside positions and kept lengths"""
+
+    Params: ClassVar[type[PolicyParams]]
+    """The method's own knobs; the request's `evict` object holds them beside the common ones"""
+
+    def voters(self, params: Any, seen: int) -> int | None:
+        """How many of the newest queries vote: 0 without `Signal.ATTENTION`, None for all since the request began."""
+
+    def default_recent(self, params: Any, budget: int) -> int:
+        """Newest tokens to protect out of `budget` when the caller names no number."""
+
+    def score(self, view: LaneView, params: Any) -> Tensor:
+        """[layers, kv_heads, tokens] float32: higher is kept. Values beyond a lane's kept length are ignored."""

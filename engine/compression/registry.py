@@ -1,0 +1,29 @@
+"""The policies by name. A new one is a file in `eviction/` and a line here; nothing else names it.
+
+The request schema, the OpenAPI page, `/v1/models` and the conformance tests follow from this table.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+
+from winnow.engine.compression.policy import EvictionPolicy
+
+EVICTION: dict[str, str] = {
+    "streaming_llm": "winnow.engine.compression.eviction.streaming_llm:StreamingLLM",
+    "snapkv": "winnow.engine.compression.eviction.snapkv:SnapKV",
+    "h2o": "winnow.engine.compression.eviction.h2o:H2O",
+    "tova": "winnow.engine.compression.eviction.tova:TOVA",
+    "knorm": "winnow.engine.compression.eviction.knorm:KNorm",
+    "keydiff": "winnow.engine.compression.eviction.keydiff:KeyDiff",
+    "random": "winnow.engine.compression.eviction.random:Random",
+}
+
+
+@cache
+def eviction_policy(name: str) -> EvictionPolicy:
+    """The one instance of the policy; KeyError if there is none of this name."""
+    module, attribute = EVICTION[name].split(":")
+    policy: EvictionPolicy = getattr(import_module(module), attribute)()
+    return policy

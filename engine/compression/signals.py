@@ -1,0 +1,17 @@
+"""What an eviction policy must see of a sequence before it can score its tokens."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Signal(StrEnum):
+    """A costly input of a policy; the engine gathers only what the plan's policy names.
+
+    Positions and kept lengths are always there, so a policy that needs nothing else names no signal.
+    """
+
+    KEYS = "keys"
+    """The keys as attention sees them: after RoPE, dequantized"""
+    ATTENTION = "attention"
+    """Softmax probability that each token received from the queries that vote"""

@@ -1,0 +1,77 @@
+"""When a plan acts on a sequence: fixed positions of its text, whatever the schedule.
+
+A sequence is compressed when it has reached an event: the end of its prompt, then every `interval` generated tokens
+(eviction) and every full page of them (sealing). No chunk crosses an event, so a sequence that is preempted and read
+again goes through the same states as one that was not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from winnow.engine.compression.plan import Plan
+from winnow.kernels.layout import PageFormat, PageLayout
+
+
+NEVER = 1 << 62
+"""A position that no text reaches"""
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The events of one sequence."""
+
+    plan: Plan
+    prompt_tokens: int
+    fmt: PageFormat
+    """Format of sealed pages"""
+    seal_every: int
+    """Generated tokens between two sealings; 0 where nothing is sealed"""
+
+    @classmethod
+    def of(cls, plan: Plan, prompt_tokens: int, layout: PageLayout) -> Timeline:
+        fmt = plan.sealed_format(layout.compute)
+        return cls(plan, prompt_tokens, fmt, 0 if fmt is layout.compute else layout.capacity(fmt))
+
+    @property
+    def never_acts(self) -> bool:
+        """Lanes hold every token, uncompressed, to the end."""
+        return self.plan.evict is None and not self.seal_every
+
+    def evicts_at(self, position: int) -> bool:
+        """Whether policies choose when `position` tokens have been read."""
+        if position <= self.prompt_tokens:
+            return position == self.prompt_tokens and self.plan.evicts_at_prefill_end
+        interval = self.plan.interval
+        return interval > 0 and (position - self.prompt_tokens) % interval == 0
+
+    def acts_at(self, position: int) -> bool:
+        if self.evicts_at(position):
+            return True
+        generated = position - self.prompt_tokens
+        return self.seal_every > 0 and generated >= 0 and generated % self.seal_every == 0
+
+    def next_event(self, position: int) -> int:
+        """The first position after this one where a chunk must end."""
+        if position < self.prompt_tokens:
+            return self.prompt_tokens
+        generated = position - self.prompt_tokens
+        steps = [every for every in (self.plan.interval, self.seal_every) if every]
+        return min((position + every - generated % every for every in steps), default=NEVER)
+
+    def vote_start(self, position: int) -> int:
+        """First position whose query votes in the eviction that follows `position` tokens; far away if none does."""
+        evict = self.plan.evict
+        if evict is None:
+            return NEVER
+        last, event = 0, self.prompt_tokens
+        if position >= self.prompt_tokens or not self.plan.evicts_at_prefill_end:
+            if not self.plan.interval:
+                return NEVER
+            done = max(0, position - self.prompt_tokens) // self.plan.interval
+            event = self.prompt_tokens + (done + 1) * self.plan.interval
+            last = event - self.plan.interval if done or self.plan.evicts_at_prefill_end else 0
+        voters = evict.voters(event)
+        if voters is None:
+            return 0
+        return max(last, event - voters) if voters else NEVER

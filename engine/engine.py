@@ -1,0 +1,287 @@
+"""The engine: requests in, tokens out. Everything it does is in `step`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+import torch
+
+from winnow.engine.compression.apply import Compressor
+from winnow.engine.compression.plan import Plan
+from winnow.engine.compression.timeline import Timeline
+from winnow.engine.config import EngineSettings
+from winnow.engine.errors import ModelError, PromptTooLong, RequestError
+from winnow.engine.messages import EngineInfo, EngineStats, Output, Rejected, Submit
+from winnow.engine.models.decoder import Decoder
+from winnow.engine.pages import OutOfPages, PageArena
+from winnow.engine.prefix_cache import PrefixCache
+from winnow.engine.runner import Runner
+from winnow.engine.sampler import Sampled, Sampler
+from winnow.engine.sampling import SamplingTable, choice_seed
+from winnow.engine.scheduler import ScheduledBatch, Scheduler
+from winnow.engine.sequence import Sequence, room_for
+from winnow.kernels.dispatch import Backend
+from winnow.kernels.layout import PageFormat, PageLayout
+
+log = logging.getLogger(__name__)
+
+StepOutput = Output | Rejected
+
+
+@dataclass
+class Totals:
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    steps: int = 0
+    step_seconds: float = 0.0
+
+
+class Engine:
+    """A model, an arena of pages, and the sequences that share them. Not thread-safe: one loop calls it."""
+
+    def __init__(self, settings: EngineSettings, model: Decoder, ops: Backend, name: str = "default"):
+        config = model.config
+        layout = PageLayout(config.head_dim, PageFormat.F32, settings.page_tokens)
+        lanes = config.layers * config.kv_heads
+        pages = int(settings.kv_memory_gib * 2**30) // layout.page_bytes
+        # One sequence must fit whole and uncompressed, with a page to spare in each lane for copies.
+        fitting = (pages // lanes - 1) * layout.page_tokens
+        self.max_model_len = min(settings.max_model_len or config.max_position, config.max_position, fitting)
+        if self.max_model_len < 2 * layout.page_tokens:
+            raise ModelError(f"{settings.kv_memory_gib} GiB of KV memory hold no sequence of this model")
+        self.settings, self.name, self.config = settings, name, config
+        self.arena = PageArena(layout, pages, settings.max_seqs, config.layers, config.kv_heads, ops)
+        self.cache = PrefixCache(self.arena) if settings.prefix_caching else None
+        self.compressor = Compressor(self.arena, self.cache, ops, config.heads // config.kv_heads)
+        self.table = SamplingTable(settings.max_seqs, config.vocab_size)
+        self.scheduler = Scheduler(
+            self.arena, self.cache, self.table, settings.max_step_tokens, self._prepare
+        )
+        self.runner = Runner(model, self.arena)
+        self.sampler = Sampler()
+        self.totals = Totals()
+        self._has_windows = any(config.windows)
+        self._arrivals = 0
+
+    # The step --------------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[StepOutput]:
+        """One pass of the model over whoever can run; returns what there is to tell."""
+        began = time.perf_counter()
+        batch = self.scheduler.schedule()
+        if not batch.seqs:
+            return []
+        try:
+            logits = self.runner.run(batch)
+            self._compress(batch)
+            seqs, sampled = self._sample(batch, logits)
+            outputs = self._commit(seqs, sampled)
+        except Exception:
+            log.exception("a step failed; its %d sequences are given up", len(batch.seqs))
+            outputs = [out for seq in batch.seqs for out in self._lose(seq.request_id, "the engine failed on this batch")]
+            self.check_integrity()
+        self.totals.steps += 1
+        self.totals.step_seconds += time.perf_counter() - began
+        return outputs
+
+    def _prepare(self, seq: Sequence, count: int) -> None:
+        self.compressor.prepare(seq, count)
+        if self._has_windows:  # the kernels look positions up, where a window meets evicted lanes
+            self.compressor.sync_positions(seq, seq.computed + count)
+
+    def _compress(self, batch: ScheduledBatch) -> None:
+        """Notes what was computed, publishes read prompts, and carries out the plans that are due."""
+        for seq, count in zip(batch.seqs, batch.counts.tolist(), strict=True):
+            before = seq.computed
+            seq.computed += count
+            if before < seq.prompt_tokens <= seq.computed and self.cache is not None:
+                self.cache.publish(seq.block_keys, seq.slot)
+        for seq in batch.seqs:
+            # A sequence that is preempted here loses its place in this step; it will sample the same token later.
+            while seq.is_running and seq.timeline.acts_at(seq.computed):
+                try:
+                    self.compressor.apply(seq)
+                    break
+                except OutOfPages:
+                    others = [other for other in self.scheduler.running if other is not seq]
+                    self.scheduler.preempt(others[-1] if others else seq)
+
+    def _sample(self, batch: ScheduledBatch, logits: torch.Tensor) -> tuple[list[Sequence], Sampled]:
+        """One token for each sequence that has read all it knows; the choices of a request share its first logits."""
+        rows: list[int] = []
+        seqs: list[Sequence] = []
+        for row, seq in enumerate(batch.seqs):
+            if not seq.is_running or seq.remaining:
+                continue
+            if seq.generated == 0:
+                self.totals.prompt_tokens += seq.prompt_tokens
+            group = [seq, *self.scheduler.fork(seq)]
+            rows += [row] * len(group)
+            seqs += group
+        if not seqs:
+            return [], Sampled(np.zeros(0, np.int64), np.zeros(0, bool), {})
+        if rows != list(range(len(logits))):
+            logits = logits[torch.tensor(rows)]
+        slots = np.array([seq.slot for seq in seqs], np.int64)
+        return seqs, self.sampler.sample(logits, self.table.batch(slots))
+
+    def _commit(self, seqs: list[Sequence], sampled: Sampled) -> list[StepOutput]:
+        """Appends the sampled tokens, ends what is over, and says so."""
+        if not seqs:
+            return []
+        outputs: list[StepOutput] = []
+        self.table.record(np.array([seq.slot for seq in seqs], np.int64), sampled.tokens)
+        for row, (seq, token) in enumerate(zip(seqs, sampled.tokens.tolist(), strict=True)):
+            if not seq.is_running:
+                continue  # lost with another choice of its request
+            if sampled.bad[row]:
+                outputs += self._lose(seq.request_id, "the model's output for this prompt is not a number")
+                continue
+            seq.append(token)
+            self.totals.generated_tokens += 1
+            reason = self._finish_reason(seq, token)
+            logprob = sampled.logprobs.get(row)
+            output = Output(
+                request_id=seq.request_id,
+                index=seq.index,
+                token_ids=[token],
+                logprobs=None if logprob is None else [logprob],
+            )
+            outputs.append(self._last(seq, output, reason) if reason else output)
+        return outputs
+
+    def _finish_reason(self, seq: Sequence, token: int) -> str | None:
+        if token in seq.sampling.stop_token_ids and seq.generated >= seq.sampling.min_tokens:
+            return "stop"
+        return "length" if seq.generated >= seq.sampling.max_tokens else None
+
+    def _last(self, seq: Sequence, output: Output, reason: str) -> Output:
+        """The choice's last output, with what it held; its pages are given back."""
+        last = msgspec.structs.replace(
+            output,
+            finish_reason=reason,
+            stop_token=output.token_ids[-1] if reason == "stop" and output.token_ids else None,
+            cached_tokens=seq.cached_tokens,
+            compression=self.arena.report(seq.slot, seq.computed) if seq.is_running else None,
+        )
+        if seq.is_running and self.cache is not None and seq.timeline.never_acts:
+            # The next turn of a conversation begins with this one's tokens.
+            self.cache.publish(self.cache.keys(seq.tokens[: seq.computed], seq.salt), seq.slot)
+        self.scheduler.remove(seq)
+        return last
+
+    def _lose(self, request_id: str, message: str) -> list[StepOutput]:
+        """Ends a request with an error that is not its sender's; said once, however many choices it had."""
+        if not any(seq.request_id == request_id for seq in self.scheduler.sequences()):
+            return []
+        self.abort(request_id)
+        return [Rejected(request_id, "internal", message)]
+
+    # Requests --------------------------------------------------------------------------------------------------------
+
+    def submit(self, request: Submit) -> None:
+        """Queues a request. RequestError where it cannot be served; bounds are checked again here."""
+        sampling, length = request.sampling, len(request.prompt)
+        if not length:
+            raise RequestError("prompt", "the prompt has no tokens")
+        if not all(0 <= token < self.config.vocab_size for token in request.prompt):
+            raise RequestError("prompt", f"token ids must be below {self.config.vocab_size}")
+        if sampling.max_tokens < 1 or not 1 <= sampling.n <= self.settings.max_seqs:
+            raise RequestError("n", f"max_tokens must be positive and n between 1 and {self.settings.max_seqs}")
+        if length + sampling.max_tokens > self.max_model_len:
+            raise PromptTooLong(
+                "max_tokens",
+                f"{length} prompt tokens and {sampling.max_tokens} new ones exceed the model's {self.max_model_len}",
+            )
+        plan = Plan.parse(request.plan)
+        timeline = Timeline.of(plan, length, self.arena.layout)
+        seed = int.from_bytes(os.urandom(8), "little") if sampling.seed is None else sampling.seed
+        self._arrivals += 1
+        first, *siblings = [
+            Sequence(
+                request_id=request.request_id,
+                index=index,
+                arrival=self._arrivals,
+                sampling=sampling,
+                plan=plan,
+                timeline=timeline,
+                tokens=room_for(request.prompt, sampling.max_tokens),
+                length=length,
+                prompt_tokens=length,
+                seed=choice_seed(seed, index),
+                plan_seed=seed & (1 << 64) - 1,
+                salt=request.cache_salt,
+            )
+            for index in range(sampling.n)
+        ]
+        if self.cache is not None:
+            keys = self.cache.keys(first.tokens[:length], first.salt)
+            for seq in (first, *siblings):
+                seq.block_keys = keys
+        first.siblings = siblings
+        self.scheduler.add(first)
+
+    def abort(self, request_id: str) -> None:
+        """Ends all choices of a request and gives their pages back."""
+        for seq in [seq for seq in self.scheduler.sequences() if seq.request_id == request_id]:
+            self.scheduler.remove(seq)
+
+    def finish(self, request_id: str, index: int) -> list[StepOutput]:
+        """Ends one choice whose text is complete (a stop string) and reports on it."""
+        for seq in self.scheduler.sequences():
+            if seq.request_id == request_id and seq.index == index:
+                return [self._last(seq, Output(request_id=request_id, index=index, token_ids=[]), "stop")]
+        return []
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.scheduler.running and not self.scheduler.waiting
+
+    # What it looks like ----------------------------------------------------------------------------------------------
+
+    @property
+    def info(self) -> EngineInfo:
+        layout = self.arena.layout
+        return EngineInfo(
+            model=self.name,
+            max_model_len=self.max_model_len,
+            vocab_size=self.config.vocab_size,
+            layers=self.config.layers,
+            kv_heads=self.config.kv_heads,
+            head_dim=self.config.head_dim,
+            compute_format=layout.compute.label,
+            page_bytes=layout.page_bytes,
+            total_pages=self.arena.total,
+            weights=self.settings.weights,
+        )
+
+    @property
+    def stats(self) -> EngineStats:
+        counters, freed = self.scheduler.counters, self.compressor.freed
+        cached = 0 if self.cache is None else self.cache.reclaimable()
+        return EngineStats(
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            waiting_tokens=sum(seq.length for seq in self.scheduler.waiting),
+            pages_free=self.arena.free_count,
+            pages_cached=cached,
+            pages_total=self.arena.total,
+            prompt_tokens_total=self.totals.prompt_tokens,
+            generated_tokens_total=self.totals.generated_tokens,
+            prefix_hit_tokens_total=counters.hit_tokens,
+            prefix_query_tokens_total=counters.queried_tokens,
+            preemptions_total=counters.preemptions,
+            evicted_tokens_total=self.compressor.freed.tokens,
+            freed_bytes_total=freed.bytes,
+            steps_total=self.totals.steps,
+            step_seconds_total=self.totals.step_seconds,
+        )
+
+    def check_integrity(self) -> None:
+        """AssertionError if a page is lost, counted wrongly or in two places."""
+        self.arena.check_integrity(np.empty(0, np.int32) if self.cache is None else self.cache.pages())

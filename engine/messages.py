@@ -1,0 +1,144 @@
+"""What the server and the engine process say to each other: msgspec structs, length-prefixed msgpack frames."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+
+class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How tokens are chosen. Bounds are those of the OpenAI API where it has them, vLLM's elsewhere."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: no limit"""
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    seed: int | None = None
+    max_tokens: int = 16
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    """Includes the model's end tokens unless `ignore_eos`; the server fills it."""
+    logprobs: int | None = None
+    """None: none; 0: the chosen token's; n: also the n likeliest at each position."""
+    n: int = 1
+
+
+class Submit(msgspec.Struct, frozen=True, tag="submit", omit_defaults=True):
+    request_id: str
+    prompt: list[int]
+    sampling: SamplingParams
+    plan: dict[str, Any] = {}
+    """A resolved `Plan` as JSON data; empty: no compression."""
+    cache_salt: str = ""
+    """Requests share cached prefixes only under an equal salt."""
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    request_id: str
+
+
+class Finish(msgspec.Struct, frozen=True, tag="finish"):
+    """Ends one choice whose text is complete; it is answered with the choice's last output."""
+
+    request_id: str
+    index: int
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
+    pass
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    logprob: float
+    rank: int
+    """1 for the likeliest token"""
+    top: list[tuple[int, float]]
+    """(token id, logprob), likeliest first"""
+
+
+class CompressionReport(msgspec.Struct, frozen=True):
+    """What was kept of one sequence, measured from its pages at its end."""
+
+    tokens_seen: int
+    tokens_kept_min: int
+    tokens_kept_mean: float
+    tokens_kept_max: int
+    bytes_uncompressed: int
+    """Bytes of the pages that the same tokens take with no plan"""
+    bytes_held: int
+    """Bytes of the pages that the sequence's lanes refer to"""
+
+
+class Output(msgspec.Struct, frozen=True, tag="output", omit_defaults=True):
+    """New tokens of one choice of one request."""
+
+    request_id: str
+    index: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: str | None = None
+    """"stop", "length" or "abort"; the choice is then over"""
+    stop_token: int | None = None
+    """The stop token id that ended it (it is the last of token_ids)"""
+    cached_tokens: int = 0
+    """Prompt tokens found in the prefix cache; on the choice's last output"""
+    compression: CompressionReport | None = None
+    """On the choice's last output"""
+
+
+class Rejected(msgspec.Struct, frozen=True, tag="rejected"):
+    """The engine refuses a request (kind "request": the sender's error) or lost it (kind "internal")."""
+
+    request_id: str
+    kind: str
+    message: str
+    param: str | None = None
+    code: str | None = None
+
+
+class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
+    """Sent once when the model is loaded."""
+
+    model: str
+    max_model_len: int
+    vocab_size: int
+    layers: int
+    kv_heads: int
+    head_dim: int
+    compute_format: str
+    page_bytes: int
+    total_pages: int
+    weights: str
+
+
+class EngineStats(msgspec.Struct, frozen=True, tag="stats"):
+    """Sent after steps (at most every 100 ms) and every second when idle: it is the heartbeat too."""
+
+    running: int = 0
+    waiting: int = 0
+    waiting_tokens: int = 0
+    pages_free: int = 0
+    pages_cached: int = 0
+    pages_total: int = 0
+    prompt_tokens_total: int = 0
+    generated_tokens_total: int = 0
+    prefix_hit_tokens_total: int = 0
+    prefix_query_tokens_total: int = 0
+    preemptions_total: int = 0
+    evicted_tokens_total: int = 0
+    """Lane tokens that policies evicted"""
+    freed_bytes_total: int = 0
+    """Bytes that compression gave back"""
+    steps_total: int = 0
+    step_seconds_total: float = 0.0
+
+
+ToEngine = Submit | Abort | Finish | Shutdown
+FromEngine = Output | Rejected | EngineInfo | EngineStats

@@ -1,0 +1,91 @@
+"""The decoder-only transformer of the Llama family: Llama, SmolLM, Mistral, Qwen2, Qwen3.
+
+x = embed(tokens)
+x = x + out(attention(rope(qkv(norm(x)))))         for each layer, K and V going to pages
+x = x + down(silu(gate(norm(x))) * up(norm(x)))
+logits = head(norm(x))
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from winnow.engine.models.config import ModelConfig
+from winnow.kernels.dispatch import Backend, Weight
+from winnow.kernels.kv import LaneBatch, PagedKV
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """The weights of one layer. The matrices that read the same input are one: qkv, gate_up."""
+
+    attention_norm: Tensor
+    qkv: Weight
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    out: Weight
+    mlp_norm: Tensor
+    gate_up: Weight
+    down: Weight
+    window: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.qkv.nbytes + self.out.nbytes + self.gate_up.nbytes + self.down.nbytes
+
+
+class Decoder:
+    """A loaded model. Stateless: keys and values live in the pages that the caller passes."""
+
+    def __init__(
+        self, config: ModelConfig, ops: Backend, embedding: Weight, blocks: list[Block], norm: Tensor, head: Weight
+    ):
+        """`head` is `embedding` itself where the two are tied."""
+        self.config = config
+        self._ops = ops
+        self._embedding = embedding
+        self._blocks = blocks
+        self._norm = norm
+        self._head = head
+        self._scale = config.head_dim**-0.5
+        self._cos, self._sin = rope_tables(config)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed matrices."""
+        tables = {id(weight): weight.nbytes for weight in (self._embedding, self._head)}
+        return sum(tables.values()) + sum(block.nbytes for block in self._blocks)
+
+    def forward(self, tokens: Tensor, batch: LaneBatch, kv: PagedKV, rows: Tensor) -> Tensor:
+        """One pass over the rows of a step; their keys and values are written to pages.
+
+        Args:
+            tokens: [T] int32, the rows of `batch`.
+            rows: [R] int64, the rows whose logits are wanted.
+
+        Returns:
+            [R, vocab] float32 logits.
+        """
+        ops, eps, cos, sin, scale = self._ops, self.config.rms_eps, self._cos, self._sin, self._scale
+        last = self._blocks[-1]
+        x = ops.embed(tokens, self._embedding)
+        for layer, block in enumerate(self._blocks):
+            qkv = ops.linear(ops.rms_norm(x, block.attention_norm, eps), block.qkv)
+            q = ops.rope_write(qkv, cos, sin, batch, kv, layer, block.q_norm, block.k_norm, eps)
+            mixed = ops.attention(q, batch, kv, layer, scale, block.window)
+            if block is last:  # beyond its attention only the wanted rows matter
+                x, mixed = x[rows], mixed[rows]
+            ops.linear(mixed, block.out, out=x, accumulate=True)
+            gate_up = ops.linear(ops.rms_norm(x, block.mlp_norm, eps), block.gate_up)
+            ops.linear(ops.silu_mul(gate_up), block.down, out=x, accumulate=True)
+        return ops.linear(ops.rms_norm(x, self._norm, eps), self._head)
+
+
+def rope_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """cos and sin, each [max_position, head_dim / 2] float32, with the bits that transformers computes."""
+    inv_freq = torch.tensor(config.inv_freq, dtype=torch.float32)
+    angles = torch.arange(config.max_position, dtype=torch.float32)[:, None] * inv_freq
+    return angles.cos() * config.rope_factor, angles.sin() * config.rope_factor

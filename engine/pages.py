@@ -1,0 +1,236 @@
+"""The arena: who holds which page, and what every lane's table says.
+
+    lane:  [ shared prefix | sealed | open ]        one row of `table` for each sequence, layer and KV head
+
+A page is free, or referenced by lanes and by the prefix cache; it returns to the free list when the last reference is
+dropped. Every operation is vectorised over lanes; nothing here reads or writes page contents except copy-on-write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from winnow.engine.messages import CompressionReport
+from winnow.kernels.dispatch import Backend
+from winnow.kernels.kv import PagedKV
+from winnow.kernels.layout import PageFormat, PageLayout
+
+Ints = NDArray[np.int32]
+
+
+class OutOfPages(Exception):
+    """No page is free and none can be reclaimed. Never leaves the engine: the scheduler preempts."""
+
+
+class PageArena:
+    """All pages of a device, and the lanes that draw from them."""
+
+    def __init__(self, layout: PageLayout, pages: int, slots: int, layers: int, kv_heads: int, ops: Backend):
+        self.layout = layout
+        self.lanes = layers * kv_heads
+        self.kv = PagedKV.allocate(layout, pages, slots, layers, kv_heads, width=32)
+        self.refs: Ints = np.zeros(pages, np.int32)
+        self.columns: Ints = np.zeros((slots, layers, kv_heads), np.int32)
+        """Pages of each lane: the entries of `table` in use"""
+        self._ops = ops
+        self._free: Ints = np.arange(pages - 1, -1, -1, dtype=np.int32)
+        self.free_count = pages
+        self._slots = list(range(slots - 1, -1, -1))
+        self._tail_shared = np.zeros(slots, bool)
+        self._capacity = np.array([layout.capacity(fmt) for fmt in PageFormat], np.int32)
+        self.reclaim: Callable[[int], None] = lambda pages: None
+        """Asks the prefix cache to give back at least so many pages"""
+        self._view()
+
+    def _view(self) -> None:
+        self.table: Ints = self.kv.table.numpy()
+        self.kept: Ints = self.kv.kept.numpy()
+        self.sealed: Ints = self.kv.sealed.numpy()
+        self.formats: NDArray[np.uint8] = self.kv.formats.numpy()
+
+    @property
+    def total(self) -> int:
+        return len(self.refs)
+
+    @property
+    def free_slots(self) -> int:
+        return len(self._slots)
+
+    # Pages -----------------------------------------------------------------------------------------------------------
+
+    def take(self, count: int) -> Ints:
+        """Pages with one reference each; OutOfPages leaves everything as it was."""
+        if count > self.free_count:
+            self.reclaim(count - self.free_count)
+        if count > self.free_count:
+            raise OutOfPages
+        pages = self._free[self.free_count - count : self.free_count].copy()
+        self.free_count -= count
+        self.refs[pages] = 1
+        return pages
+
+    def share(self, pages: Ints) -> None:
+        """One more reference to each of these distinct pages."""
+        self.refs[pages] += 1
+
+    def release(self, pages: Ints) -> int:
+        """Drops one reference to each of these distinct pages; returns how many became free."""
+        self.refs[pages] -= 1
+        freed = pages[self.refs[pages] == 0]
+        self._free[self.free_count : self.free_count + len(freed)] = freed
+        self.free_count += len(freed)
+        return len(freed)
+
+    # Sequences -------------------------------------------------------------------------------------------------------
+
+    def open_slot(self, fmt: PageFormat) -> int:
+        """A row of empty lanes whose sealed pages will be in `fmt`."""
+        slot = self._slots.pop()
+        self.formats[slot] = fmt
+        return slot
+
+    def close_slot(self, slot: int) -> int:
+        """Drops everything the sequence holds; returns the pages that became free."""
+        freed = self.release(self.held(slot))
+        self.table[slot] = -1
+        self.kept[slot] = self.sealed[slot] = self.columns[slot] = 0
+        self._tail_shared[slot] = False
+        self.kv.mass.pop(slot, None)
+        self.kv.positions.pop(slot, None)
+        self._slots.append(slot)
+        return freed
+
+    def held(self, slot: int) -> Ints:
+        """[pages] of all lanes of the sequence."""
+        rows: Ints = self.table[slot]
+        return rows[np.arange(rows.shape[-1]) < self.columns[slot][..., None]]
+
+    def pages_to_extend(self, slots: Ints, counts: Ints) -> NDArray[np.int64]:
+        """[B] pages that each sequence must get to take `counts` [B] more tokens in every lane."""
+        missing = (self._columns_for(slots, counts) - self.columns[slots]).clip(0).reshape(len(slots), -1)
+        copies = np.where(self._tail_shared[slots], self.lanes, 0)
+        return missing.sum(1, dtype=np.int64) + copies
+
+    def extend(self, slots: Ints, counts: Ints) -> None:
+        """Makes room for `counts` [B] new tokens in every lane of the sequences, and counts them as kept."""
+        for slot in slots[self._tail_shared[slots]]:
+            self._unshare_tail(int(slot))
+        wanted = self._columns_for(slots, counts)
+        self._reserve_width(int(wanted.max()))
+        have = self.columns[slots]
+        missing = (wanted - have).clip(0)
+        total = int(missing.sum())
+        if total:
+            pages = self.take(total)
+            flat = missing.reshape(-1)
+            lane = np.repeat(np.arange(flat.size), flat)
+            within = np.arange(total) - np.repeat(np.cumsum(flat) - flat, flat)
+            rows = np.repeat(slots.astype(np.int64), self.lanes)[lane] * self.lanes + lane % self.lanes
+            self.table.reshape(-1, self.table.shape[-1])[rows, have.reshape(-1)[lane] + within] = pages
+            self.columns[slots] = np.maximum(wanted, have)
+        self.kept[slots] += counts.reshape(-1, 1, 1)
+
+    def _columns_for(self, slots: Ints, counts: Ints) -> Ints:
+        sealed = self.sealed[slots]
+        packed = sealed * self._capacity[self.formats[slots]][:, None, None]
+        open_tokens = self.kept[slots] - packed + counts.reshape(-1, 1, 1)
+        columns: Ints = sealed + -(-open_tokens // np.int32(self.layout.page_tokens))
+        return columns
+
+    def _reserve_width(self, width: int) -> None:
+        """Grows the table to at least `width` columns, in steps of a quarter."""
+        old = self.table.shape[-1]
+        if width <= old:
+            return
+        width = max(width, old + old // 4)
+        table = torch.full((*self.kv.table.shape[:3], width), -1, dtype=torch.int32)
+        table[..., :old] = self.kv.table
+        self.kv.table = table
+        self._view()
+
+    def adopt(self, slot: int, pages: Ints, tokens: int) -> None:
+        """Starts an empty sequence with the shared, full pages [layers, kv_heads, n] of a prefix of `tokens` tokens."""
+        count = pages.shape[-1]
+        self._reserve_width(count)
+        self.table[slot, :, :, :count] = pages
+        self.columns[slot] = count
+        self.kept[slot] = tokens
+        self.share(pages.reshape(-1))
+
+    def fork(self, source: int, target: int) -> None:
+        """Gives the empty sequence `target` all that `source` holds; the next token of either copies its open page."""
+        for rows in (self.table, self.columns, self.kept, self.sealed, self.formats):
+            rows[target] = rows[source]
+        self.share(self.held(source))
+        self._tail_shared[[source, target]] = True
+        for side in (self.kv.mass, self.kv.positions):
+            if source in side:
+                side[target] = side[source].clone()
+
+    def _unshare_tail(self, slot: int) -> None:
+        """Copies the partly filled last page of each lane where others refer to it too."""
+        packed = self.sealed[slot] * self._capacity[self.formats[slot]]
+        partial = (self.kept[slot] - packed) % self.layout.page_tokens > 0
+        layer, head = np.nonzero(partial)
+        column = self.columns[slot][layer, head] - 1
+        pages = self.table[slot][layer, head, column]
+        shared = self.refs[pages] > 1
+        if shared.any():
+            fresh = self.take(int(shared.sum()))
+            self._ops.copy_pages(self.kv, torch.from_numpy(pages[shared]), torch.from_numpy(fresh))
+            self.table[slot, layer[shared], head[shared], column[shared]] = fresh
+            self.release(pages[shared])
+        self._tail_shared[slot] = False
+
+    def replace(self, slot: int, table: Ints, columns: Ints, kept: Ints, sealed: Ints) -> int:
+        """Gives the lanes new tables [layers, kv_heads, n]; drops the pages that they no longer name.
+
+        The new pages must have been taken already. Returns the pages that became free.
+        """
+        old, width = self.held(slot), table.shape[-1]
+        self._reserve_width(width)
+        in_use = np.arange(width) < columns[..., None]
+        dropped = np.setdiff1d(old, table[in_use])
+        self.table[slot] = -1
+        self.table[slot, :, :, :width] = np.where(in_use, table, -1)
+        self.columns[slot], self.kept[slot], self.sealed[slot] = columns, kept, sealed
+        return self.release(dropped)
+
+    # What it looks like ----------------------------------------------------------------------------------------------
+
+    def report(self, slot: int, seen: int) -> CompressionReport:
+        """What the sequence holds now, beside what `seen` tokens hold uncompressed."""
+        kept = self.kept[slot]
+        return CompressionReport(
+            tokens_seen=seen,
+            tokens_kept_min=int(kept.min()),
+            tokens_kept_mean=round(float(kept.mean()), 2),
+            tokens_kept_max=int(kept.max()),
+            bytes_uncompressed=self.layout.pages(seen) * self.lanes * self.layout.page_bytes,
+            bytes_held=int(self.columns[slot].sum()) * self.layout.page_bytes,
+        )
+
+    def check_integrity(self, cached: Ints) -> None:
+        """AssertionError unless free + referenced = all, and the counts match the tables and the `cached` pages."""
+        counted = np.zeros(self.total, np.int32)
+        used = [slot for slot in range(len(self.table)) if slot not in self._slots]
+        for slot in used:
+            pages = self.held(slot)
+            assert len(np.unique(pages)) == len(pages), f"slot {slot} has a page in two lanes"
+            assert pages.min(initial=0) >= 0 and pages.max(initial=0) < self.total, f"slot {slot} names no page"
+            np.add.at(counted, pages, 1)
+        np.add.at(counted, cached, 1)
+        assert np.array_equal(counted, self.refs), "reference counts differ from the tables"
+        free = self._free[: self.free_count]
+        assert len(np.unique(free)) == len(free) and not self.refs[free].any(), "a free page is in use"
+        assert len(free) + np.count_nonzero(self.refs) == self.total, "pages are lost"
+        slots = np.array(used, np.int32)
+        if len(used):
+            wanted = self._columns_for(slots, np.zeros(len(used), np.int32))
+            assert np.array_equal(wanted, self.columns[slots]), "a lane has pages it does not need"
+        idle = np.array(self._slots, np.int64)
+        assert not self.columns[idle].any() and not self.kept[idle].any(), "a closed slot holds tokens"

@@ -1,0 +1,45 @@
+"""Puts a step's tokens and lanes into tensors and passes them through the model."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from winnow.engine.pages import PageArena
+from winnow.engine.scheduler import ScheduledBatch
+from winnow.kernels.kv import LaneBatch, PagedKV
+
+
+class Model(Protocol):
+    def forward(self, tokens: Tensor, batch: LaneBatch, kv: PagedKV, rows: Tensor) -> Tensor: ...
+
+
+class Runner:
+    """Stateless beside the model and the arena."""
+
+    def __init__(self, model: Model, arena: PageArena):
+        self._model = model
+        self._arena = arena
+
+    @torch.inference_mode()
+    def run(self, batch: ScheduledBatch) -> Tensor:
+        """Logits [B, vocab] float32 after the last new token of each sequence; K and V go to pages."""
+        counts = batch.counts
+        cu_rows = np.zeros(len(counts) + 1, np.int32)
+        np.cumsum(counts, out=cu_rows[1:])
+        starts = np.array([seq.computed for seq in batch.seqs], np.int32)
+        positions = np.arange(cu_rows[-1], dtype=np.int32) + np.repeat(starts - cu_rows[:-1], counts)
+        tokens = np.concatenate([seq.tokens[seq.computed : seq.computed + n] for seq, n in zip(batch.seqs, counts, strict=True)])
+        votes = np.array([seq.vote_start for seq in batch.seqs], np.int64)
+        first_vote = np.clip(votes - starts, 0, counts).astype(np.int32)
+        lanes = LaneBatch(
+            slots=torch.from_numpy(batch.slots),
+            cu_rows=torch.from_numpy(cu_rows),
+            positions=torch.from_numpy(positions),
+            first_vote=torch.from_numpy(first_vote),
+        )
+        rows = torch.from_numpy(cu_rows[1:].astype(np.int64) - 1)
+        return self._model.forward(torch.from_numpy(tokens), lanes, self._arena.kv, rows)

@@ -1,0 +1,197 @@
+"""Who runs in the next step, and with how many tokens.
+
+Decode tokens come first, then prompt chunks in order of arrival; waiting sequences join while there are slots, tokens
+and pages. When pages run out the newest sequence is preempted: it loses what was computed, keeps its tokens, and reads
+them again later through the same states.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from winnow.engine.pages import Ints, PageArena
+from winnow.engine.prefix_cache import PrefixCache
+from winnow.engine.sampling import SamplingTable
+from winnow.engine.sequence import Sequence
+
+
+@dataclass
+class ScheduledBatch:
+    """One step's sequences and the number of tokens that each computes."""
+
+    seqs: list[Sequence]
+    counts: Ints
+    """[B]"""
+
+    @property
+    def slots(self) -> Ints:
+        return np.array([seq.slot for seq in self.seqs], np.int32)
+
+    @property
+    def tokens(self) -> int:
+        return int(self.counts.sum())
+
+
+@dataclass
+class SchedulerCounters:
+    preemptions: int = 0
+    hit_tokens: int = 0
+    queried_tokens: int = 0
+
+
+class Scheduler:
+    """Owns the queue and the running set; the arena's pages are taken and given back here and by the compressor."""
+
+    def __init__(
+        self,
+        arena: PageArena,
+        cache: PrefixCache | None,
+        table: SamplingTable,
+        max_step_tokens: int,
+        prepare: Callable[[Sequence, int], None],
+    ):
+        self._arena = arena
+        self._cache = cache
+        self._table = table
+        self._max_step_tokens = max_step_tokens
+        self._prepare = prepare
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        """In order of arrival"""
+        self.counters = SchedulerCounters()
+
+    def add(self, seq: Sequence) -> None:
+        self.waiting.append(seq)
+
+    def sequences(self) -> Iterator[Sequence]:
+        """All sequences that are not over, choices that wait for their first one included."""
+        for seq in (*self.running, *self.waiting):
+            yield seq
+            yield from seq.siblings
+
+    def schedule(self) -> ScheduledBatch:
+        """Takes the pages of the next step's tokens; an empty batch means that nobody can run."""
+        self._admit()
+        chosen = self._choose()
+        while chosen:
+            slots = np.array([seq.slot for seq, _ in chosen], np.int32)
+            counts = np.array([count for _, count in chosen], np.int32)
+            if self._make_free(int(self._arena.pages_to_extend(slots, counts).sum())):
+                break
+            self.preempt(self.running[-1])
+            chosen = self._choose()
+        if not chosen:
+            return ScheduledBatch([], np.zeros(0, np.int32))
+        self._arena.extend(slots, counts)
+        for seq, count in chosen:
+            if seq.plan.evict is not None:
+                self._prepare(seq, count)
+        return ScheduledBatch([seq for seq, _ in chosen], counts)
+
+    def _choose(self) -> list[tuple[Sequence, int]]:
+        """(sequence, tokens) of the next step: no chunk crosses an event of its sequence's timeline."""
+        left = self._max_step_tokens
+        chosen = []
+        for is_decode in (True, False):
+            for seq in self.running:
+                if (seq.remaining == 1) is is_decode and left > 0:
+                    count = min(seq.remaining, left, seq.timeline.next_event(seq.computed) - seq.computed)
+                    chosen.append((seq, count))
+                    left -= count
+        return chosen
+
+    def _admit(self) -> None:
+        """Starts waiting sequences, oldest first, while what they will hold at their peak fits beside the others."""
+        busy = sum(min(seq.remaining, self._max_step_tokens) for seq in self.running)
+        while self.waiting and busy < self._max_step_tokens:
+            seq = self.waiting[0]
+            if self._arena.free_slots < 1 + len(seq.siblings):
+                return
+            hits = self._match(seq)
+            hit_tokens = 0 if hits is None else hits.shape[-1] * self._arena.layout.page_tokens
+            # Matched blocks are in use from here on, so that they do not count as pages that could be given back.
+            self._start(seq, hits, hit_tokens)
+            peak = sum(self._outstanding(other) for other in self.running)
+            if len(self.running) > 1 and not self._make_free(peak):
+                self._stop(seq)
+                return
+            self.waiting.popleft()
+            if not seq.generated:
+                seq.cached_tokens = hit_tokens
+                self.counters.hit_tokens += hit_tokens
+                self.counters.queried_tokens += seq.length
+            busy += min(seq.remaining, self._max_step_tokens)
+
+    def _outstanding(self, seq: Sequence) -> int:
+        """Pages that a sequence will still take to read what it knows, before its plan gives any back."""
+        if seq.remaining <= 1:
+            return self._arena.lanes  # the next page of each lane
+        if seq.computed >= seq.prompt_tokens:
+            target = min(seq.length, seq.timeline.next_event(seq.computed))
+        else:
+            target = seq.prompt_tokens
+        count = np.array([max(1, target - seq.computed)], np.int32)
+        return int(self._arena.pages_to_extend(np.array([seq.slot], np.int32), count)[0]) + self._arena.lanes
+
+    def _make_free(self, pages: int) -> bool:
+        if pages > self._arena.free_count:
+            self._arena.reclaim(pages - self._arena.free_count)
+        return pages <= self._arena.free_count
+
+    def _match(self, seq: Sequence) -> Ints | None:
+        """Cached pages that the sequence may start with: at least one token is left to compute, and every query that
+        a policy must see."""
+        if self._cache is None or not seq.block_keys:
+            return None
+        limit = min(seq.prompt_tokens - 1, seq.timeline.vote_start(0))
+        return self._cache.match(seq.block_keys[: limit // self._cache.block_tokens])
+
+    def _start(self, seq: Sequence, hits: Ints | None, hit_tokens: int) -> None:
+        seq.restart()  # also sets where its queries begin to vote
+        seq.slot = self._arena.open_slot(seq.timeline.fmt)
+        if hits is not None:
+            self._arena.adopt(seq.slot, hits, hit_tokens)
+            seq.computed = hit_tokens
+        self._admit_sampling(seq)
+        self.running.append(seq)
+        self.running.sort(key=lambda other: (other.arrival, other.index))
+
+    def _admit_sampling(self, seq: Sequence) -> None:
+        prompt, output = seq.tokens[: seq.prompt_tokens], seq.tokens[seq.prompt_tokens : seq.length]
+        self._table.admit(seq.slot, seq.sampling, seq.seed, prompt.tolist(), output.tolist())
+
+    def fork(self, seq: Sequence) -> list[Sequence]:
+        """Starts the other choices of a request at the state that the first has reached; admission kept their slots."""
+        siblings, seq.siblings = seq.siblings, []
+        for sibling in siblings:
+            sibling.slot = self._arena.open_slot(sibling.timeline.fmt)
+            self._arena.fork(seq.slot, sibling.slot)
+            sibling.computed, sibling.vote_start = seq.computed, seq.vote_start
+            sibling.positions_known, sibling.cached_tokens = seq.positions_known, seq.cached_tokens
+            self._admit_sampling(sibling)
+            self.running.append(sibling)
+        self.running.sort(key=lambda other: (other.arrival, other.index))
+        return siblings
+
+    def preempt(self, seq: Sequence) -> None:
+        """Takes a running sequence's pages; it is the next to be admitted again."""
+        self._stop(seq)
+        self.waiting.appendleft(seq)
+        self.counters.preemptions += 1
+
+    def remove(self, seq: Sequence) -> None:
+        """Ends a sequence wherever it is; a first choice that ends before its prompt was read leaves no heir."""
+        if seq.is_running:
+            self._stop(seq)
+        elif seq in self.waiting:
+            self.waiting.remove(seq)
+
+    def _stop(self, seq: Sequence) -> None:
+        self.running.remove(seq)
+        self._table.release(seq.slot)
+        self._arena.close_slot(seq.slot)
+        seq.restart()

@@ -1,0 +1,270 @@
+"""The C++ backend: the operations of `winnow.kernels.dispatch.Backend` over the native module `winnow.kernels._cpu`.
+
+This file checks types and shapes and hands over addresses; indices are checked again in C++, where a bad one raises
+IndexError before memory is touched. The instruction set (generic, avx2, avx512) is chosen when the module loads;
+WINNOW_CPU_TARGET overrides it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from winnow.kernels import _cpu
+from winnow.kernels.dispatch import WeightKind
+from winnow.kernels.kv import LaneBatch, PagedKV
+from winnow.kernels.layout import PageFormat
+
+_PANEL = 16
+
+
+@dataclass(slots=True)
+class Weight:
+    """A matrix in panels of 16 output rows, [panels, cols, 16], f32 or int8 with one scale per row."""
+
+    rows: int
+    cols: int
+    kind: WeightKind
+    panels: Tensor
+    scale: Tensor | None
+    bias: Tensor | None
+    native: Any
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.panels, self.scale, self.bias) if t is not None)
+
+
+def target() -> str:
+    """The instruction set in use."""
+    return str(_cpu.target())
+
+
+def use_target(name: str) -> None:
+    """Chooses an instruction set for the whole process; ValueError where the machine lacks it."""
+    _cpu.use(name)
+
+
+def set_threads(count: int) -> int:
+    """Sets the threads of kernels called from this thread; 0 leaves them. Returns how many there are."""
+    return int(_cpu.threads(count))
+
+
+def pack(weight: Tensor, kind: WeightKind, bias: Tensor | None = None) -> Weight:
+    rows, cols = weight.shape
+    if cols % 8:
+        raise ValueError(f"a matrix needs a multiple of 8 columns, not {cols}")
+    weight = _floats(weight)
+    panels_n = -(-rows // _PANEL)
+    int8 = kind == "int8"
+    panels = torch.empty(panels_n * cols * _PANEL, dtype=torch.int8 if int8 else torch.float32)
+    scale = torch.empty(panels_n * _PANEL) if int8 else None
+    bias = None if bias is None else _floats(bias)
+    if bias is not None and bias.shape != (rows,):
+        raise ValueError(f"a bias of shape {tuple(bias.shape)} does not fit {rows} rows")
+    _cpu.pack(weight.data_ptr(), rows, cols, int8, panels.data_ptr(), _address(scale))
+    native = _cpu.Matrix(panels.data_ptr(), _address(scale), _address(bias), rows, cols, int8)
+    return Weight(rows, cols, kind, panels, scale, bias, native)
+
+
+def linear(x: Tensor, w: Weight, out: Tensor | None = None, accumulate: bool = False) -> Tensor:
+    count, cols = x.shape
+    if cols != w.cols:
+        raise ValueError(f"x has {cols} columns, the weight {w.cols}")
+    x = _floats(x)
+    if out is None:
+        if accumulate:
+            raise ValueError("accumulate needs an out")
+        out = torch.empty((count, w.rows))
+    elif out.shape != (count, w.rows) or out.dtype != torch.float32 or not out.is_contiguous():
+        raise ValueError(f"out must be contiguous f32 [{count}, {w.rows}]")
+    _cpu.linear(w.native, x.data_ptr(), count, out.data_ptr(), accumulate)
+    return out
+
+
+def embed(tokens: Tensor, w: Weight) -> Tensor:
+    tokens = _ints(tokens)
+    out = torch.empty((tokens.shape[0], w.cols))
+    _cpu.embed(w.native, tokens.data_ptr(), tokens.shape[0], out.data_ptr())
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    count, width = x.shape
+    if weight.shape != (width,) or width % 8:
+        raise ValueError(f"rms_norm needs a weight of {width} numbers, a multiple of 8")
+    x, weight = _floats(x), _floats(weight)
+    out = torch.empty_like(x)
+    _cpu.rms_norm(x.data_ptr(), weight.data_ptr(), eps, count, width, out.data_ptr())
+    return out
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    count, width = gate_up.shape[0], gate_up.shape[1] // 2
+    if gate_up.shape[1] % 16:
+        raise ValueError("silu_mul needs two halves of a multiple of 8 columns")
+    gate_up = _floats(gate_up)
+    out = torch.empty((count, width))
+    _cpu.silu_mul(gate_up.data_ptr(), count, width, out.data_ptr())
+    return out
+
+
+def rope_write(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    batch: LaneBatch,
+    kv: PagedKV,
+    layer: int,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+) -> Tensor:
+    dim, kv_heads = kv.layout.head_dim, kv.table.shape[2]
+    rows = qkv.shape[0]
+    q_heads = qkv.shape[1] // dim - 2 * kv_heads
+    if qkv.shape[1] != (q_heads + 2 * kv_heads) * dim or q_heads < 1 or cos.shape != sin.shape:
+        raise ValueError(f"qkv of shape {tuple(qkv.shape)} does not fit {kv_heads} KV heads of {dim}")
+    if rows != batch.positions.shape[0] or cos.shape[1] * 2 != dim:
+        raise ValueError("qkv, positions and the rotation tables do not fit each other")
+    qkv = _floats(qkv)
+    q = torch.empty((rows, q_heads, dim))
+    _cpu.rope_write(
+        _native_kv(kv),
+        _native_batch(batch, kv),
+        layer,
+        qkv.data_ptr(),
+        q_heads,
+        cos.data_ptr(),
+        sin.data_ptr(),
+        cos.shape[0],
+        _address(q_norm),
+        _address(k_norm),
+        eps,
+        q.data_ptr(),
+    )
+    return q
+
+
+def attention(q: Tensor, batch: LaneBatch, kv: PagedKV, layer: int, scale: float, window: int) -> Tensor:
+    rows, q_heads, dim = q.shape
+    if rows != batch.positions.shape[0] or dim != kv.layout.head_dim:
+        raise ValueError(f"q of shape {tuple(q.shape)} does not fit the batch")
+    q = _floats(q)
+    out = torch.empty((rows, q_heads * dim))
+    native = _native_batch(batch, kv)
+    votes = bool(kv.mass)
+    lse = torch.empty((rows, q_heads)) if votes else None
+    _cpu.attention(
+        _native_kv(kv), native, layer, q.data_ptr(), q_heads, scale, window, out.data_ptr(), _address(lse), votes
+    )
+    return out
+
+
+def read_lanes(kv: PagedKV, slot: int, layer: int) -> tuple[Tensor, Tensor]:
+    count = int(kv.kept[slot, layer].max())
+    shape = (kv.table.shape[2], count, kv.layout.head_dim)
+    keys, values = torch.empty(shape), torch.empty(shape)
+    _cpu.read_lanes(_native_kv(kv), slot, layer, count, keys.data_ptr(), values.data_ptr())
+    return keys, values
+
+
+def repack(
+    kv: PagedKV,
+    slot: int,
+    keep: Tensor | None,
+    counts: Tensor,
+    start: Tensor,
+    dst_table: Tensor,
+    dst_sealed: Tensor,
+    fmt: PageFormat,
+) -> None:
+    lanes = tuple(kv.table.shape[1:3])
+    keep = None if keep is None else _ints(keep)
+    counts, start, dst_table, dst_sealed = _ints(counts), _ints(start), _ints(dst_table), _ints(dst_sealed)
+    for tensor in (counts, start, dst_sealed):
+        if tuple(tensor.shape) != lanes:
+            raise ValueError(f"repack: a tensor of shape {tuple(tensor.shape)} does not fit the lanes {lanes}")
+    if tuple(dst_table.shape[:2]) != lanes or (keep is not None and tuple(keep.shape[:2]) != lanes):
+        raise ValueError("repack: the tables do not fit the lanes")
+    _cpu.repack(
+        _native_kv(kv),
+        slot,
+        _address(keep),
+        0 if keep is None else keep.shape[2],
+        counts.data_ptr(),
+        start.data_ptr(),
+        dst_table.data_ptr(),
+        dst_table.shape[2],
+        dst_sealed.data_ptr(),
+        int(fmt),
+    )
+
+
+def copy_pages(kv: PagedKV, src: Tensor, dst: Tensor) -> None:
+    kv.data[dst.long()] = kv.data[src.long()]
+
+
+def _native_kv(kv: PagedKV) -> Any:
+    """The arena's addresses, bound again where the engine has replaced a table."""
+    key = (kv.table.data_ptr(), kv.kept.data_ptr(), kv.sealed.data_ptr(), kv.formats.data_ptr(), kv.data.data_ptr())
+    if kv.native is None or kv.native[0] != key:
+        layout = kv.layout
+        shapes = []
+        for fmt in PageFormat:
+            o = layout.offsets(fmt)
+            shapes.append([layout.capacity(fmt), o.values, o.k_scale, o.k_zero, o.v_scale, o.v_zero])
+        handle = _cpu.KV(
+            kv.data.data_ptr(), kv.data.shape[0], layout.page_bytes, layout.head_dim, int(layout.compute), shapes
+        )
+        for table in (kv.table, kv.kept, kv.sealed):
+            if table.dtype != torch.int32 or not table.is_contiguous():
+                raise ValueError("lane tables must be contiguous int32")
+        slots, layers, heads, width = kv.table.shape
+        handle.bind(key[0], key[1], key[2], key[3], slots, layers, heads, width)
+        kv.native = (key, handle)
+    return kv.native[1]
+
+
+def _native_batch(batch: LaneBatch, kv: PagedKV) -> Any:
+    """The step's addresses; made once a step, so mass and positions must be in place before its first layer."""
+    if batch.native is None:
+        for tensor in (batch.slots, batch.cu_rows, batch.positions, batch.first_vote):
+            if tensor.dtype != torch.int32 or not tensor.is_contiguous():
+                raise ValueError("a batch holds contiguous int32 tensors")
+        size, rows = batch.slots.shape[0], batch.positions.shape[0]
+        if batch.cu_rows.shape[0] != size + 1 or batch.first_vote.shape[0] != size or int(batch.cu_rows[-1]) != rows:
+            raise ValueError("the batch's tensors do not fit each other")
+        native = _cpu.Batch(
+            size,
+            rows,
+            batch.slots.data_ptr(),
+            batch.cu_rows.data_ptr(),
+            batch.positions.data_ptr(),
+            batch.first_vote.data_ptr(),
+        )
+        if kv.mass or kv.positions:
+            for b, slot in enumerate(batch.slots.tolist()):
+                if (mass := kv.mass.get(slot)) is not None:
+                    native.set_mass(b, mass.data_ptr(), mass.shape[2])
+                if (positions := kv.positions.get(slot)) is not None:
+                    native.set_positions(b, positions.data_ptr(), positions.shape[2])
+        batch.native = native
+    return batch.native
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _floats(tensor: Tensor) -> Tensor:
+    if tensor.dtype != torch.float32:
+        raise ValueError(f"expected f32, not {tensor.dtype}")
+    return tensor.contiguous()
+
+
+def _ints(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.int32).contiguous()

@@ -1,0 +1,474 @@
+// Causal attention of a step's rows over the pages of their lanes, decode rows and prefill chunks alike.
+//
+//   o = softmax(q.K / sqrt(d)) V;  parts merge by  m = max m_i,  l = sum l_i e^(m_i - m),  o = sum o_i e^(m_i - m) / l
+//
+// A lane is read in groups of pages (about 128 tokens) that share one softmax update, groups form spans, and spans are
+// merged in order. Groups and spans lie at fixed places of the lane, every number is a chain in token order, and a
+// masked token adds an exact zero: so a row's result is the same bits alone, in any batch, decoded or prefilled in any
+// chunk, and by any number of threads.
+#pragma once
+#include <cstdlib>
+
+#include "kernels.h"
+#include "pages.h"
+#include "simd.h"
+
+namespace winnow {
+namespace TARGET {
+
+#if defined(__AVX512VL__)
+constexpr int MAX_ROWS = 12;  // rows of a register tile
+#else
+constexpr int MAX_ROWS = 6;
+#endif
+constexpr int GROUP_TOKENS = 128, SPAN_GROUPS = 4, BLOCK_ROWS = 48;
+
+// Columns of a stored row come in pairs of vectors; where they start (an odd last vector is computed twice).
+template <Format F> INLINE int first_column(int pair, int columns) { return F == INT4 ? 8 * pair : min_i(16 * pair, max_i(columns - 16, 0)); }
+template <Format F> INLINE int second_column(int pair, int columns) {
+  return F == INT4 ? columns / 2 + 8 * pair : first_column<F>(pair, columns) + (columns >= 16 ? 8 : 0);
+}
+template <Format F> INLINE int64_t row_bytes(int columns) {
+  return F == F32 ? 4 * (int64_t)columns : F == BF16 ? 2 * (int64_t)columns : F == INT8 ? columns : columns / 2;
+}
+template <Format F> INLINE void load_pair(const uint8_t* row, int a, int b, V& x, V& y) {
+  if constexpr (F == F32) { x = load((const float*)row + a); y = load((const float*)row + b); }
+  if constexpr (F == BF16) { x = load_bf16((const uint16_t*)row + a); y = load_bf16((const uint16_t*)row + b); }
+  if constexpr (F == INT8) { x = load_u8(row + a); y = load_u8(row + b); }
+  if constexpr (F == INT4) load_u4(row + a, x, y);
+}
+
+// c[r][columns of the pair] (+)= sum over k of a[r][k] * stored[k][column].
+template <Format F, int R>
+INLINE void pair_tile(const float* a, int64_t lda, const uint8_t* stored, int columns, int depth, int pair, float* c,
+                      int64_t ldc, bool accumulate) {
+  const int x0 = first_column<F>(pair, columns), y0 = second_column<F>(pair, columns);
+  const int64_t stride = row_bytes<F>(columns);
+  V x[R], y[R];
+#pragma GCC unroll 12
+  for (int r = 0; r < R; r++) {
+    x[r] = accumulate ? load(c + r * ldc + x0) : zero();
+    y[r] = accumulate ? load(c + r * ldc + y0) : zero();
+  }
+  for (int k = 0; k < depth; k++) {
+    V p, q;
+    load_pair<F>(stored + k * stride, x0, y0, p, q);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++) {
+      const V s = splat(a[r * lda + k]);
+      x[r] = fma(s, p, x[r]);
+      y[r] = fma(s, q, y[r]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < R; r++) { store(c + r * ldc + x0, x[r]); store(c + r * ldc + y0, y[r]); }
+}
+
+template <Format F>
+static void product(const float* a, int64_t lda, int rows, const uint8_t* stored, int columns, int depth, float* c,
+                    int64_t ldc, bool accumulate) {
+  const int pairs = (columns + 15) / 16;
+  for (int r = 0; r < rows; r += MAX_ROWS) {
+    const float* x = a + r * lda;
+    float* y = c + r * ldc;
+    for (int p = 0; p < pairs; p++) switch (min_i(MAX_ROWS, rows - r)) {
+#define CASE(N) case N: pair_tile<F, N>(x, lda, stored, columns, depth, p, y, ldc, accumulate); break;
+      CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#if defined(__AVX512VL__)
+      CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+#endif
+#undef CASE
+    }
+  }
+}
+
+// How a lane is cut: groups of sealed pages, then groups of open ones.
+struct Groups {
+  int sealed_capacity, open_capacity, sealed_pages, open_pages, sealed_step, open_step, sealed_groups, count;
+  int max_tokens;
+};
+INLINE Groups groups_of(const KV& kv, const Lane& lane) {
+  Groups g;
+  g.sealed_capacity = kv.shapes[lane.fmt].capacity;
+  g.open_capacity = kv.shapes[kv.compute].capacity;
+  g.sealed_pages = lane.sealed;
+  g.open_pages = (lane.kept - lane.sealed_tokens + g.open_capacity - 1) / g.open_capacity;
+  g.sealed_step = max_i(1, GROUP_TOKENS / g.sealed_capacity);
+  g.open_step = max_i(1, GROUP_TOKENS / g.open_capacity);
+  g.sealed_groups = (g.sealed_pages + g.sealed_step - 1) / g.sealed_step;
+  g.count = g.sealed_groups + (g.open_pages + g.open_step - 1) / g.open_step;
+  g.max_tokens = max_i(g.sealed_step * g.sealed_capacity, g.open_step * g.open_capacity);
+  return g;
+}
+struct Group { Format fmt; int column, pages, first, capacity; };  // `first`: lane index of its first token
+INLINE Group group_at(const KV& kv, const Lane& lane, const Groups& g, int i) {
+  if (i < g.sealed_groups) {
+    const int column = i * g.sealed_step;
+    return {lane.fmt, column, min_i(g.sealed_step, g.sealed_pages - column), column * g.sealed_capacity, g.sealed_capacity};
+  }
+  const int column = (i - g.sealed_groups) * g.open_step;
+  return {kv.compute, g.sealed_pages + column, min_i(g.open_step, g.open_pages - column),
+          lane.sealed_tokens + column * g.open_capacity, g.open_capacity};
+}
+
+// Query rows of one KV head: `rows` times its query heads, with the lane tokens [low, high) each may see.
+struct Block {
+  int rows;
+  float* q;       // [rows][dim], scaled
+  float* folded;  // [rows][dim] scratch
+  float* scores;  // [rows][max_tokens]
+  float *m, *l, *o;
+  int *low, *high;
+  int first, last;  // min low, max high
+};
+
+template <Format F>
+static void page_scores(const Block& x, const PageShape& shape, int dim, const uint8_t* page, float* scores, int64_t lds) {
+  const float* q = x.q;
+  float bias[BLOCK_ROWS];
+  if constexpr (F == INT8 || F == INT4) {  // q.(code * scale + zero) = (q * scale).code + q.zero
+    const uint16_t *ks = (const uint16_t*)(page + shape.k_scale), *kz = (const uint16_t*)(page + shape.k_zero);
+    for (int r = 0; r < x.rows; r++) {
+      V sum = zero();
+      for (int d = 0; d < dim; d += LANES) {
+        const V v = load(q + r * dim + d);
+        store(x.folded + r * dim + d, v * load_f16(ks + d));
+        sum = fma(v, load_f16(kz + d), sum);
+      }
+      bias[r] = hsum(sum);
+    }
+    q = x.folded;
+  }
+  product<F>(q, dim, x.rows, page, shape.capacity, dim, scores, lds, false);
+  if constexpr (F == INT8 || F == INT4)
+    for (int r = 0; r < x.rows; r++)
+      for (int t = 0; t < shape.capacity; t += LANES) store(scores + r * lds + t, load(scores + r * lds + t) + splat(bias[r]));
+}
+
+// Scores of a group for every row, -inf where a row may not look. False where a page lies outside the arena.
+static bool group_scores(const KV& kv, const Lane& lane, const Group& g, const Block& x, int64_t lds) {
+  const PageShape& shape = kv.shapes[g.fmt];
+  for (int p = 0; p < g.pages; p++) {
+    const uint8_t* page = lane.page(kv, g.column + p);
+    if (!page) return false;
+    float* scores = x.scores + p * g.capacity;
+    switch (g.fmt) {
+      case F32: page_scores<F32>(x, shape, kv.dim, page, scores, lds); break;
+      case BF16: page_scores<BF16>(x, shape, kv.dim, page, scores, lds); break;
+      case INT8: page_scores<INT8>(x, shape, kv.dim, page, scores, lds); break;
+      default: page_scores<INT4>(x, shape, kv.dim, page, scores, lds);
+    }
+  }
+  const int tokens = g.pages * g.capacity;
+  for (int r = 0; r < x.rows; r++) {
+    const int low = max_i(0, min_i(tokens, x.low[r] - g.first)), high = max_i(low, min_i(tokens, x.high[r] - g.first));
+    for (int t = 0; t < low; t++) x.scores[r * lds + t] = NEG_INF;
+    for (int t = high; t < tokens; t++) x.scores[r * lds + t] = NEG_INF;
+  }
+  return true;
+}
+
+template <Format F>
+static void page_values(const Block& x, const PageShape& shape, int dim, const uint8_t* page, int tokens,
+                        const float* weights, int64_t ldw) {
+  product<F>(weights, ldw, x.rows, page + shape.values, dim, tokens, x.o, dim, true);
+}
+
+// One softmax update of the block by a group.
+static bool attend_group(const KV& kv, const Lane& lane, const Group& g, const Block& x, int64_t lds) {
+  if (!group_scores(kv, lane, g, x, lds)) return false;
+  const PageShape& shape = kv.shapes[g.fmt];
+  const int tokens = g.pages * g.capacity, dim = kv.dim;
+  const bool quantized = g.fmt == INT8 || g.fmt == INT4;
+  for (int r = 0; r < x.rows; r++) {
+    float* s = x.scores + r * lds;
+    V top = splat(x.m[r]);
+    for (int t = 0; t < tokens; t += LANES) top = vmax(top, load(s + t));
+    const float m = hmax(top);
+    if (m == NEG_INF) {  // the row sees nothing here
+      std::memset(s, 0, sizeof(float) * tokens);
+      continue;
+    }
+    const float fade = exp1(x.m[r] - m);
+    V sum = zero(), offset = zero();
+    for (int p = 0; p < g.pages; p++) {
+      const uint8_t* page = lane.page(kv, g.column + p);
+      const uint16_t *vs = (const uint16_t*)(page + shape.v_scale), *vz = (const uint16_t*)(page + shape.v_zero);
+      // Beyond the lane's last token a page holds anything; only sealed pages, which are full, have scales.
+      for (int t = 0; t < g.capacity; t += LANES) {
+        float* at = s + p * g.capacity + t;
+        V w = vexp(load(at) - splat(m));
+        sum += w;
+        if (quantized) {  // p.(code * scale + zero): the scale folds into p, the zero adds alike to every channel
+          offset = fma(w, load_f16(vz + t), offset);
+          w *= load_f16(vs + t);
+        }
+        store(at, w);
+      }
+    }
+    x.l[r] = x.l[r] * fade + hsum(sum);
+    x.m[r] = m;
+    const V f = splat(fade), z = splat(quantized ? hsum(offset) : 0.f);
+    for (int d = 0; d < dim; d += LANES) {
+      const V o = load(x.o + r * dim + d) * f;
+      store(x.o + r * dim + d, quantized ? o + z : o);
+    }
+  }
+  for (int p = 0; p < g.pages; p++) {
+    const int n = min_i(g.capacity, x.last - g.first - p * g.capacity);
+    if (n <= 0) break;
+    const uint8_t* page = lane.page(kv, g.column + p);
+    const float* weights = x.scores + p * g.capacity;
+    switch (g.fmt) {
+      case F32: page_values<F32>(x, shape, dim, page, n, weights, lds); break;
+      case BF16: page_values<BF16>(x, shape, dim, page, n, weights, lds); break;
+      case INT8: page_values<INT8>(x, shape, dim, page, n, weights, lds); break;
+      default: page_values<INT4>(x, shape, dim, page, n, weights, lds);
+    }
+  }
+  return true;
+}
+
+// One span into the block's m, l, o (not yet divided by l).
+static bool attend_span(const KV& kv, const Lane& lane, const Groups& groups, int span, const Block& x) {
+  for (int r = 0; r < x.rows; r++) { x.m[r] = NEG_INF; x.l[r] = 0; }
+  std::memset(x.o, 0, sizeof(float) * x.rows * kv.dim);
+  const int end = min_i(groups.count, (span + 1) * SPAN_GROUPS);
+  for (int i = span * SPAN_GROUPS; i < end; i++) {
+    const Group g = group_at(kv, lane, groups, i);
+    if (g.first >= x.last) break;
+    if (g.first + g.pages * g.capacity <= x.first) continue;
+    if (!attend_group(kv, lane, g, x, groups.max_tokens)) return false;
+  }
+  return true;
+}
+
+// (m, l, o) += a span's.
+INLINE void merge(float& m, float& l, float* o, float span_m, float span_l, const float* span_o, int dim) {
+  if (span_m == NEG_INF) return;
+  const float top = m > span_m ? m : span_m, a = exp1(m - top), b = exp1(span_m - top);
+  m = top;
+  l = l * a + span_l * b;
+  const V va = splat(a), vb = splat(b);
+  for (int d = 0; d < dim; d += LANES) store(o + d, load(o + d) * va + load(span_o + d) * vb);
+}
+
+// A unit of work: rows [row, row + rows) of sequence b for one KV head, over one span or (span < 0) all of them.
+struct Item { int b, head, row, rows, span, part; };
+
+// First lane token that a row of a sliding window sees: positions ascend along a lane.
+static int window_start(const Batch& batch, const KV& kv, int b, int layer, int head, int row_index, int position,
+                        int window) {
+  if (window <= 0) return 0;
+  const int32_t* positions = batch.lane_positions[b];
+  if (!positions) return max_i(0, row_index - window + 1);
+  positions += ((int64_t)layer * kv.heads + head) * batch.positions_capacity[b];
+  int low = 0, high = row_index + 1;
+  while (low < high) {
+    const int mid = (low + high) / 2;
+    if (positions[mid] > position - window) high = mid; else low = mid + 1;
+  }
+  return low;
+}
+
+struct Scratch {  // per thread, reused between calls
+  char* bytes = nullptr;
+  size_t size = 0;
+  char* need(size_t n) {
+    if (n > size) { std::free(bytes); bytes = (char*)std::malloc(n); size = bytes ? n : 0; }
+    return bytes;
+  }
+};
+
+static bool make_block(const KV& kv, const Batch& batch, const Lane& lane, const Groups& groups, const Item& it,
+                       int layer, const float* q, int q_heads, float scale, int window, Scratch& scratch, Block* x,
+                       float** total) {
+  const int group = q_heads / kv.heads, dim = kv.dim, rows = it.rows * group;
+  const int n = batch.cu_rows[it.b + 1] - batch.cu_rows[it.b];
+  const size_t floats = (size_t)rows * (4 * dim + groups.max_tokens + 4);
+  float* f = (float*)scratch.need(floats * sizeof(float) + 2 * rows * sizeof(int));
+  if (!f) return false;
+  x->rows = rows;
+  x->q = f; f += rows * dim;
+  x->folded = f; f += rows * dim;
+  x->o = f; f += rows * dim;
+  *total = f; f += rows * (dim + 2);
+  x->scores = f; f += (size_t)rows * groups.max_tokens;
+  x->m = f; f += rows;
+  x->l = f; f += rows;
+  x->low = (int*)f;
+  x->high = x->low + rows;
+  x->first = lane.kept;
+  x->last = 0;
+  for (int j = 0; j < it.rows; j++) {
+    const int row = batch.cu_rows[it.b] + it.row + j, index = lane.kept - n + it.row + j;
+    const int low = window_start(batch, kv, it.b, layer, it.head, index, batch.positions[row], window);
+    for (int g = 0; g < group; g++) {
+      const int r = j * group + g;
+      const float* src = q + ((int64_t)row * q_heads + it.head * group + g) * dim;
+      for (int d = 0; d < dim; d++) x->q[r * dim + d] = src[d] * scale;
+      x->low[r] = low;
+      x->high[r] = index + 1;
+    }
+    x->first = min_i(x->first, low);
+    x->last = max_i(x->last, index + 1);
+  }
+  return true;
+}
+
+// Splits the batch into items. With items == null only counts.
+static int make_items(const KV& kv, const Batch& batch, int layer, int q_heads, Item* items, int* parts) {
+  const int group = q_heads / kv.heads, block = max_i(1, BLOCK_ROWS / group);
+  int count = 0;
+  *parts = 0;
+  for (int b = 0; b < batch.size; b++) {
+    const int rows = batch.cu_rows[b + 1] - batch.cu_rows[b];
+    for (int h = 0; h < kv.heads; h++) {
+      if (rows > block) {
+        // The last rows look furthest: they come first, so that no thread is left with a long one at the end.
+        for (int r = (rows - 1) / block * block; r >= 0; r -= block, count++)
+          if (items) items[count] = {b, h, r, min_i(block, rows - r), -1, -1};
+      } else if (rows > 0) {
+        const Lane lane = lane_of(kv, batch.slots[b], layer, h);
+        const int spans = max_i(1, (groups_of(kv, lane).count + SPAN_GROUPS - 1) / SPAN_GROUPS);
+        for (int s = 0; s < spans; s++, count++) {
+          if (items) items[count] = {b, h, 0, rows, s, *parts};
+          *parts += rows * group;
+        }
+      }
+    }
+  }
+  return count;
+}
+
+INLINE bool valid_batch(const KV& kv, const Batch& batch, int layer, int q_heads) {
+  if (layer < 0 || layer >= kv.layers || q_heads % kv.heads || q_heads / kv.heads > BLOCK_ROWS || kv.dim > 256) return false;
+  for (int b = 0; b < batch.size; b++) {
+    if (batch.slots[b] < 0 || batch.slots[b] >= kv.slots || batch.cu_rows[b + 1] < batch.cu_rows[b]) return false;
+    const int rows = batch.cu_rows[b + 1] - batch.cu_rows[b];
+    for (int h = 0; h < kv.heads; h++) {
+      const Lane lane = lane_of(kv, batch.slots[b], layer, h);
+      if (lane.sealed < 0 || lane.kept < lane.sealed_tokens || lane.kept < rows) return false;
+      const int open = kv.shapes[kv.compute].capacity;
+      if (lane.sealed + (lane.kept - lane.sealed_tokens + open - 1) / open > kv.width) return false;
+    }
+  }
+  return true;
+}
+
+static Scratch shared_scratch;  // of the one thread that calls: items, then the partial results of spans
+
+static bool attention(const KV& kv, const Batch& batch, int layer, const float* q, int q_heads, float scale,
+                      int window, float* out, float* lse) {
+  if (!valid_batch(kv, batch, layer, q_heads)) return false;
+  const int group = q_heads / kv.heads, dim = kv.dim;
+  int parts;
+  const int count = make_items(kv, batch, layer, q_heads, nullptr, &parts);
+  char* memory = shared_scratch.need(sizeof(Item) * count + sizeof(float) * (size_t)parts * (dim + 2));
+  if (!memory) return false;
+  Item* items = (Item*)memory;
+  float *part_o = (float*)(items + count), *part_m = part_o + (size_t)parts * dim, *part_l = part_m + parts;
+  make_items(kv, batch, layer, q_heads, items, &parts);
+  bool ok = true;
+#pragma omp parallel for schedule(dynamic, 1) reduction(&& : ok)
+  for (int i = 0; i < count; i++) {
+    static thread_local Scratch scratch;
+    const Item& it = items[i];
+    const Lane lane = lane_of(kv, batch.slots[it.b], layer, it.head);
+    const Groups groups = groups_of(kv, lane);
+    Block x;
+    float* total;
+    if (!make_block(kv, batch, lane, groups, it, layer, q, q_heads, scale, window, scratch, &x, &total)) { ok = false; continue; }
+    if (it.span >= 0) {
+      x.o = part_o + (size_t)it.part * dim;
+      x.m = part_m + it.part;
+      x.l = part_l + it.part;
+      ok = attend_span(kv, lane, groups, it.span, x) && ok;
+      continue;
+    }
+    float *tm = total + x.rows * dim, *tl = tm + x.rows;
+    std::memset(total, 0, sizeof(float) * x.rows * dim);
+    for (int r = 0; r < x.rows; r++) { tm[r] = NEG_INF; tl[r] = 0; }
+    for (int s = 0; s * SPAN_GROUPS < groups.count; s++) {
+      if (group_at(kv, lane, groups, s * SPAN_GROUPS).first >= x.last) break;
+      ok = attend_span(kv, lane, groups, s, x) && ok;
+      for (int r = 0; r < x.rows; r++) merge(tm[r], tl[r], total + r * dim, x.m[r], x.l[r], x.o + r * dim, dim);
+    }
+    for (int r = 0; r < x.rows; r++) {
+      const int64_t at = (int64_t)(batch.cu_rows[it.b] + it.row + r / group) * q_heads + it.head * group + r % group;
+      for (int d = 0; d < dim; d++) out[at * dim + d] = total[r * dim + d] / tl[r];
+      if (lse) lse[at] = tm[r] + __builtin_logf(tl[r]);
+    }
+  }
+  for (int i = 0; ok && i < count; i++) {  // decode rows: their spans lie side by side, in order
+    if (items[i].span != 0) continue;
+    int spans = 1;
+    while (i + spans < count && items[i + spans].span == spans) spans++;
+    const Item& it = items[i];
+    const int rows = it.rows * group;
+    for (int r = 0; r < rows; r++) {
+      const int64_t at = (int64_t)(batch.cu_rows[it.b] + it.row + r / group) * q_heads + it.head * group + r % group;
+      float m = NEG_INF, l = 0, *o = out + at * dim;
+      std::memset(o, 0, sizeof(float) * dim);
+      for (int s = 0; s < spans; s++) {
+        const size_t part = it.part + (size_t)s * rows + r;
+        merge(m, l, o, part_m[part], part_l[part], part_o + part * dim, dim);
+      }
+      for (int d = 0; d < dim; d++) o[d] /= l;
+      if (lse) lse[at] = m + __builtin_logf(l);
+    }
+  }
+  return ok;
+}
+
+// mass[layer][head][token] += sum over voting rows and their query heads of e^(q.k - lse), rows in order.
+static bool attention_mass(const KV& kv, const Batch& batch, int layer, const float* q, int q_heads, float scale,
+                           int window, const float* lse) {
+  if (!valid_batch(kv, batch, layer, q_heads)) return false;
+  const int group = q_heads / kv.heads, block = max_i(1, BLOCK_ROWS / group);
+  bool ok = true;
+  for (int b = 0; b < batch.size; b++) {
+    const int rows = batch.cu_rows[b + 1] - batch.cu_rows[b], vote = max_i(0, batch.first_vote[b]);
+    if (vote >= rows || !batch.mass[b]) continue;
+    int spans = 0;
+    for (int h = 0; h < kv.heads; h++) {
+      const Lane lane = lane_of(kv, batch.slots[b], layer, h);
+      if (lane.kept > batch.mass_capacity[b]) return false;
+      spans = max_i(spans, (groups_of(kv, lane).count + SPAN_GROUPS - 1) / SPAN_GROUPS);
+    }
+#pragma omp parallel for schedule(dynamic, 1) reduction(&& : ok)
+    for (int i = 0; i < kv.heads * spans; i++) {
+      static thread_local Scratch scratch;
+      const int h = i % kv.heads, span = i / kv.heads;
+      const Lane lane = lane_of(kv, batch.slots[b], layer, h);
+      const Groups groups = groups_of(kv, lane);
+      float* mass = batch.mass[b] + ((int64_t)layer * kv.heads + h) * batch.mass_capacity[b];
+      for (int r0 = vote; r0 < rows; r0 += block) {
+        const Item it = {b, h, r0, min_i(block, rows - r0), span, -1};
+        Block x;
+        float* total;
+        if (!make_block(kv, batch, lane, groups, it, layer, q, q_heads, scale, window, scratch, &x, &total)) { ok = false; break; }
+        for (int k = span * SPAN_GROUPS; k < min_i(groups.count, (span + 1) * SPAN_GROUPS); k++) {
+          const Group g = group_at(kv, lane, groups, k);
+          if (g.first >= x.last) break;
+          if (!group_scores(kv, lane, g, x, groups.max_tokens)) { ok = false; break; }
+          const int tokens = min_i(g.pages * g.capacity, lane.kept - g.first);
+          for (int r = 0; r < x.rows; r++) {
+            const int64_t at = (int64_t)(batch.cu_rows[b] + r0 + r / group) * q_heads + h * group + r % group;
+            const V shift = splat(lse[at]);
+            const float* s = x.scores + (int64_t)r * groups.max_tokens;
+            int t = 0;
+            for (; t + LANES <= tokens; t += LANES)
+              store(mass + g.first + t, load(mass + g.first + t) + vexp(load(s + t) - shift));
+            const V rest = vexp(load(s + t) - shift);
+            for (int e = 0; t + e < tokens; e++) mass[g.first + t + e] += rest[e];
+          }
+        }
+      }
+    }
+  }
+  return ok;
+}
+
+}  // namespace TARGET
+}  // namespace winnow

@@ -1,0 +1,19 @@
+// Compiled once for each instruction set, with TARGET its name.
+#include "kernels.h"
+
+#include "attention.h"
+#include "elementwise.h"
+#include "linear.h"
+#include "pages.h"
+
+#define JOIN2(a, b) a##b
+#define JOIN(a, b) JOIN2(a, b)
+#define TEXT2(a) #a
+#define TEXT(a) TEXT2(a)
+
+namespace winnow {
+extern const Kernels JOIN(kernels_, TARGET) = {
+    TEXT(TARGET),       TARGET::pack,      TARGET::linear,         TARGET::embed,      TARGET::rms_norm, TARGET::silu_mul,
+    TARGET::rope_write, TARGET::attention, TARGET::attention_mass, TARGET::read_lanes, TARGET::repack,
+};
+}

@@ -1,0 +1,69 @@
+// The table of kernels that every instruction set fills (kernels.cpp) and module.cpp chooses from at run time.
+// Sizes are in elements unless named otherwise. Kernels return false where an index would leave its array.
+#pragma once
+#include <cstdint>
+
+namespace winnow {
+
+enum Format : uint8_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3, FORMATS = 4 };  // PageFormat in layout.py
+
+struct PageShape {  // of one format; from layout.py, bytes
+  int capacity;
+  int64_t values, k_scale, k_zero, v_scale, v_zero;
+};
+
+struct KV {  // PagedKV in kv.py
+  uint8_t* data;
+  int64_t pages, page_bytes;
+  const int32_t* table;   // [slots, layers, heads, width]
+  const int32_t* kept;    // [slots, layers, heads]
+  const int32_t* sealed;  // [slots, layers, heads]
+  const uint8_t* formats; // [slots]
+  int slots, layers, heads, width, dim;
+  Format compute;
+  PageShape shapes[FORMATS];
+};
+
+struct Batch {  // LaneBatch in kv.py
+  int size, rows;
+  const int32_t *slots, *cu_rows, *positions;
+  // Per sequence, null where it has none: attention mass to add to, and logical positions of its lanes' tokens, both
+  // [layers, heads, capacity]; and the first row that votes.
+  float* const* mass;
+  const int32_t* const* lane_positions;
+  const int32_t *mass_capacity, *positions_capacity, *first_vote;
+};
+
+struct Matrix {  // packed by pack(): panels of 16 output rows, [panels][cols][16]
+  const void* panels;
+  const float* scale;  // per output row, null for f32
+  const float* bias;   // or null
+  int rows, cols;
+  bool is_int8;
+};
+
+struct Kernels {
+  const char* name;
+  void (*pack)(const float* weight, int rows, int cols, bool is_int8, void* panels, float* scale);
+  void (*linear)(const Matrix& w, const float* x, int count, float* out, bool accumulate);
+  bool (*embed)(const Matrix& w, const int32_t* tokens, int count, float* out);
+  void (*rms_norm)(const float* x, const float* weight, float eps, int count, int width, float* out);
+  void (*silu_mul)(const float* gate_up, int count, int width, float* out);
+  bool (*rope_write)(const KV& kv, const Batch& batch, int layer, const float* qkv, int q_heads, const float* cos,
+                     const float* sin, int max_position, const float* q_norm, const float* k_norm, float eps,
+                     float* q_out);
+  bool (*attention)(const KV& kv, const Batch& batch, int layer, const float* q, int q_heads, float scale, int window,
+                    float* out, float* lse);
+  bool (*attention_mass)(const KV& kv, const Batch& batch, int layer, const float* q, int q_heads, float scale,
+                         int window, const float* lse);
+  bool (*read_lanes)(const KV& kv, int slot, int layer, int count, float* keys, float* values);
+  bool (*repack)(const KV& kv, int slot, const int32_t* keep, int keep_width, const int32_t* counts,
+                 const int32_t* start, const int32_t* dst_table, int dst_width, const int32_t* dst_sealed, Format fmt);
+};
+
+extern const Kernels kernels_generic;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2, kernels_avx512;
+#endif
+
+}  // namespace winnow

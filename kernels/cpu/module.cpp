@@ -1,0 +1,152 @@
+// The Python module winnow.kernels._cpu. Tensors arrive as addresses: a call costs about two microseconds that way and
+// sixty through DLPack. winnow/kernels/cpu/__init__.py is its only caller and checks shapes and types.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+#include <omp.h>
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace nb = nanobind;
+using namespace winnow;
+
+static const Kernels* find(const std::string& name) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+  if (avx512 && (name.empty() || name == "avx512")) return &kernels_avx512;
+  if (avx2 && (name.empty() || name == "avx2")) return &kernels_avx2;
+#endif
+  if (name.empty() || name == "generic") return &kernels_generic;
+  return nullptr;
+}
+static const Kernels* active = nullptr;
+
+template <class T> static T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
+static void check(bool ok, const char* kernel) {
+  if (!ok) throw std::out_of_range(std::string(kernel) + ": an index lies outside its array");
+}
+
+static PageShape shape_of(const std::vector<int64_t>& v) { return {(int)v.at(0), v.at(1), v.at(2), v.at(3), v.at(4), v.at(5)}; }
+
+struct PyKV : KV {
+  PyKV(uintptr_t data_, int64_t pages_, int64_t page_bytes_, int dim_, int compute_, std::vector<std::vector<int64_t>> s) {
+    data = at<uint8_t>(data_);
+    pages = pages_;
+    page_bytes = page_bytes_;
+    dim = dim_;
+    compute = (Format)compute_;
+    for (int f = 0; f < FORMATS; f++) shapes[f] = shape_of(s.at(f));
+    table = kept = sealed = nullptr;
+    formats = nullptr;
+    slots = layers = heads = width = 0;
+  }
+  void bind(uintptr_t table_, uintptr_t kept_, uintptr_t sealed_, uintptr_t formats_, int slots_, int layers_, int heads_, int width_) {
+    table = at<const int32_t>(table_);
+    kept = at<const int32_t>(kept_);
+    sealed = at<const int32_t>(sealed_);
+    formats = at<const uint8_t>(formats_);
+    slots = slots_;
+    layers = layers_;
+    heads = heads_;
+    width = width_;
+  }
+};
+
+struct PyBatch : Batch {
+  std::vector<float*> mass_;
+  std::vector<const int32_t*> positions_;
+  std::vector<int32_t> mass_capacity_, positions_capacity_;
+  PyBatch(int size_, int rows_, uintptr_t slots_, uintptr_t cu_rows_, uintptr_t rows_positions, uintptr_t first_vote_)
+      : mass_(size_), positions_(size_), mass_capacity_(size_), positions_capacity_(size_) {
+    size = size_;
+    rows = rows_;
+    slots = at<const int32_t>(slots_);
+    cu_rows = at<const int32_t>(cu_rows_);
+    positions = at<const int32_t>(rows_positions);
+    first_vote = at<const int32_t>(first_vote_);
+    mass = mass_.data();
+    lane_positions = positions_.data();
+    mass_capacity = mass_capacity_.data();
+    positions_capacity = positions_capacity_.data();
+  }
+  PyBatch(const PyBatch&) = delete;
+  void set_mass(int b, uintptr_t p, int capacity) { mass_.at(b) = at<float>(p); mass_capacity_.at(b) = capacity; }
+  void set_positions(int b, uintptr_t p, int capacity) { positions_.at(b) = at<const int32_t>(p); positions_capacity_.at(b) = capacity; }
+};
+
+struct PyMatrix : Matrix {
+  PyMatrix(uintptr_t panels_, uintptr_t scale_, uintptr_t bias_, int rows_, int cols_, bool is_int8_) {
+    panels = at<const void>(panels_);
+    scale = at<const float>(scale_);
+    bias = at<const float>(bias_);
+    rows = rows_;
+    cols = cols_;
+    is_int8 = is_int8_;
+  }
+};
+
+NB_MODULE(_cpu, m) {
+  active = find("");
+  if (const char* wanted = std::getenv("WINNOW_CPU_TARGET")) {
+    active = find(wanted);
+    if (!active) throw std::runtime_error("WINNOW_CPU_TARGET names a target that this machine does not have");
+  }
+  using release = nb::call_guard<nb::gil_scoped_release>;
+  nb::class_<PyKV>(m, "KV")
+      .def(nb::init<uintptr_t, int64_t, int64_t, int, int, std::vector<std::vector<int64_t>>>())
+      .def("bind", &PyKV::bind);
+  nb::class_<PyBatch>(m, "Batch")
+      .def(nb::init<int, int, uintptr_t, uintptr_t, uintptr_t, uintptr_t>())
+      .def("set_mass", &PyBatch::set_mass)
+      .def("set_positions", &PyBatch::set_positions);
+  nb::class_<PyMatrix>(m, "Matrix").def(nb::init<uintptr_t, uintptr_t, uintptr_t, int, int, bool>());
+  m.def("target", [] { return std::string(active->name); });
+  m.def("use", [](const std::string& name) {
+    const Kernels* k = find(name);
+    if (!k) throw std::invalid_argument("this machine has no target '" + name + "'");
+    active = k;
+  });
+  m.def("threads", [](int n) { if (n > 0) omp_set_num_threads(n); return omp_get_max_threads(); });
+  m.def("pack", [](uintptr_t weight, int rows, int cols, bool is_int8, uintptr_t panels, uintptr_t scale) {
+    active->pack(at<const float>(weight), rows, cols, is_int8, at<void>(panels), at<float>(scale));
+  }, release());
+  m.def("linear", [](const PyMatrix& w, uintptr_t x, int count, uintptr_t out, bool accumulate) {
+    active->linear(w, at<const float>(x), count, at<float>(out), accumulate);
+  }, release());
+  m.def("embed", [](const PyMatrix& w, uintptr_t tokens, int count, uintptr_t out) {
+    check(active->embed(w, at<const int32_t>(tokens), count, at<float>(out)), "embed");
+  }, release());
+  m.def("rms_norm", [](uintptr_t x, uintptr_t weight, float eps, int count, int width, uintptr_t out) {
+    active->rms_norm(at<const float>(x), at<const float>(weight), eps, count, width, at<float>(out));
+  }, release());
+  m.def("silu_mul", [](uintptr_t x, int count, int width, uintptr_t out) {
+    active->silu_mul(at<const float>(x), count, width, at<float>(out));
+  }, release());
+  m.def("rope_write", [](const PyKV& kv, const PyBatch& batch, int layer, uintptr_t qkv, int q_heads, uintptr_t cos, uintptr_t sin,
+                         int max_position, uintptr_t q_norm, uintptr_t k_norm, float eps, uintptr_t q_out) {
+    check(active->rope_write(kv, batch, layer, at<const float>(qkv), q_heads, at<const float>(cos), at<const float>(sin), max_position,
+                             at<const float>(q_norm), at<const float>(k_norm), eps, at<float>(q_out)), "rope_write");
+  }, release());
+  m.def("attention", [](const PyKV& kv, const PyBatch& batch, int layer, uintptr_t q, int q_heads, float scale, int window,
+                        uintptr_t out, uintptr_t lse, bool votes) {
+    check(active->attention(kv, batch, layer, at<const float>(q), q_heads, scale, window, at<float>(out), at<float>(lse)), "attention");
+    if (votes)
+      check(active->attention_mass(kv, batch, layer, at<const float>(q), q_heads, scale, window, at<const float>(lse)), "attention_mass");
+  }, release());
+  m.def("read_lanes", [](const PyKV& kv, int slot, int layer, int count, uintptr_t keys, uintptr_t values) {
+    check(active->read_lanes(kv, slot, layer, count, at<float>(keys), at<float>(values)), "read_lanes");
+  }, release());
+  m.def("repack", [](const PyKV& kv, int slot, uintptr_t keep, int keep_width, uintptr_t counts, uintptr_t start, uintptr_t dst_table,
+                     int dst_width, uintptr_t dst_sealed, int fmt) {
+    check(active->repack(kv, slot, at<const int32_t>(keep), keep_width, at<const int32_t>(counts), at<const int32_t>(start),
+                         at<const int32_t>(dst_table), dst_width, at<const int32_t>(dst_sealed), (Format)fmt), "repack");
+  }, release());
+}

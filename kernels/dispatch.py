@@ -1,0 +1,101 @@
+"""The operations every backend has, and the one place that chooses a backend.
+
+A backend is a package with functions of these names: `winnow.kernels.reference` (torch, exact) and
+`winnow.kernels.cpu` (C++). Whatever the backend, a row's result has the same bits alone and among any batch
+mates, and however its prompt was cut into chunks.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Literal, Protocol, cast
+
+from torch import Tensor
+
+from winnow.kernels.kv import LaneBatch, PagedKV
+from winnow.kernels.layout import PageFormat
+
+BackendName = Literal["cpu", "reference"]
+WeightKind = Literal["f32", "int8"]
+
+_MODULES: dict[str, str] = {"cpu": "winnow.kernels.cpu", "reference": "winnow.kernels.reference"}
+
+
+class Weight(Protocol):
+    """A packed matrix, opaque but for its sizes. Only the backend that packed it can read it."""
+
+    @property
+    def rows(self) -> int: ...
+    @property
+    def cols(self) -> int: ...
+    @property
+    def kind(self) -> WeightKind: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+class Backend(Protocol):
+    """Shapes: T rows of a step, B sequences, Hq query heads, Hkv KV heads, D head dimension, L layers."""
+
+    def pack(self, weight: Tensor, kind: WeightKind, bias: Tensor | None = None) -> Weight:
+        """Packs `weight` [N, K] f32, and `bias` [N] f32, for `linear` and `embed`."""
+
+    def linear(self, x: Tensor, w: Weight, out: Tensor | None = None, accumulate: bool = False) -> Tensor:
+        """x [T, K] f32 contiguous -> [T, N] f32; with `accumulate`, adds to `out`."""
+
+    def embed(self, tokens: Tensor, w: Weight) -> Tensor:
+        """Rows of a packed matrix: tokens [T] int32 -> [T, K] f32."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x [T, N] f32, weight [N] f32 -> [T, N] f32."""
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """[T, 2I] f32 -> [T, I] f32: silu of the first half times the second."""
+
+    def rope_write(
+        self,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        batch: LaneBatch,
+        kv: PagedKV,
+        layer: int,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
+    ) -> Tensor:
+        """qkv [T, (Hq + 2 Hkv) D] f32, cos and sin [P, D/2] f32 -> q [T, Hq, D] f32; writes K and V to pages."""
+
+    def attention(self, q: Tensor, batch: LaneBatch, kv: PagedKV, layer: int, scale: float, window: int) -> Tensor:
+        """q [T, Hq, D] f32 -> [T, Hq * D] f32, causal over the kept tokens; adds to `kv.mass` where rows vote."""
+
+    def read_lanes(self, kv: PagedKV, slot: int, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a sequence's layer, each [Hkv, n, D] f32; zeros beyond a lane's kept length."""
+
+    def repack(
+        self,
+        kv: PagedKV,
+        slot: int,
+        keep: Tensor | None,
+        counts: Tensor,
+        start: Tensor,
+        dst_table: Tensor,
+        dst_sealed: Tensor,
+        fmt: PageFormat,
+    ) -> None:
+        """Rewrites all lanes of a sequence from page `start` on; `keep` [L, Hkv, K], the others [L, Hkv(, W)] int32.
+
+        The tokens `keep` (lane indices, ascending, `counts` of them; None: all from page `start` on) go to the
+        pages of `dst_table`: up to page `dst_sealed` in `fmt`, all full, then in the compute format. A destination
+        page is fresh, or the lane's own of the same column. The tables of `kv` are not changed.
+        """
+
+    def copy_pages(self, kv: PagedKV, src: Tensor, dst: Tensor) -> None:
+        """Copies whole pages: src and dst [n] int32."""
+
+
+def backend(name: BackendName) -> Backend:
+    """The backend of that name, imported when first asked for."""
+    if name not in _MODULES:
+        raise ValueError(f"unknown backend {name!r}: one of {', '.join(_MODULES)}")
+    return cast(Backend, import_module(_MODULES[name]))

@@ -1,0 +1,74 @@
+"""The two structures that every kernel reads: the paged KV memory and the rows of one step.
+
+A lane's tokens lie in its pages in order. Its first `sealed` pages are full and in the slot's sealed format;
+the pages after them are in the compute format, and the last of those may be partly filled:
+
+    table[slot, layer, head] -> [ sealed | sealed | ... | open | open | -1 ... ]
+                                  formats[slot]           layout.compute
+
+Kernels never allocate pages and never change `kept`, `sealed` or `table`: the engine does, before and after.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from winnow.kernels.layout import PageLayout
+
+
+@dataclass(slots=True)
+class PagedKV:
+    """One arena of pages and the lane tables, which the kernels read in place."""
+
+    layout: PageLayout
+    data: Tensor
+    """[pages, page_bytes] uint8"""
+    table: Tensor
+    """[slots, layers, kv_heads, width] int32: page ids; -1 where the lane has no page"""
+    kept: Tensor
+    """[slots, layers, kv_heads] int32: tokens a lane holds, with the step's new tokens counted already"""
+    sealed: Tensor
+    """[slots, layers, kv_heads] int32: leading pages in the slot's sealed format; the rest is in the compute format"""
+    formats: Tensor
+    """[slots] uint8: the sealed PageFormat"""
+    mass: dict[int, Tensor] = field(default_factory=dict)
+    """slot -> [layers, kv_heads, capacity] f32: attention mass by lane index, for plans that score with it"""
+    positions: dict[int, Tensor] = field(default_factory=dict)
+    """slot -> [layers, kv_heads, capacity] int32: positions by lane index, for plans that evict; otherwise position
+    and lane index are the same"""
+    native: Any = field(default=None, repr=False, compare=False)
+    """A backend's own handle"""
+
+    @classmethod
+    def allocate(cls, layout: PageLayout, pages: int, slots: int, layers: int, kv_heads: int, width: int) -> PagedKV:
+        """An arena of `pages` pages with empty lanes. The arena's memory is reserved but not touched."""
+        lanes = (slots, layers, kv_heads)
+        return cls(
+            layout=layout,
+            data=torch.empty((pages, layout.page_bytes), dtype=torch.uint8),
+            table=torch.full((*lanes, width), -1, dtype=torch.int32),
+            kept=torch.zeros(lanes, dtype=torch.int32),
+            sealed=torch.zeros(lanes, dtype=torch.int32),
+            formats=torch.full((slots,), int(layout.compute), dtype=torch.uint8),
+        )
+
+
+@dataclass(slots=True)
+class LaneBatch:
+    """The rows of one step, sequence after sequence: prefill chunks and decode tokens alike."""
+
+    slots: Tensor
+    """[B] int32"""
+    cu_rows: Tensor
+    """[B+1] int32: the rows of sequence b are cu_rows[b]:cu_rows[b+1]; they are its lanes' newest tokens"""
+    positions: Tensor
+    """[T] int32: position of each row"""
+    first_vote: Tensor
+    """[B] int32: first of the sequence's rows, counted from its own first, whose attention adds to the slot's mass;
+    no row does from `rows` on, or in a slot without mass"""
+    native: Any = field(default=None, repr=False, compare=False)
+    """A backend's own handle"""

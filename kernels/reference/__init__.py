@@ -1,0 +1,20 @@
+"""The reference backend: every operation in plain torch, exact and slow. Other backends are tested against it."""
+
+from winnow.kernels.reference.attention import attention
+from winnow.kernels.reference.linear import embed, linear, pack
+from winnow.kernels.reference.norm import rms_norm, silu_mul
+from winnow.kernels.reference.pages import copy_pages, read_lanes, repack
+from winnow.kernels.reference.rope_write import rope_write
+
+__all__ = [
+    "attention",
+    "copy_pages",
+    "embed",
+    "linear",
+    "pack",
+    "read_lanes",
+    "repack",
+    "rms_norm",
+    "rope_write",
+    "silu_mul",
+]

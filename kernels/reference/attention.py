@@ -1,0 +1,62 @@
+"""Attention of a step's rows over what their lanes keep.
+
+    row r of a sequence's R rows, at position p, sees the lane's token j, at position pos(j), if
+        j <= kept - R + r                   rows are the newest tokens; none sees a later one
+        pos(j) > p - window                 when window > 0
+    P = softmax over the tokens seen of scale · q·K      o = P · V
+    mass[j] += Σ P[j]  over the query heads of the lane's group, for one row r >= first_vote after the other
+
+pos(j) is kv.positions[slot][layer, head, j], or j itself for a slot without positions. Computed in float64 and
+rounded once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from winnow.kernels.kv import LaneBatch, PagedKV
+from winnow.kernels.reference.lanes import Sequence, lane_part, sequences
+from winnow.kernels.reference.pages import read_lane
+
+
+def attention(q: Tensor, batch: LaneBatch, kv: PagedKV, layer: int, scale: float, window: int) -> Tensor:
+    """q [T, Hq, D] f32 -> [T, Hq * D] f32; adds to `kv.mass` where rows vote."""
+    dim, kv_heads = kv.layout.head_dim, kv.table.shape[2]
+    if q.dim() != 3 or q.shape[2] != dim or q.shape[1] % kv_heads:
+        raise ValueError(f"q {list(q.shape)} is not [T, heads, {dim}] for {kv_heads} KV heads")
+    groups = q.double().unflatten(1, (kv_heads, -1))
+    out = torch.empty_like(groups)
+    for sequence in sequences(batch, kv, layer, q.shape[0]):
+        positions = batch.positions[sequence.rows].long()
+        for head in range(kv_heads):
+            keys, values = read_lane(kv, sequence.slot, layer, head)
+            seen = _seen(kv, sequence, layer, head, positions, window)
+            scores = torch.einsum("rgd,nd->rgn", groups[sequence.rows, head], keys.double()) * scale
+            weights = scores.masked_fill(~seen[:, None], -torch.inf).softmax(dim=-1)
+            out[sequence.rows, head] = torch.einsum("rgn,nd->rgd", weights, values.double())
+            _vote(kv, sequence, layer, head, weights)
+    return out.float().flatten(1)
+
+
+def _seen(kv: PagedKV, sequence: Sequence, layer: int, head: int, positions: Tensor, window: int) -> Tensor:
+    """[rows, kept] bool"""
+    kept = int(kv.kept[sequence.slot, layer, head])
+    index = torch.arange(kept)
+    seen = index <= (kept - sequence.count + torch.arange(sequence.count))[:, None]
+    if window > 0:
+        lane_positions = index
+        if sequence.slot in kv.positions:
+            lane_positions = lane_part(kv.positions[sequence.slot], layer, head, kept).long()
+        seen &= lane_positions > positions[:, None] - window
+    return seen
+
+
+def _vote(kv: PagedKV, sequence: Sequence, layer: int, head: int, weights: Tensor) -> None:
+    """weights [rows, group, kept]; a slot without mass has no vote."""
+    if sequence.slot not in kv.mass:
+        return
+    mass = lane_part(kv.mass[sequence.slot], layer, head, weights.shape[2])
+    # Row after row, as a prompt cut into chunks adds them: the sum's bits do not depend on the cut.
+    for row in weights[sequence.first_vote :].sum(dim=1).float():
+        mass += row

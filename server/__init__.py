@@ -1,0 +1,8 @@
+"""Winnow's HTTP front end: OpenAI's API in front of an engine process. Never imports torch."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+try:
+    __version__ = version("winnow")
+except PackageNotFoundError:  # run from a source tree
+    __version__ = "0.1.0"

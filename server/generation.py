@@ -1,0 +1,210 @@
+"""The one path of chat and completions: tokenize, admit, submit, and give out text as it comes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from uuid import uuid4
+
+from winnow.engine.compression.plan import Plan
+from winnow.engine.errors import EngineDied, PromptTooLong, RequestError
+from winnow.engine.messages import EngineInfo, Output, Submit
+from winnow.server.admission import Flight
+from winnow.server.choice import Choice, Piece
+from winnow.server.plans import described, labels
+from winnow.server.protocol.common import GenerationRequest
+from winnow.server.service import Service
+from winnow.server.stops import StopStrings
+from winnow.server.usage import Usage
+
+Tokenize = Callable[[], list[int]]
+"""Makes one prompt's tokens; runs in a thread."""
+
+
+class Generation:
+    """One request to generate. Iterate `pieces()` once; `usage` is complete afterwards.
+
+    Choice i * n + j is choice j of prompt i.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        request: GenerationRequest,
+        prompts: Sequence[Tokenize],
+        prompt_param: str,
+        default_output: int | None = None,
+        prefixes: Sequence[str | None] | None = None,
+    ):
+        """
+        Args
+            prompt_param: the field that holds the prompts, for errors
+            default_output: tokens to generate when the request says nothing; None: all that the context leaves
+            prefixes: for each prompt the text that its choices begin with; None: the prompt's own, decoded
+        """
+        self.service = service
+        self.request = request
+        self.prompts = prompts
+        self.prompt_param = prompt_param
+        self.default_output = default_output
+        self.prefixes = prefixes
+        self.arrived = time.monotonic()
+        self.usage = Usage()
+        self.has_plan = False
+
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
+        """What is new, choice by choice, until each has its finish reason. Closing it early aborts the request.
+
+        Raises (before the first piece: nothing was generated yet)
+            RequestError, Overloaded, EngineDied, ApiError
+        """
+        service, request = self.service, self.request
+        request.check_limits(service.settings)
+        with service.admission.board(len(self.prompts)) as flight:
+            info = service.engine()
+            request.check_vocabulary(info.vocab_size)
+            plan = service.plans.resolve(request.compression, info.compute_format)
+            self.has_plan = not plan.is_off
+            self.usage.plan = described(plan) if self.has_plan else None
+            tokens = [await flight.wait(service.in_thread(tokenize)) for tokenize in self.prompts]
+            submits = [self._submit(prompt, info, plan) for prompt in tokens]
+            flight.take(sum(map(len, tokens)))
+            self.usage.prompt_tokens = sum(map(len, tokens))
+            self._observe_request(submits)
+            async with aclosing(merge([service.client.generate(submit) for submit in submits])) as outputs:
+                async for piece in self._follow(outputs, submits, flight, labels(plan, info.compute_format)):
+                    yield piece
+
+    async def _follow(
+        self,
+        outputs: AsyncGenerator[tuple[int, Output], None],
+        submits: list[Submit],
+        flight: Flight,
+        plan_labels: tuple[str, str],
+    ) -> AsyncGenerator[Piece, None]:
+        request, metrics = self.request, self.service.metrics
+        choices = [self._choice(i) for i in range(len(submits) * request.n)]
+        heard = [0.0] * len(choices)
+        while not all(choice.is_over for choice in choices):
+            try:
+                prompt, output = await flight.wait(anext(outputs))
+            except StopAsyncIteration as end:
+                raise EngineDied("the engine ended a request without finishing it") from end
+            if output.finish_reason == "abort":
+                raise EngineDied("the engine gave the request up")
+            choice = choices[prompt * request.n + output.index]
+            is_first, was_stopped = not heard[choice.index], choice.was_stopped
+            flight.leave_queue()
+            now = time.monotonic()
+            if is_first:
+                metrics.ttft.observe(now - self.arrived)
+            elif output.token_ids:
+                metrics.inter_token.observe(now - heard[choice.index])
+            piece = choice.push(output)
+            if choice.was_stopped and not was_stopped and not choice.is_over:
+                self.service.client.finish(submits[prompt].request_id, output.index)
+            if choice.is_over:
+                self._end(choice, output, piece.finish_reason or "", plan_labels, now)
+            if is_first and self.prefixes is not None:
+                piece = self._with_prefix(piece, prompt, submits)
+            heard[choice.index] = now
+            yield piece
+
+    def _submit(self, prompt: list[int], info: EngineInfo, plan: Plan) -> Submit:
+        limit = self._output_tokens(len(prompt), info)
+        if self.request.min_tokens > limit:
+            message = f"min_tokens is {self.request.min_tokens}, and at most {limit} tokens can be generated"
+            raise RequestError("min_tokens", message, "invalid_value")
+        return Submit(
+            request_id=uuid4().hex,
+            prompt=prompt,
+            sampling=self.request.sampling(self.service.tokenizer.eos_token_ids, limit),
+            plan={} if plan.is_off else plan.to_wire(),
+            cache_salt=self.request.cache_salt,
+        )
+
+    def _output_tokens(self, prompt: int, info: EngineInfo) -> int:
+        """Tokens to generate at most."""
+        longest, asked = info.max_model_len, self.request.output_limit
+        if not prompt:
+            raise RequestError(self.prompt_param, f"{self.prompt_param} has no tokens", "invalid_value")
+        left = longest - prompt
+        if left < 1 or (asked is not None and asked > left):
+            wanted = f" and {asked} for the output" if asked is not None else ""
+            message = f"this model's context holds {longest} tokens, but there are {prompt} in the prompt{wanted}"
+            raise PromptTooLong(self.prompt_param, message)
+        if asked is not None:
+            return asked
+        return left if self.default_output is None else min(self.default_output, left)
+
+    def _choice(self, index: int) -> Choice:
+        request = self.request
+        continues = self.prompt_param == "prompt"  # a chat answer begins anew
+        return Choice(
+            index,
+            self.service.tokenizer.stream(request.skip_special_tokens, continues),
+            StopStrings(request.stop, request.include_stop_str_in_output),
+            request.min_tokens,
+        )
+
+    def _with_prefix(self, piece: Piece, prompt: int, submits: list[Submit]) -> Piece:
+        assert self.prefixes is not None
+        prefix = self.prefixes[prompt]
+        if prefix is None:
+            prefix = self.service.tokenizer.decode(submits[prompt].prompt, self.request.skip_special_tokens)
+        return Piece(piece.choice, prefix + piece.text, piece.entries, piece.finish_reason, piece.report)
+
+    def _observe_request(self, submits: list[Submit]) -> None:
+        for submit in submits:
+            self.service.metrics.prompt_length.observe(len(submit.prompt))
+            self.service.metrics.params_n.observe(submit.sampling.n)
+            self.service.metrics.params_max_tokens.observe(submit.sampling.max_tokens)
+
+    def _end(self, choice: Choice, output: Output, reason: str, plan_labels: tuple[str, str], now: float) -> None:
+        metrics, usage = self.service.metrics, self.usage
+        usage.completion_tokens += choice.tokens
+        if output.index == 0:  # the other choices share the first one's prompt
+            usage.cached_tokens += output.cached_tokens
+        if output.compression is not None:
+            usage.reports.append(output.compression)
+            metrics.kept(*plan_labels, output.compression)
+        metrics.choice_ended(reason, choice.tokens)
+        metrics.e2e.observe(now - self.arrived)
+
+
+async def merge(sources: list[AsyncGenerator[Output, None]]) -> AsyncGenerator[tuple[int, Output], None]:
+    """Outputs of several requests as they come, each with the number of its source."""
+    if len(sources) == 1:
+        async with aclosing(sources[0]) as source:
+            async for output in source:
+                yield 0, output
+        return
+    queue: asyncio.Queue[tuple[int, Output] | Exception | None] = asyncio.Queue()
+
+    async def drain(i: int, source: AsyncGenerator[Output, None]) -> None:
+        try:
+            async with aclosing(source):
+                async for output in source:
+                    queue.put_nowait((i, output))
+        except Exception as error:  # raised where the outputs are read
+            queue.put_nowait(error)
+        else:
+            queue.put_nowait(None)
+
+    tasks = [asyncio.create_task(drain(i, source)) for i, source in enumerate(sources)]
+    try:
+        running = len(tasks)
+        while running:
+            match await queue.get():
+                case None:
+                    running -= 1
+                case Exception() as error:
+                    raise error
+                case (i, output):
+                    yield i, output
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,72 @@
+"""Running the application under uvicorn, and ending it without cutting anybody off.
+
+First SIGTERM or SIGINT: not ready, new requests get 503 with Retry-After, running ones get `drain_s` to finish, then
+they are cut with an error; then the process ends with status 0. A second signal cuts at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from winnow.server.service import Service
+from winnow.server.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+CLOSE_S = 5
+"""Time for uvicorn to close connections once no request runs any more"""
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which by itself stops listening at the first signal and dies of it in the end."""
+
+    def __init__(self, config: uvicorn.Config, service: Service):
+        super().__init__(config)
+        self.service = service
+        self._draining: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._loop is None or not self.started:
+            self.should_exit = True
+        else:
+            self._loop.call_soon_threadsafe(self._on_signal, signal.Signals(sig).name)
+
+    def _on_signal(self, name: str) -> None:
+        if self._draining is None:
+            self._draining = asyncio.get_running_loop().create_task(self._drain(name))
+        else:
+            self.service.admission.cut_all()
+
+    async def _drain(self, name: str) -> None:
+        running, seconds = len(self.service.admission.flights), self.service.settings.drain_s
+        logger.info("%s: finishing %d requests within %g s", name, running, seconds)
+        await self.service.admission.drain(seconds)
+        self.should_exit = True
+
+
+def serve(app: FastAPI, settings: Settings) -> None:
+    """Returns after a drain."""
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,  # it would log URLs; see middleware.Observe
+        server_header=False,
+        lifespan="on",
+        ws="none",
+        timeout_graceful_shutdown=CLOSE_S,
+    )
+    Server(config, app.state.service).run()

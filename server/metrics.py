@@ -1,0 +1,142 @@
+"""Prometheus metrics: vLLM's names and buckets under our prefix, and compression's own.
+
+Labels hold names from this server's own tables only (routes, policies, formats, the served model), never text that a
+caller wrote. A restarted engine counts from zero again, which Prometheus takes for what it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from winnow.engine.messages import CompressionReport, EngineInfo, EngineStats
+from winnow.server.client import Client
+
+TTFT = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1,
+    2.5,
+    5,
+    7.5,
+    10,
+    20,
+    40,
+    80,
+    160,
+    640,
+    2560,
+)
+PER_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+LATENCY = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+COUNTS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
+PREFIX = "winnow:"
+ENGINE = {"engine": "0"}
+
+
+class Metrics:
+    """All metrics of one server, in a registry of its own."""
+
+    def __init__(self, client: Client, model_name: str):
+        self.registry = CollectorRegistry(auto_describe=False)
+        self.labels = {"model_name": model_name, **ENGINE}
+        self.registry.register(EngineCollector(client, self.labels))
+        self.ttft = self._histogram("time_to_first_token_seconds", "From arrival to the first token", TTFT)
+        self.inter_token = self._histogram("inter_token_latency_seconds", "Between two outputs of a choice", PER_TOKEN)
+        self.per_output_token = self._histogram(
+            "request_time_per_output_token_seconds", "Mean time per token after the first", PER_TOKEN
+        )
+        self.e2e = self._histogram("e2e_request_latency_seconds", "From arrival to the last token", LATENCY)
+        self.prompt_length = self._histogram("request_prompt_tokens", "Tokens of a prompt", COUNTS)
+        self.output_length = self._histogram("request_generation_tokens", "Tokens generated for a choice", COUNTS)
+        self.params_n = self._histogram("request_params_n", "The parameter n", (1, 2, 5, 10, 20))
+        self.params_max_tokens = self._histogram("request_params_max_tokens", "The parameter max_tokens", COUNTS)
+        self._success = self._counter("request_success", "Choices by how they ended", "finished_reason")
+        self._held = self._counter("kv_bytes_held", "Bytes that ended sequences held", "policy", "format")
+        self._full = self._counter(
+            "kv_bytes_uncompressed", "Bytes they would have held with no plan", "policy", "format"
+        )
+        self._http = Counter(
+            PREFIX + "http_requests", "HTTP answers", ("method", "route", "status"), registry=self.registry
+        )
+        self._in_flight = Gauge(PREFIX + "http_requests_in_flight", "HTTP requests", registry=self.registry)
+
+    def http_started(self) -> None:
+        self._in_flight.inc()
+
+    def http_done(self, method: str, route: str, status: int) -> None:
+        self._in_flight.dec()
+        self._http.labels(method, route, str(status)).inc()
+
+    def choice_ended(self, reason: str, tokens: int) -> None:
+        self._success.labels(**self.labels, finished_reason=reason).inc()
+        self.output_length.observe(tokens)
+
+    def kept(self, policy: str, fmt: str, report: CompressionReport) -> None:
+        self._held.labels(**self.labels, policy=policy, format=fmt).inc(report.bytes_held)
+        self._full.labels(**self.labels, policy=policy, format=fmt).inc(report.bytes_uncompressed)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Any:
+        histogram = Histogram(PREFIX + name, text, tuple(self.labels), registry=self.registry, buckets=buckets)
+        return histogram.labels(**self.labels)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(PREFIX + name, text, (*self.labels, *labels), registry=self.registry)
+
+
+class EngineCollector(Collector):
+    """What the engine says of itself, read when it is asked for."""
+
+    def __init__(self, client: Client, labels: dict[str, str]):
+        self.client = client
+        self.names = tuple(labels)
+        self.values = tuple(labels.values())
+
+    def collect(self) -> Iterator[Metric]:
+        stats: EngineStats = self.client.stats
+        info: EngineInfo | None = self.client.info
+        used = stats.pages_total - stats.pages_free - stats.pages_cached
+        gauges: list[tuple[str, str, float]] = [
+            ("num_requests_running", "Sequences that run", stats.running),
+            ("num_requests_waiting", "Sequences that wait", stats.waiting),
+            ("num_tokens_waiting", "Prompt tokens that wait", stats.waiting_tokens),
+            ("kv_cache_usage_perc", "Share of pages in use; 1 is all", used / stats.pages_total if used else 0.0),
+            ("kv_pages_total", "Pages of the arena", stats.pages_total),
+            ("kv_pages_cached", "Pages that only the prefix cache holds", stats.pages_cached),
+            ("kv_page_bytes", "Bytes of a page", info.page_bytes if info else 0),
+            ("engine_ready", "1 when the engine takes requests", float(self.client.is_ready)),
+            ("engine_heartbeat_age_seconds", "Since the engine was last heard", self.client.heartbeat_age_s),
+        ]
+        counters: list[tuple[str, str, float]] = [
+            ("prompt_tokens", "Prefill tokens processed", stats.prompt_tokens_total),
+            ("generation_tokens", "Tokens generated", stats.generated_tokens_total),
+            ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache", stats.prefix_query_tokens_total),
+            ("prefix_cache_hits", "Prompt tokens found in the prefix cache", stats.prefix_hit_tokens_total),
+            ("num_preemptions", "Sequences put back for want of pages", stats.preemptions_total),
+            ("kv_evicted_tokens", "Lane tokens that policies evicted", stats.evicted_tokens_total),
+            ("kv_freed_bytes", "Bytes that compression gave back", stats.freed_bytes_total),
+            ("engine_steps", "Steps of the engine", stats.steps_total),
+            ("engine_step_seconds", "Time spent in steps", stats.step_seconds_total),
+            ("engine_restarts", "Times the engine was started again", self.client.restarts),
+        ]
+        for name, text, value in gauges:
+            gauge = GaugeMetricFamily(PREFIX + name, text, labels=self.names)
+            gauge.add_metric(self.values, value)
+            yield gauge
+        for name, text, value in counters:
+            counter = CounterMetricFamily(PREFIX + name, text, labels=self.names)
+            counter.add_metric(self.values, value)
+            yield counter

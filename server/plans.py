@@ -1,0 +1,63 @@
+"""Which compression plans this server takes, and what it says of them."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+from winnow.engine.compression.plan import FormatName, Maximum, Plan, evict_schema, plan_schema
+from winnow.engine.compression.profiles import PROFILES, load_profiles
+from winnow.engine.errors import RequestError
+from winnow.kernels.layout import PageFormat
+from winnow.server.settings import Settings, SettingsError
+
+
+class Plans:
+    """Named profiles, the server's default and its maximum.
+
+    Raises
+        SettingsError: a profile, the default or the maximum is wrong
+    """
+
+    def __init__(self, settings: Settings):
+        try:
+            self.profiles = load_profiles(settings.profiles or PROFILES)
+            self.maximum: Maximum | None = settings.max_compression
+            self.default = Plan.resolve(settings.compression, self.profiles, None, self.maximum)
+        except (ValueError, RequestError) as error:
+            raise SettingsError(f"compression: {error}") from error
+
+    def resolve(self, asked: Any, compute_format: str) -> Plan:
+        """The plan of a request whose `compression` is `asked`.
+
+        Raises
+            RequestError
+        """
+        plan = Plan.resolve(asked, self.profiles, self.default, self.maximum)
+        plan.sealed_format(PageFormat.parse(compute_format))
+        return plan
+
+    @cached_property
+    def catalogue(self) -> dict[str, Any]:
+        """For /v1/models: everything that a request can write under `compression`."""
+        return {
+            "policies": evict_schema(),
+            "formats": list(FormatName.__args__),  # type: ignore[attr-defined]
+            "profiles": {name: described(plan) for name, plan in self.profiles.items()},
+            "default": described(self.default),
+            "maximum": self.maximum.model_dump(mode="json", exclude_none=True) if self.maximum else None,
+            "schema": plan_schema(),
+        }
+
+
+def described(plan: Plan) -> dict[str, Any]:
+    """A plan as resolved, defaults spelled out."""
+    return plan.model_dump(mode="json", exclude_none=True)
+
+
+def labels(plan: Plan, compute_format: str) -> tuple[str, str]:
+    """Policy and format as metrics name them: words of our own tables."""
+    return (
+        plan.evict.policy if plan.evict else "none",
+        plan.sealed_format(PageFormat.parse(compute_format)).label,
+    )

@@ -1,0 +1,87 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
+
+from winnow.engine.errors import RequestError
+from winnow.server.protocol.common import INT32_MAX, GenerationRequest, Unsupported, at_most
+from winnow.server.settings import Settings
+
+DEFAULT_MAX_TOKENS = 16
+"""OpenAI's"""
+Prompt = str | list[int]
+
+
+def _prompts(value: Any) -> list[Prompt]:
+    """One prompt or many, each a text or a list of token ids."""
+    if isinstance(value, str) or (isinstance(value, list) and value and _is_token(value[0])):
+        value = [value]
+    if not isinstance(value, list) or not value:
+        raise ValueError("must be a string, a list of token ids, or a list of either that is not empty")
+    for i, prompt in enumerate(value):
+        if isinstance(prompt, str):
+            continue
+        if not isinstance(prompt, list) or not all(map(_is_token, prompt)):
+            raise ValueError(f"prompt {i} is neither a string nor a list of token ids")
+    return value
+
+
+def _is_token(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= INT32_MAX
+
+
+_TOKENS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": INT32_MAX}, "minItems": 1}
+Prompts = Annotated[
+    list[Prompt],
+    PlainValidator(_prompts),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "items": {"type": "string"}, "minItems": 1},
+                _TOKENS,
+                {"type": "array", "items": _TOKENS, "minItems": 1},
+            ]
+        }
+    ),
+]
+
+
+class CompletionRequest(GenerationRequest):
+    prompt: Prompts
+    logprobs: int | None = Field(None, ge=0, description="likeliest tokens at each position; 0: the chosen one only")
+    echo: bool = Field(False, description="the text starts with the prompt; not with logprobs")
+    best_of: int | None = Field(None, ge=1, description="must equal n")
+    suffix: Annotated[Any, Unsupported("text cannot be inserted before a suffix", "")] = None
+    add_special_tokens: bool = Field(True, description="put the model's start token before a text prompt")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> CompletionRequest:
+        if self.best_of is not None and self.best_of != self.n:
+            raise RequestError("best_of", "best_of must equal n", "invalid_value")
+        if self.echo and self.logprobs is not None:
+            raise RequestError("echo", "echo cannot be combined with logprobs", "invalid_value")
+        return self
+
+    @property
+    def logprobs_asked(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def output_limit(self) -> int | None:
+        return self.max_tokens
+
+    def check_limits(self, limits: Settings) -> None:
+        super().check_limits(limits)
+        at_most("prompt", len(self.prompt), limits.max_prompts, "prompts")
+        at_most("n", self.n * len(self.prompt), limits.max_choices, "choices of all prompts")
+        at_most("logprobs", self.logprobs or 0, limits.max_logprobs)
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        super().check_vocabulary(vocab_size)
+        for prompt in self.prompt:
+            if not isinstance(prompt, str) and prompt and max(prompt) >= vocab_size:
+                raise RequestError("prompt", f"prompt: the vocabulary has {vocab_size} tokens", "invalid_value")

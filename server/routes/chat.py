@@ -1,0 +1,34 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Request, Response
+
+from winnow.server.answers import ChatAnswer
+from winnow.server.body import body_docs, json_body
+from winnow.server.generation import Generation
+from winnow.server.protocol.chat import ChatRequest
+from winnow.server.protocol.responses import ChatCompletion
+from winnow.server.respond import respond
+from winnow.server.service import Service, service_of
+from winnow.server.templates import chat_tokens
+
+router = APIRouter()
+
+
+@router.post(
+    "/v1/chat/completions",
+    summary="Answer a conversation",
+    openapi_extra=body_docs(ChatRequest),
+    responses={200: {"model": ChatCompletion}},
+)
+async def chat_completions(
+    request: Request,
+    service: Annotated[Service, Depends(service_of)],
+    body: Annotated[ChatRequest, Depends(json_body(ChatRequest))],
+) -> Response:
+    name = service.model_name(body.model)
+    generation = Generation(service, body, [lambda: chat_tokens(service.tokenizer, body)], "messages")
+    return await respond(request, generation, ChatAnswer(name, service.tokenizer, body.logprobs_asked))

@@ -1,0 +1,47 @@
+"""GET /v1/models: what is served, and every word that a plan may use."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends
+
+from winnow.server.service import Service, service_of
+
+router = APIRouter()
+
+
+@router.get("/v1/models", summary="The models, with their compression")
+async def list_models(service: Annotated[Service, Depends(service_of)]) -> dict[str, Any]:
+    return {"object": "list", "data": [_card(service, name) for name in service.settings.model_names]}
+
+
+@router.get("/v1/models/{model:path}", summary="One model")
+async def get_model(model: str, service: Annotated[Service, Depends(service_of)]) -> dict[str, Any]:
+    return _card(service, service.model_name(model))
+
+
+def _card(service: Service, name: str) -> dict[str, Any]:
+    """OpenAI's fields, vLLM's `max_model_len`, and ours. Facts of the engine are null while it is not up."""
+    info = service.client.info
+    return {
+        "id": name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "winnow",
+        "root": service.settings.model_names[0],
+        "parent": None,
+        "max_model_len": info.max_model_len if info else None,
+        "weights": info.weights if info else service.settings.weights,
+        "kv": info
+        and {
+            "layers": info.layers,
+            "kv_heads": info.kv_heads,
+            "head_dim": info.head_dim,
+            "compute_format": info.compute_format,
+            "page_bytes": info.page_bytes,
+            "page_tokens": service.settings.page_tokens,
+            "total_pages": info.total_pages,
+        },
+        "compression": service.plans.catalogue,
+    }

@@ -1,0 +1,49 @@
+"""POST /tokenize and /detokenize."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends
+
+from winnow.engine.errors import RequestError
+from winnow.server.body import body_docs, json_body
+from winnow.server.protocol.common import at_most
+from winnow.server.protocol.responses import Text, Tokens
+from winnow.server.protocol.tokenize import DetokenizeRequest, TokenizeRequest
+from winnow.server.service import Service, service_of
+from winnow.server.templates import chat_tokens
+
+router = APIRouter()
+
+
+@router.post("/tokenize", summary="Token ids of a text", openapi_extra=body_docs(TokenizeRequest))
+async def tokenize(
+    service: Annotated[Service, Depends(service_of)],
+    body: Annotated[TokenizeRequest, Depends(json_body(TokenizeRequest))],
+) -> Tokens:
+    service.model_name(body.model)
+    longest = service.engine().max_model_len
+    at_most("messages", len(body.messages or ()), service.settings.max_messages)
+
+    def work() -> list[int]:
+        if body.prompt is None:
+            return chat_tokens(service.tokenizer, body.chat())
+        return service.tokenizer.encode(body.prompt, body.add_special_tokens is not False)
+
+    tokens = await service.in_thread(work)
+    shown: Any = [service.tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
+    return Tokens(count=len(tokens), max_model_len=longest, tokens=tokens, token_strs=shown)
+
+
+@router.post("/detokenize", summary="Text of token ids", openapi_extra=body_docs(DetokenizeRequest))
+async def detokenize(
+    service: Annotated[Service, Depends(service_of)],
+    body: Annotated[DetokenizeRequest, Depends(json_body(DetokenizeRequest))],
+) -> Text:
+    service.model_name(body.model)
+    size = service.engine().vocab_size
+    if body.tokens and max(body.tokens) >= size:
+        raise RequestError("tokens", f"tokens: the vocabulary has {size} tokens", "invalid_value")
+    text = await service.in_thread(lambda: service.tokenizer.decode(body.tokens, skip_special_tokens=False))
+    return Text(prompt=text)

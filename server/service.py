@@ -1,0 +1,92 @@
+"""What every route works with: settings, engine, tokenizer, plans, admission, metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, TypeVar
+
+from fastapi import Request
+
+from winnow.engine.errors import Overloaded
+from winnow.engine.messages import EngineInfo
+from winnow.server.admission import Admission
+from winnow.server.client import Client
+from winnow.server.errors import ApiError
+from winnow.server.metrics import Metrics
+from winnow.server.plans import Plans
+from winnow.server.settings import Settings
+
+if TYPE_CHECKING:
+    from winnow.engine.models.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+RETRY_LOADING_S = 5
+
+
+class Service:
+    def __init__(self, settings: Settings, client: Client, tokenizer: Tokenizer):
+        self.settings = settings
+        self.client = client
+        self.tokenizer = tokenizer
+        self.plans = Plans(settings)
+        self.admission = Admission(settings)
+        self.metrics = Metrics(client, settings.model_names[0])
+        self.created = int(time.time())
+        self._pool = ThreadPoolExecutor(settings.tokenizer_threads, "tokenizer")
+
+    async def start(self) -> None:
+        await self.client.start()
+
+    async def stop(self) -> None:
+        """Cuts what still runs; a server that drains has done so before (see lifecycle.py)."""
+        await self.admission.drain(0)
+        await self.client.stop(0)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """Tokenizing and templates: too long for the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+    @property
+    def is_alive(self) -> bool:
+        """The engine was heard lately, or is not up: loading and starting again are no reasons to kill this process."""
+        return not self.client.is_ready or self.client.heartbeat_age_s < self.settings.heartbeat_s
+
+    @property
+    def is_ready(self) -> bool:
+        return self.client.is_ready and self.is_alive and not self.admission.is_draining
+
+    def engine(self) -> EngineInfo:
+        """Facts of the engine that is up.
+
+        Raises
+            Overloaded
+        """
+        info = self.client.info
+        if info is None or not self.client.is_ready:
+            raise Overloaded("the engine is starting", RETRY_LOADING_S)
+        return info
+
+    def model_name(self, asked: str | None) -> str:
+        """The name to answer with.
+
+        Raises
+            ApiError: 404
+        """
+        names = self.settings.model_names
+        if asked is None:
+            return names[0]
+        if asked not in names:
+            message = f"this server has no such model; it has {', '.join(names)}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+        return asked
+
+
+def service_of(request: Request) -> Service:
+    """A dependency."""
+    service: Service = request.app.state.service
+    return service

@@ -1,0 +1,151 @@
+"""The server's settings. What wins: command line, then WINNOW_… environment, then the YAML file, then defaults."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
+from pydantic_settings import SettingsError as SourceError
+from yaml import YAMLError
+
+from winnow.engine.compression.plan import Maximum
+from winnow.engine.config import EngineSettings
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+class SettingsError(Exception):
+    """A setting is unknown, out of range or unreadable; the message names it."""
+
+
+class Settings(BaseSettings, EngineSettings):
+    """Everything that can be set, the engine's settings included.
+
+    Each field is a key of the YAML file, an environment variable (``WINNOW_`` and the name in capitals) and, for the
+    common ones, an option of ``winnow serve``.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="WINNOW_", extra="forbid", frozen=True, env_ignore_empty=True, protected_namespaces=()
+    )
+
+    # Where and for whom
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    api_key: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        (), description="accepted Bearer keys (comma-separated in the environment); none: no key is asked for"
+    )
+    served_model_name: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="names that requests may use; the first is the one shown. Default: taken from `model`"
+    )
+    log_level: LogLevel = Field("info", description="what is logged")
+
+    # Compression
+    compression: str | dict[str, Any] | None = Field(
+        None, description="plan or profile of requests that name none; `{}` in a request turns it off"
+    )
+    max_compression: Maximum | None = Field(None, description="the most that a request may hold: budget, format")
+    profiles: Path | None = Field(None, description="YAML file of named profiles; the packaged ones if unset")
+
+    # Limits on one request
+    max_body_bytes: int = Field(4 << 20, ge=1024, le=1 << 30, description="request body, counted while it is read")
+    body_timeout_s: float = Field(30.0, gt=0, le=3600, description="time for a client to send its body")
+    max_messages: int = Field(2048, ge=1, le=1 << 20, description="messages of a chat")
+    max_prompts: int = Field(64, ge=1, le=4096, description="prompts of a completions request")
+    max_n: int = Field(16, ge=1, le=1024, description="choices per prompt")
+    max_choices: int = Field(128, ge=1, le=65536, description="choices of a request: prompts times n")
+    max_stop_strings: int = Field(16, ge=1, le=256, description="stop strings")
+    max_stop_chars: int = Field(256, ge=1, le=65536, description="length of one stop string")
+    max_stop_token_ids: int = Field(64, ge=1, le=4096, description="stop token ids")
+    max_logprobs: int = Field(20, ge=0, le=128, description="likeliest tokens reported at each position")
+    max_logit_bias: int = Field(1024, ge=0, le=1 << 20, description="entries of logit_bias")
+    request_timeout_s: float = Field(600.0, gt=0, le=86400, description="longest life of a request")
+
+    # Limits on all of them. A request is queued until its first token.
+    max_queue_requests: int = Field(256, ge=1, le=1 << 20, description="requests that may wait")
+    max_queue_tokens: int = Field(1 << 20, ge=1, le=1 << 40, description="prompt tokens that may wait")
+    tokenizer_threads: int = Field(2, ge=1, le=64, description="threads that tokenize prompts")
+
+    # Times
+    ping_s: float = Field(10.0, gt=0, le=3600, description="silence after which a stream gets a comment line")
+    drain_s: float = Field(30.0, ge=0, le=3600, description="time that running requests get after SIGTERM")
+    heartbeat_s: float = Field(30.0, gt=0, le=3600, description="silence of the engine that /live calls dead")
+
+    @field_validator("api_key", "served_model_name", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("api_key")
+    @classmethod
+    def _usable(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        for key in keys:
+            text = key.get_secret_value()
+            if not text or not text.isascii() or not text.isprintable() or " " in text:
+                raise ValueError("an API key is printable ASCII without spaces")
+        return keys
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Settings:
+        if self.max_model_len is not None and self.max_queue_tokens < self.max_model_len:
+            raise ValueError("max_queue_tokens must hold at least one prompt of max_model_len tokens")
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings, env_settings, YamlConfigSettingsSource(settings_cls))
+
+    @property
+    def engine(self) -> EngineSettings:
+        return EngineSettings(**{name: getattr(self, name) for name in EngineSettings.model_fields})
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """Names that a request may give; never a path of this machine."""
+        if self.served_model_name:
+            return self.served_model_name
+        if self.model == "default":
+            return ("SmolLM2-135M-Instruct", "default")
+        path = Path(self.model)
+        return (path.stem if path.suffix == ".gguf" else path.name,) if path.exists() else (self.model,)
+
+
+def load(config: Path | None = None, **options: Any) -> Settings:
+    """Settings from a YAML file (or the one that WINNOW_CONFIG names), the environment and options that are not None.
+
+    Raises
+        SettingsError
+    """
+    if config is None and (named := os.environ.get("WINNOW_CONFIG")):
+        config = Path(named)
+    if config is not None and not config.is_file():
+        raise SettingsError(f"there is no config file {config}")
+
+    class Sourced(Settings):
+        model_config = SettingsConfigDict(yaml_file=config, yaml_file_encoding="utf-8")
+
+    try:
+        return Sourced(**{name: value for name, value in options.items() if value is not None})
+    except ValidationError as error:
+        lines = [f"  {'.'.join(str(p) for p in e['loc']) or 'settings'}: {e['msg']}" for e in error.errors()]
+        raise SettingsError("bad settings:\n" + "\n".join(lines)) from error
+    except (YAMLError, UnicodeDecodeError, SourceError, TypeError, ValueError) as error:
+        raise SettingsError(f"cannot read the settings{f' of {config}' if config else ''}: {error}") from error

@@ -1,0 +1,32 @@
+"""Conversations as tokens, by the model's own chat template."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from winnow.server.protocol.chat import ChatPrompt
+
+if TYPE_CHECKING:
+    from winnow.engine.models.tokenizer import Tokenizer
+
+
+def chat_tokens(tokenizer: Tokenizer, chat: ChatPrompt) -> list[int]:
+    """The prompt. The template writes the special tokens that belong there, so none are added.
+
+    A developer's message stands for the system's where the template does not know developers (OpenAI's newer name).
+
+    Raises
+        RequestError: the template refuses the messages
+    """
+    messages: list[dict[str, Any]] = [message.for_template() for message in chat.messages]
+    if "developer" not in (tokenizer.chat_template or ""):
+        for message in messages:
+            if message["role"] == "developer":
+                message["role"] = "system"
+    text = tokenizer.apply_chat_template(
+        messages,
+        add_generation_prompt=chat.add_generation_prompt,
+        continue_final_message=chat.continue_final_message,
+        variables=chat.chat_template_kwargs,
+    )
+    return tokenizer.encode(text, add_special_tokens=False)

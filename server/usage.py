@@ -1,0 +1,51 @@
+"""What a request used: tokens, and memory as measured by the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from winnow.engine.messages import CompressionReport
+
+
+@dataclass
+class Usage:
+    """Totals of one request.
+
+    `compression` counts every choice of every prompt: each of its numbers is the sum over these `sequences`, so that
+    tokens_kept.mean / tokens_seen is the share of the context that was kept and bytes_held / bytes_uncompressed that of
+    the memory. A page that several sequences share counts once for each of them.
+    """
+
+    plan: dict[str, Any] | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    reports: list[CompressionReport] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        usage: dict[str, Any] = {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+        if self.reports:
+            usage["compression"] = compression(self.plan, self.reports)
+        return usage
+
+
+def compression(plan: dict[str, Any] | None, reports: list[CompressionReport]) -> dict[str, Any]:
+    """`usage.compression` of some sequences; also what the last chunk of a stream says of its choice."""
+    return {
+        "plan": plan,
+        "sequences": len(reports),
+        "tokens_seen": sum(report.tokens_seen for report in reports),
+        "tokens_kept": {
+            "min": sum(report.tokens_kept_min for report in reports),
+            "mean": round(sum(report.tokens_kept_mean for report in reports), 3),
+            "max": sum(report.tokens_kept_max for report in reports),
+        },
+        "bytes_uncompressed": sum(report.bytes_uncompressed for report in reports),
+        "bytes_held": sum(report.bytes_held for report in reports),
+    }

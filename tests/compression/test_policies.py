@@ -1,0 +1,242 @@
+"""Each policy against its paper's formula, written out with loops over a dense attention matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, normalize
+
+from winnow.engine.compression.plan import Evict, Plan
+from winnow.engine.compression.policy import LaneView
+from winnow.engine.compression.registry import EVICTION, eviction_policy
+from winnow.engine.compression.select import keep_sets
+
+from .dense import Dense, cut, dense
+
+TOKENS = 61
+SINKS = 2
+
+
+def evict(policy: str, **knobs: object) -> Evict:
+    plan = Plan.parse({"kv": {"evict": {"policy": policy, "budget": 0.5, "sinks": SINKS} | knobs}})
+    assert plan.evict is not None
+    return plan.evict
+
+
+def kept_by(evict: Evict, view: LaneView, budget: int) -> list[list[set[int]]]:
+    """Logical positions that survive, by layer and head."""
+    scores = eviction_policy(evict.policy).score(view, evict)
+    budgets = torch.full((len(view.layers),), budget)
+    index, _ = keep_sets(scores, view.kept, budgets, evict.sinks, evict.recent_tokens(budget), evict.head_budget)
+    return [
+        [
+            {int(view.positions[layer, head, i]) for i in index[layer, head] if i >= 0}
+            for head in range(index.shape[1])
+        ]
+        for layer in range(index.shape[0])
+    ]
+
+
+def best(scores: Tensor, budget: int, recent: int) -> set[int]:
+    """The newest `recent`, the first SINKS, then the highest scores [tokens]."""
+    tokens = len(scores)
+    kept = [*range(tokens - recent, tokens), *range(SINKS)]
+    rest = sorted((i for i in range(SINKS, tokens - recent)), key=lambda i: (-float(scores[i]), i))
+    return set((kept + rest)[:budget])
+
+
+# The papers' scores of one lane, [tokens] --------------------------------------------------------------------------
+
+
+def group_of(d: Dense, layer: int, head: int) -> Tensor:
+    """[q_per_kv, queries, tokens]"""
+    return d.attention[layer, head * d.q_per_kv : (head + 1) * d.q_per_kv]
+
+
+def snapkv(d: Dense, layer: int, head: int, window: int = 8, pool: int = 5) -> Tensor:
+    before = d.tokens - window
+    votes = group_of(d, layer, head)[:, before:, :before].mean(1)  # [q_per_kv, keys before the window]
+    scores = torch.full((d.tokens,), 2.0, dtype=torch.float64)  # the window beats every probability
+    for key in range(before):
+        near = [float(votes[:, j].mean()) for j in range(key - pool // 2, key + pool // 2 + 1) if 0 <= j < before]
+        scores[key] = sum(near) / pool
+    return scores
+
+
+def h2o(d: Dense, layer: int, head: int) -> Tensor:
+    return group_of(d, layer, head).sum((0, 1))
+
+
+def tova(d: Dense, layer: int, head: int) -> Tensor:
+    return d.attention[layer, :, -1].mean(0)
+
+
+def knorm(d: Dense, layer: int, head: int) -> Tensor:
+    return -d.keys[layer, head].double().norm(dim=-1)
+
+
+def keydiff(d: Dense, layer: int, head: int) -> Tensor:
+    keys = d.keys[layer, head].double()
+    anchor = normalize(keys, dim=-1).mean(0, keepdim=True)
+    return -cosine_similarity(keys, anchor, dim=-1)
+
+
+def streaming_llm(d: Dense, layer: int, head: int) -> Tensor:
+    return torch.arange(d.tokens).double()
+
+
+def mix(x: int) -> int:
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+    return x ^ (x >> 31)
+
+
+def hashed(seed: int, layer: int, head: int, position: int) -> float:
+    state = seed
+    for part in (0, layer, head, position):
+        state = mix((state + (part + 1) * 0x9E3779B97F4A7C15) % 2**64)
+    return (state >> 40) / 2**24
+
+
+def random(d: Dense, layer: int, head: int) -> Tensor:
+    return torch.tensor([hashed(7, layer, head, position) for position in range(d.tokens)])
+
+
+ORACLES: dict[str, tuple[Callable[..., Tensor], int, dict[str, object]]] = {
+    # policy: (score of a lane, recent tokens for a budget of 20, knobs)
+    "snapkv": (snapkv, 8, {"window": 8}),
+    "h2o": (h2o, 10, {}),
+    "tova": (tova, 1, {}),
+    "knorm": (knorm, 0, {}),
+    "keydiff": (keydiff, 0, {}),
+    "streaming_llm": (streaming_llm, 0, {}),
+    "random": (random, 0, {}),
+}
+
+
+def test_every_policy_has_an_oracle() -> None:
+    assert set(ORACLES) == set(EVICTION)
+
+
+@pytest.mark.parametrize("name", EVICTION)
+@pytest.mark.parametrize("q_per_kv", [1, 3])
+def test_keeps_what_the_paper_keeps(name: str, q_per_kv: int) -> None:
+    oracle, recent, knobs = ORACLES[name]
+    for seed in range(4):
+        d = dense(TOKENS, q_per_kv=q_per_kv, seed=seed)
+        rule = evict(name, **knobs)
+        kept = kept_by(rule, d.view(eviction_policy(name), rule), 20)
+        assert rule.recent_tokens(20) == recent
+        for layer in range(2):
+            for head in range(2):
+                assert kept[layer][head] == best(oracle(d, layer, head), 20, recent), (layer, head)
+
+
+@pytest.mark.parametrize("name", EVICTION)
+def test_scores_of_ragged_lanes_are_those_of_each_lane_alone(name: str) -> None:
+    """Padding beyond a lane's kept length takes no part in any statistic."""
+    d = dense(TOKENS, layers=1, kv_heads=2)
+    rule = evict(name)
+    policy = eviction_policy(name)
+    whole = d.view(policy, rule)
+    lanes = torch.full((1, 2, 40), -1)
+    lanes[0, 0, :40] = torch.arange(TOKENS - 40, TOKENS)
+    lanes[0, 1, :23] = torch.arange(TOKENS - 46, TOKENS, 2)
+    ragged = cut(whole, lanes, torch.tensor([[40, 23]]))
+    scores = policy.score(ragged, rule)
+    assert scores.shape == (1, 2, 40)
+    assert scores.dtype == torch.float32
+    if name == "tova":
+        return  # the one policy that looks across lanes: see below
+    for head, count in ((0, 40), (1, 23)):
+        alone = cut(whole, lanes[..., :count], ragged.kept.clamp_max(count))
+        torch.testing.assert_close(policy.score(alone, rule)[0, head, :count], scores[0, head, :count])
+
+
+def test_tova_meets_by_position_where_lanes_differ() -> None:
+    d = dense(TOKENS, layers=2, kv_heads=3)
+    rule = evict("tova")
+    policy = eviction_policy("tova")
+    whole = d.view(policy, rule)
+    held = [[[0, 5, 9, 60], [0, 9, 60], [5, 60]], [[1, 2], [3, 4], [1, 3, 4, 60]]]
+    index = torch.full((2, 3, 4), -1)
+    for layer, lanes in enumerate(held):
+        for head, lane in enumerate(lanes):
+            index[layer, head, : len(lane)] = torch.tensor(lane)
+    count = torch.tensor([[len(lane) for lane in lanes] for lanes in held])
+    scores = policy.score(cut(whole, index, count), rule)
+    for layer, lanes in enumerate(held):
+        for head, lane in enumerate(lanes):
+            for i, position in enumerate(lane):
+                holders = [other for other in range(3) if position in lanes[other]]
+                wanted = torch.stack([group_of(d, layer, other)[:, -1, position] for other in holders]).mean()
+                assert scores[layer, head, i].item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_tova_scores_all_lanes_of_a_layer_alike() -> None:
+    d = dense(TOKENS, kv_heads=4)
+    rule = evict("tova", head_budget="adaptive")
+    kept = kept_by(rule, d.view(eviction_policy("tova"), rule), 15)
+    for layer in kept:
+        assert all(lane == layer[0] for lane in layer)  # heads compete, and nobody wins
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 9, 40, 127])  # all shorter than twice the default window of 64
+def test_snapkv_reads_prompts_shorter_than_its_window(tokens: int) -> None:
+    rule = evict("snapkv")
+    policy = eviction_policy("snapkv")
+    assert policy.voters(rule, tokens) == max(1, tokens // 2)
+    d = dense(tokens)
+    budget = rule.budget_tokens(tokens)
+    kept = kept_by(rule, d.view(policy, rule), budget)
+    recent = max(1, budget // 2)
+    for layer in range(2):
+        for head in range(2):
+            window = max(1, tokens // 2)
+            wanted = best(snapkv(d, layer, head, window), budget, recent)
+            assert len(kept[layer][head]) == budget
+            if budget >= SINKS + window:  # else unprotected window tokens compete, which the paper does not define
+                assert kept[layer][head] == wanted
+
+
+def test_snapkv_divides_window_tokens_by_the_queries_that_saw_them() -> None:
+    d = dense(TOKENS, layers=1)
+    rule = evict("snapkv", window=8)
+    scores = eviction_policy("snapkv").score(d.view(eviction_policy("snapkv"), rule), rule)
+    for key in range(TOKENS - 8, TOKENS):
+        wanted = group_of(d, 0, 1)[:, key:, key].mean()
+        assert scores[0, 1, key].item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_random_depends_on_seed_layer_head_and_position_only() -> None:
+    d = dense(TOKENS, layers=3)
+    rule = evict("random")
+    policy = eviction_policy("random")
+    for seed in (0, 7, 2**63, 2**64 - 1):  # either side of the sign bit
+        whole = policy.score(d.view(policy, rule, seed), rule)
+        for layer, head, position in ((0, 0, 0), (2, 1, 60), (1, 0, 33)):
+            assert whole[layer, head, position].item() == hashed(seed, layer, head, position)
+        few = d.view(policy, rule, seed)
+        part = LaneView(
+            few.positions[1:2, :, 10:30], few.kept[1:2] * 0 + 20, few.layers[1:2], None, None, 0, 3, 999, seed
+        )
+        assert torch.equal(policy.score(part, rule), whole[1:2, :, 10:30])
+    assert not torch.equal(whole, policy.score(d.view(policy, rule, 1), rule))
+
+
+def test_random_is_uniform() -> None:
+    d = dense(2000, layers=1, kv_heads=1, q_per_kv=1)
+    rule = evict("random")
+    scores = eviction_policy("random").score(d.view(eviction_policy("random"), rule), rule).flatten()
+    counts = torch.histc(scores, 20, 0.0, 1.0)
+    assert ((counts - 100) ** 2 / 100).sum() < 43.8  # chi-square, 19 degrees of freedom, p = 0.001
+
+
+def test_h2o_hears_all_queries_and_keeps_half_of_the_budget_recent() -> None:
+    rule = evict("h2o")
+    assert rule.voters(10_000) is None
+    assert rule.recent_tokens(100) == 50
+    assert evict("h2o", recent=7).recent_tokens(100) == 7

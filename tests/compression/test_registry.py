@@ -1,0 +1,75 @@
+"""What follows from one line in the registry, for every line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from winnow.engine.compression.plan import Evict, evict_model, evict_schema
+from winnow.engine.compression.policy import PolicyParams
+from winnow.engine.compression.registry import EVICTION, eviction_policy
+from winnow.engine.compression.signals import Signal
+
+
+def test_one_file_and_one_line_per_policy() -> None:
+    folder = Path(import_module("winnow.engine.compression.eviction").__path__[0])
+    files = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    assert files == set(EVICTION)
+    for name, place in EVICTION.items():
+        assert place.startswith(f"winnow.engine.compression.eviction.{name}:")
+
+
+@pytest.mark.parametrize("name", EVICTION)
+def test_conforms(name: str) -> None:
+    policy = eviction_policy(name)
+    assert policy is eviction_policy(name)
+    assert all(isinstance(signal, Signal) for signal in policy.signals)
+    assert issubclass(policy.Params, PolicyParams)
+    assert not set(policy.Params.model_fields) & set(Evict.model_fields), "a knob hides a common one"
+    assert all(field.description for field in policy.Params.model_fields.values())
+    params = evict_model(name).model_validate({"policy": name, "budget": 0.5})
+    assert isinstance(params, policy.Params)
+    voters = policy.voters(params, 1000)
+    assert (voters == 0) == (Signal.ATTENTION not in policy.signals)
+    for budget in (1, 2, 3, 100, 5000):
+        assert 0 <= policy.default_recent(params, budget) <= budget
+    module = import_module(EVICTION[name].split(":")[0])
+    assert module.__doc__ is not None
+    assert "score(" in module.__doc__
+
+
+def test_schemas_name_all_knobs() -> None:
+    schemas = evict_schema()
+    assert list(schemas) == list(EVICTION)
+    snapkv = schemas["snapkv"]["properties"]
+    assert snapkv["window"] == {
+        "default": 64,
+        "description": "queries at the end that vote",
+        "maximum": 1024,
+        "minimum": 1,
+        "title": "Window",
+        "type": "integer",
+    }
+    assert {"budget", "sinks", "recent", "during", "interval", "head_budget", "layer_budget"} <= set(snapkv)
+    assert "window" not in schemas["knorm"]["properties"]
+    assert schemas["knorm"]["properties"]["policy"]["const"] == "knorm"
+
+
+def test_plans_are_validated_without_torch() -> None:
+    program = """
+import sys
+from winnow.engine.compression.plan import Plan, evict_schema, plan_schema
+from winnow.engine.compression.profiles import load_profiles
+from winnow.engine.sampling import SamplingTable
+profiles = load_profiles()
+for name in evict_schema():
+    plan = Plan.resolve({"kv": {"evict": {"policy": name, "budget": 0.5}, "format": "int8"}}, profiles)
+    plan.evict.voters(100), plan.evict.recent_tokens(100), plan.fingerprint
+plan_schema()
+assert "torch" not in sys.modules, "torch was imported"
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

@@ -1,0 +1,177 @@
+"""Random paged states for the kernel tests: lanes of any raggedness on shuffled pages, garbage everywhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from hypothesis import settings
+from torch import Tensor
+
+from winnow.kernels.kv import LaneBatch, PagedKV
+from winnow.kernels.layout import PageFormat, PageLayout
+from winnow.kernels.reference.codec import encode_pages, float_views
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a sequence holds. `open` and `sealed` go by lane (layer by layer, head by head) and are repeated."""
+
+    open: tuple[int, ...]
+    """tokens after the sealed pages, the step's rows included"""
+    rows: int = 1
+    sealed: tuple[int, ...] = (0,)
+    """full pages in `fmt`"""
+    fmt: PageFormat = PageFormat.INT4
+    evicted: bool = False
+    """positions have gaps, and are written down, as they are anyway where lanes differ in kept length"""
+    first_vote: int | None = None
+    """with a number the slot has mass"""
+
+    def kept(self, layout: PageLayout, lanes: int) -> list[int]:
+        """Tokens of each lane."""
+        capacity = layout.capacity(self.fmt)
+        return [self.sealed[i % len(self.sealed)] * capacity + self.open[i % len(self.open)] for i in range(lanes)]
+
+
+@dataclass
+class State:
+    """A paged memory, the batch of its sequences' newest rows, and what was put into the lanes."""
+
+    kv: PagedKV
+    batch: LaneBatch
+    free: Tensor
+    """page ids of no lane"""
+    keys: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
+    """(slot, layer, head) -> [kept, D] f32, before any format rounded it"""
+    values: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        return int(self.batch.cu_rows[-1])
+
+    def copy(self) -> State:
+        """The same state on memory of its own. The batch too: a backend may keep addresses in it."""
+        batch = self.batch
+        fresh = LaneBatch(batch.slots, batch.cu_rows, batch.positions, batch.first_vote)
+        return replace(self, kv=copy_kv(self.kv), batch=fresh)
+
+
+def copy_kv(kv: PagedKV) -> PagedKV:
+    return PagedKV(
+        kv.layout,
+        *(part.clone() for part in (kv.data, kv.table, kv.kept, kv.sealed, kv.formats)),
+        mass={slot: part.clone() for slot, part in kv.mass.items()},
+        positions={slot: part.clone() for slot, part in kv.positions.items()},
+    )
+
+
+def build(
+    layout: PageLayout, held: Sequence[Held], *, layers: int = 1, kv_heads: int = 2, spare: int = 8, seed: int = 0
+) -> State:
+    """One sequence for each of `held`, in shuffled slots; `spare` pages and one slot stay free."""
+    rng = torch.Generator().manual_seed(seed)
+    lanes, slots = layers * kv_heads, len(held) + 1
+    longest = max(max(h.kept(layout, lanes)) for h in held)
+    most = [max(h.sealed) + layout.pages(max(h.open)) for h in held]
+    kv = PagedKV.allocate(layout, sum(most) * lanes + spare, slots, layers, kv_heads, max(most) + 1)
+    kv.data.fill_(255)  # a NaN in every float format: what no token wrote must not be read
+    free = torch.randperm(kv.data.shape[0], generator=rng).int()
+    order = torch.randperm(slots, generator=rng).int()[: len(held)]
+    bounds, positions = [0], []
+    state = State(kv, LaneBatch(order, order, order, order), free)
+    for slot, one in zip(order.tolist(), held, strict=True):
+        kept = one.kept(layout, lanes)
+        kv.formats[slot] = int(one.fmt)
+        for i in range(lanes):
+            lane = (slot, i // kv_heads, i % kv_heads)
+            sealed, tokens = one.sealed[i % len(one.sealed)], one.open[i % len(one.open)]
+            assert one.rows <= tokens, "the step's rows must fit the open pages"
+            count = sealed + layout.pages(tokens)
+            kv.table[lane][:count], state.free = state.free[:count], state.free[count:]
+            kv.kept[lane], kv.sealed[lane] = kept[i], sealed
+            fill_lane(state, lane, rng)
+        evicted = one.evicted or min(kept) < max(kept)
+        seen = max(kept) + (37 if evicted else 0)
+        if evicted:
+            kv.positions[slot] = gapped_positions(kv, slot, one.rows, seen, rng)
+        if one.first_vote is not None:
+            kv.mass[slot] = torch.rand(layers, kv_heads, longest + 5, generator=rng)
+        bounds.append(bounds[-1] + one.rows)
+        positions.append(torch.arange(seen - one.rows, seen))
+    votes = [h.rows if h.first_vote is None else h.first_vote for h in held]
+    state.batch = LaneBatch(order, int32(bounds), torch.cat(positions).int(), int32(votes))
+    return state
+
+
+def fill_lane(state: State, lane: tuple[int, int, int], rng: torch.Generator) -> None:
+    """Random tokens of unit scale, a key channel in eight ten times larger, as models have them."""
+    kv, layout, (slot, layer, head) = state.kv, state.kv.layout, lane
+    kept, sealed, fmt = int(kv.kept[lane]), int(kv.sealed[lane]), PageFormat(int(kv.formats[slot]))
+    keys, values = (torch.randn(kept, layout.head_dim, generator=rng) for _ in range(2))
+    keys[:, ::8] += 4
+    state.keys[slot, layer, head], state.values[slot, layer, head] = keys, values
+    pages, full = kv.table[lane].long(), sealed * layout.capacity(fmt)
+    if sealed:
+        raw = encode_pages(keys[:full], values[:full], layout, fmt)
+        kv.data[pages[:sealed], : raw.shape[1]] = raw
+    k_view, v_view = float_views(kv.data, layout, layout.compute)
+    for i in range(full, kept):
+        page, place = int(pages[sealed + (i - full) // layout.page_tokens]), (i - full) % layout.page_tokens
+        k_view[page, :, place] = keys[i].to(k_view.dtype)
+        v_view[page, place] = values[i].to(v_view.dtype)
+
+
+def gapped_positions(kv: PagedKV, slot: int, rows: int, seen: int, rng: torch.Generator) -> Tensor:
+    """[layers, kv_heads, capacity] int32: each lane keeps a random subset of what came before the step's rows."""
+    layers, heads = kv.kept.shape[1:]
+    positions = torch.full((layers, heads, int(kv.kept[slot].max()) + 3), -7, dtype=torch.int32)
+    for layer in range(layers):
+        for head in range(heads):
+            old = int(kv.kept[slot, layer, head]) - rows
+            positions[layer, head, :old] = torch.randperm(seen - rows, generator=rng)[:old].sort().values.int()
+            positions[layer, head, old : old + rows] = torch.arange(seen - rows, seen)
+    return positions
+
+
+def one_sequence(batch: LaneBatch, index: int) -> tuple[LaneBatch, slice]:
+    """The batch of one of its sequences alone, and where that one's rows are."""
+    first, last = batch.cu_rows[index : index + 2].tolist()
+    alone = LaneBatch(
+        batch.slots[index : index + 1].clone(),
+        int32([0, last - first]),
+        batch.positions[first:last].clone(),
+        batch.first_vote[index : index + 1].clone(),
+    )
+    return alone, slice(first, last)
+
+
+def chunk_of(batch: LaneBatch, first: int, last: int) -> LaneBatch:
+    """Rows [first, last) of a batch of one sequence, as a step of their own; the caller sets `kept` to match."""
+    vote = min(max(int(batch.first_vote[0]) - first, 0), last - first)
+    return LaneBatch(batch.slots.clone(), int32([0, last - first]), batch.positions[first:last].clone(), int32([vote]))
+
+
+def sealed_pages(kv: PagedKV) -> Tensor:
+    """[n] int64: ids of all sealed pages."""
+    return kv.table[torch.arange(kv.table.shape[3]) < kv.sealed[..., None]].long()
+
+
+def fixed(max_examples: int = 100) -> settings:
+    """Hypothesis draws the same examples in every run."""
+    return settings(max_examples=max_examples, derandomize=True, deadline=None)
+
+
+def int32(numbers: Sequence[int]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+def randn(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
+    assert actual.shape == expected.shape
+    differ = actual.contiguous().view(torch.int32) != expected.contiguous().view(torch.int32)
+    assert not differ.any(), f"{int(differ.sum())} of {differ.numel()} numbers differ in their bits"

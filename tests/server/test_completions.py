@@ -1,0 +1,88 @@
+"""Text completions, whole answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+
+from winnow.engine.models.tokenizer import Tokenizer
+from winnow.server.protocol.responses import Completion
+
+from .fake_engine import FakeEngine
+
+pytestmark = pytest.mark.anyio
+
+
+async def ask(http: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
+    answer = await http.post("/v1/completions", json=fields)
+    assert answer.status_code == 200, answer.text
+    body = answer.json()
+    Completion.model_validate(body)
+    return body
+
+
+async def test_sixteen_tokens_by_default(http: httpx.AsyncClient, engine: FakeEngine, tokenizer: Tokenizer) -> None:
+    body = await ask(http, prompt="Once upon a time")
+    assert engine.submits[0].sampling.max_tokens == 16
+    assert engine.submits[0].prompt == tokenizer.encode("Once upon a time")
+    assert body["choices"][0]["text"] == "The capital of France is Paris."
+    assert body["id"].startswith("cmpl-")
+
+
+async def test_the_default_shrinks_to_what_is_left(http: httpx.AsyncClient, engine: FakeEngine) -> None:
+    await ask(http, prompt=[5] * 2040)
+    assert engine.submits[0].sampling.max_tokens == 8
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [
+        ([5, 6, 7], [[5, 6, 7]]),
+        ([[5, 6], [7]], [[5, 6], [7]]),
+        (["a", "b"], None),
+        (["a", [7]], None),
+    ],
+)
+async def test_prompt_forms(
+    http: httpx.AsyncClient, engine: FakeEngine, tokenizer: Tokenizer, prompt: Any, prompts: Any
+) -> None:
+    body = await ask(http, prompt=prompt, n=2, max_tokens=3)
+    expected = prompts or [tokenizer.encode(p) if isinstance(p, str) else p for p in prompt]
+    assert [submit.prompt for submit in engine.submits] == expected
+    assert [choice["index"] for choice in body["choices"]] == list(range(2 * len(expected)))
+    assert all(choice["text"] == "The capital of" for choice in body["choices"])
+    assert body["usage"]["prompt_tokens"] == sum(map(len, expected))
+    assert body["usage"]["completion_tokens"] == 6 * len(expected)
+    assert len({submit.request_id for submit in engine.submits}) == len(expected)
+
+
+async def test_echo(http: httpx.AsyncClient, tokenizer: Tokenizer) -> None:
+    body = await ask(http, prompt=["Say: ", tokenizer.encode("Tell: ")], echo=True, max_tokens=3)
+    assert [choice["text"] for choice in body["choices"]] == ["Say: The capital of", "Tell: The capital of"]
+
+
+async def test_logprobs(http: httpx.AsyncClient, engine: FakeEngine) -> None:
+    body = await ask(http, prompt="x", logprobs=2, max_tokens=3)
+    logprobs = body["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == ["The", " capital", " of"]
+    assert logprobs["text_offset"] == [0, 3, 11]
+    assert logprobs["token_logprobs"] == [-0.5] * 3
+    assert all(len(top) == 2 for top in logprobs["top_logprobs"])
+    assert engine.submits[0].sampling.logprobs == 2
+    chosen_only = await ask(http, prompt="x", logprobs=0, max_tokens=3)
+    assert chosen_only["choices"][0]["logprobs"]["top_logprobs"] is None
+
+
+async def test_best_of_n(http: httpx.AsyncClient) -> None:
+    assert len((await ask(http, prompt="x", n=2, best_of=2))["choices"]) == 2
+
+
+async def test_one_failing_prompt_fails_the_request(http: httpx.AsyncClient, engine: FakeEngine) -> None:
+    from winnow.engine.errors import EngineDied
+
+    engine.error, engine.error_after = EngineDied("gone"), 2
+    answer = await http.post("/v1/completions", json={"prompt": ["a", "b"]})
+    assert answer.status_code == 503
+    assert answer.json()["error"]["code"] == "engine_died"
