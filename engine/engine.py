@@ -22,7 +22,7 @@ from winnow.engine.pages import OutOfPages, PageArena
 from winnow.engine.prefix_cache import PrefixCache
 from winnow.engine.runner import Runner
 from winnow.engine.sampler import Sampled, Sampler
-from winnow.engine.sampling import SamplingTable, choice_seed
+from winnow.engine.sampling import SamplingTable, check_sampling, choice_seed
 from winnow.engine.scheduler import ScheduledBatch, Scheduler
 from winnow.engine.sequence import Sequence, room_for
 from winnow.kernels.dispatch import Backend
@@ -191,6 +191,7 @@ class Engine:
             raise RequestError("prompt", "the prompt has no tokens")
         if not all(0 <= token < self.config.vocab_size for token in request.prompt):
             raise RequestError("prompt", f"token ids must be below {self.config.vocab_size}")
+        check_sampling(sampling, self.config.vocab_size)
         if sampling.max_tokens < 1 or not 1 <= sampling.n <= self.settings.max_seqs:
             raise RequestError("n", f"max_tokens must be positive and n between 1 and {self.settings.max_seqs}")
         if length + sampling.max_tokens > self.max_model_len:

@@ -60,6 +60,7 @@ def create_app(settings: Settings, client: Client | None = None, tokenizer: Toke
 
     # The documentation pages would load scripts from elsewhere; /openapi.json is there.
     app = FastAPI(title="Winnow", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.router.redirect_slashes = False
     app.state.service = service
     for routes in (chat, completions, models, tokenize, probes):
         app.include_router(routes.router, responses={"default": {"model": ErrorBody}})

@@ -43,7 +43,10 @@ class Generation:
             prompt_param: the field that holds the prompts, for errors
             default_output: tokens to generate when the request says nothing; None: all that the context leaves
             prefixes: for each prompt the text that its choices begin with; None: the prompt's own, decoded
+        Raises
+            RequestError: a limit of this server is exceeded
         """
+        request.check_limits(service.settings)
         self.service = service
         self.request = request
         self.prompts = prompts
@@ -61,7 +64,6 @@ class Generation:
             RequestError, Overloaded, EngineDied, ApiError
         """
         service, request = self.service, self.request
-        request.check_limits(service.settings)
         with service.admission.board(len(self.prompts)) as flight:
             info = service.engine()
             request.check_vocabulary(info.vocab_size)

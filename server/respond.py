@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
@@ -28,11 +29,11 @@ async def respond(request: Request, generation: Generation, answer: Answer) -> R
 
 
 async def _whole(generation: Generation, answer: Answer) -> bytes:
-    choices = [Whole() for _ in range(len(generation.prompts) * generation.request.n)]
+    choices: dict[int, Whole] = defaultdict(Whole)
     async with aclosing(generation.pieces()) as pieces:
         async for piece in pieces:
             choices[piece.choice].add(piece)
-    shown = [answer.whole(i, choice) for i, choice in enumerate(choices)]
+    shown = [answer.whole(i, choice) for i, choice in sorted(choices.items())]
     return msgspec.json.encode(answer.envelope(shown, is_chunk=False) | {"usage": generation.usage.as_dict()})
 
 

@@ -86,7 +86,7 @@ class Service:
         return asked
 
 
-def service_of(request: Request) -> Service:
-    """A dependency."""
+async def service_of(request: Request) -> Service:
+    """A dependency; a plain function would be called in a thread."""
     service: Service = request.app.state.service
     return service

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Passes text on, up to the first stop string; holds back what may turn out to be the start of one."""
+    """Passes text on, up to the first stop string; holds back what may turn out to be the start of one.
+
+    The first is the one that is complete first, so the result does not depend on how the text is split.
+    """
 
     def __init__(self, stops: Sequence[str], include: bool = False):
         self.stops = tuple(stops)
@@ -20,11 +23,11 @@ class StopStrings:
         if self.found or not self.stops:
             return "" if self.found else text
         text = self.held + text
-        hits = [(at, len(stop)) for stop in self.stops if (at := text.find(stop)) >= 0]
+        hits = [(at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0]
         if hits:
-            at, length = min(hits)
+            end, start = min(hits)
             self.found, self.held = True, ""
-            return text[: at + length] if self.include else text[:at]
+            return text[:end] if self.include else text[:start]
         keep = max(_overlap(text, stop) for stop in self.stops)
         self.held = text[len(text) - keep :]
         return text[: len(text) - keep]

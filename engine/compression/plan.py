@@ -29,6 +29,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from winnow.engine.compression.plan_errors import explain
+from winnow.engine.compression.policy import PolicyParams
 from winnow.engine.compression.registry import EVICTION, eviction_policy
 from winnow.engine.errors import PlanNotSupported, RequestError
 from winnow.kernels.layout import PageFormat
@@ -69,7 +70,7 @@ class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class Evict(Part):
+class Evict(PolicyParams):
     """The knobs that all eviction policies have. An instance is of `evict_model(policy)`: it has the policy's own
     knobs too, and is itself the `params` that the policy's methods take."""
 

@@ -27,6 +27,8 @@ SENTENCES = {
     "model_type": "must be an object",
     "model_attributes_type": "must be an object",
     "dict_type": "must be an object",
+    "invalid_key": "has a key that is no text",
+    "string_unicode": "has a key that is no text",
 }
 
 KNOWN_POLICIES = ", ".join(EVICTION)
@@ -60,10 +62,10 @@ def explain(
         text = f"is not {where}; known here: {known}"
     else:
         text = SENTENCES[kind].format(**context) if kind in SENTENCES else first["msg"]
-        if kind not in ("missing", "unused"):
+        if kind not in ("missing", "unused", "invalid_key", "string_unicode"):
             text += f", not {_short(first['input'])}"
-    # A field's name comes from the caller and may be long.
-    full = ".".join((at, *(step[:64] for step in path)))
+    # A field's name comes from the caller: it may be long, or hold what cannot be encoded.
+    full = ".".join((at, *(ascii(step[:64])[1:-1] for step in path)))
     return RequestError(full, f"{full} {text}")
 
 

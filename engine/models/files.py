@@ -59,7 +59,8 @@ def _from_hub(name: str, weights: bool) -> Path:
     wanted = [*_SMALL_FILES, *(["*.safetensors"] if weights else [])]
     try:
         path = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
-        if (path / "config.json").is_file() and (not weights or any(path.glob("*.safetensors"))):
+        needed = "*.safetensors" if weights else "tokenizer.json"
+        if (path / "config.json").is_file() and any(path.glob(needed)):
             return path
     except LocalEntryNotFoundError:
         pass

@@ -24,7 +24,7 @@ _STRING, _ARRAY = 8, 9
 _QUANTS = frozenset(
     GGMLQuantizationType[name] for name in ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K")
 )
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
 """Numbers dequantized at a time, which bounds numpy's temporaries."""
 
 

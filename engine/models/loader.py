@@ -48,6 +48,10 @@ class Matrix(NamedTuple):
     cols: int
     has_bias: bool
 
+    @property
+    def rows(self) -> int:
+        return sum(rows for _, rows in self.parts)
+
 
 def load_model(path_or_name: str, ops: Backend, weights: WeightKind) -> Decoder:
     """Loads a model for a backend.
@@ -78,10 +82,14 @@ def load_model(path_or_name: str, ops: Backend, weights: WeightKind) -> Decoder:
 
 
 def _build(config: ModelConfig, source: Source, ops: Backend, kind: WeightKind) -> Decoder:
+    vocabulary = Matrix(((_EMBEDDING, config.vocab_size),), config.hidden_size, False)
+    specs = [*_matrices(config, "").values(), vocabulary]
+    # One buffer for every matrix: buffers of their own, between packed ones, leave the heap full of holes.
+    buffer = torch.empty(max(spec.rows * spec.cols for spec in specs))
+
     def matrix(spec: Matrix) -> Weight:
-        rows = sum(rows for _, rows in spec.parts)
-        weight = torch.empty(rows, spec.cols)
-        bias = torch.empty(rows) if spec.has_bias else None
+        weight = buffer[: spec.rows * spec.cols].view(spec.rows, spec.cols)
+        bias = torch.empty(spec.rows) if spec.has_bias else None
         start = 0
         for name, size in spec.parts:
             source.read_into(f"{name}.weight", weight[start : start + size])
@@ -98,25 +106,24 @@ def _build(config: ModelConfig, source: Source, ops: Backend, kind: WeightKind) 
     blocks = []
     for layer in range(config.layers):
         prefix = f"model.layers.{layer}"
-        specs = _matrices(config, prefix)
+        matrices = _matrices(config, prefix)
         heads = [f"{prefix}.self_attn.{name}_norm.weight" for name in "qk"] if config.qk_norm else []
         q_norm, k_norm = [vector(name, config.head_dim) for name in heads] or (None, None)
         blocks.append(
             Block(
                 attention_norm=vector(f"{prefix}.input_layernorm.weight", config.hidden_size),
-                qkv=matrix(specs["qkv"]),
+                qkv=matrix(matrices["qkv"]),
                 q_norm=q_norm,
                 k_norm=k_norm,
-                out=matrix(specs["out"]),
+                out=matrix(matrices["out"]),
                 mlp_norm=vector(f"{prefix}.post_attention_layernorm.weight", config.hidden_size),
-                gate_up=matrix(specs["gate_up"]),
-                down=matrix(specs["down"]),
+                gate_up=matrix(matrices["gate_up"]),
+                down=matrix(matrices["down"]),
                 window=config.windows[layer],
             )
         )
         if (layer + 1) % max(1, config.layers // 4) == 0:
             log.info("loaded %d of %d layers", layer + 1, config.layers)
-    vocabulary = Matrix(((_EMBEDDING, config.vocab_size),), config.hidden_size, False)
     embedding = matrix(vocabulary)
     head = embedding if config.tied_embeddings else matrix(vocabulary._replace(parts=((_HEAD, config.vocab_size),)))
     return Decoder(config, ops, embedding, blocks, vector(_NORM, config.hidden_size), head)

@@ -130,6 +130,9 @@ def rope_write(
         raise ValueError(f"qkv of shape {tuple(qkv.shape)} does not fit {kv_heads} KV heads of {dim}")
     if rows != batch.positions.shape[0] or cos.shape[1] * 2 != dim:
         raise ValueError("qkv, positions and the rotation tables do not fit each other")
+    for norm in (q_norm, k_norm):
+        if norm is not None and norm.shape != (dim,):
+            raise ValueError(f"a head norm of shape {tuple(norm.shape)} does not fit {dim} channels")
     qkv = _floats(qkv)
     q = torch.empty((rows, q_heads, dim))
     _cpu.rope_write(
@@ -205,6 +208,11 @@ def repack(
 
 
 def copy_pages(kv: PagedKV, src: Tensor, dst: Tensor) -> None:
+    if src.shape != dst.shape:
+        raise ValueError(f"{src.shape[0]} pages cannot be copied to {dst.shape[0]}")
+    for pages in (src, dst):
+        if len(pages) and not 0 <= int(pages.min()) <= int(pages.max()) < len(kv.data):
+            raise IndexError("a page to copy lies outside the arena")
     kv.data[dst.long()] = kv.data[src.long()]
 
 

@@ -341,26 +341,11 @@ static int make_items(const KV& kv, const Batch& batch, int layer, int q_heads, 
   return count;
 }
 
-INLINE bool valid_batch(const KV& kv, const Batch& batch, int layer, int q_heads) {
-  if (layer < 0 || layer >= kv.layers || q_heads % kv.heads || q_heads / kv.heads > BLOCK_ROWS || kv.dim > 256) return false;
-  for (int b = 0; b < batch.size; b++) {
-    if (batch.slots[b] < 0 || batch.slots[b] >= kv.slots || batch.cu_rows[b + 1] < batch.cu_rows[b]) return false;
-    const int rows = batch.cu_rows[b + 1] - batch.cu_rows[b];
-    for (int h = 0; h < kv.heads; h++) {
-      const Lane lane = lane_of(kv, batch.slots[b], layer, h);
-      if (lane.sealed < 0 || lane.kept < lane.sealed_tokens || lane.kept < rows) return false;
-      const int open = kv.shapes[kv.compute].capacity;
-      if (lane.sealed + (lane.kept - lane.sealed_tokens + open - 1) / open > kv.width) return false;
-    }
-  }
-  return true;
-}
-
 static Scratch shared_scratch;  // of the one thread that calls: items, then the partial results of spans
 
 static bool attention(const KV& kv, const Batch& batch, int layer, const float* q, int q_heads, float scale,
                       int window, float* out, float* lse) {
-  if (!valid_batch(kv, batch, layer, q_heads)) return false;
+  if (!valid_batch(kv, batch, layer, q_heads) || q_heads / kv.heads > BLOCK_ROWS) return false;
   const int group = q_heads / kv.heads, dim = kv.dim;
   int parts;
   const int count = make_items(kv, batch, layer, q_heads, nullptr, &parts);
@@ -424,7 +409,7 @@ static bool attention(const KV& kv, const Batch& batch, int layer, const float* 
 // mass[layer][head][token] += sum over voting rows and their query heads of e^(q.k - lse), rows in order.
 static bool attention_mass(const KV& kv, const Batch& batch, int layer, const float* q, int q_heads, float scale,
                            int window, const float* lse) {
-  if (!valid_batch(kv, batch, layer, q_heads)) return false;
+  if (!valid_batch(kv, batch, layer, q_heads) || q_heads / kv.heads > BLOCK_ROWS) return false;
   const int group = q_heads / kv.heads, block = max_i(1, BLOCK_ROWS / group);
   bool ok = true;
   for (int b = 0; b < batch.size; b++) {

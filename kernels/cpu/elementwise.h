@@ -50,10 +50,10 @@ static bool rope_write(const KV& kv, const Batch& batch, int layer, const float*
                        float* q_out) {
   const int dim = kv.dim, heads = kv.heads, half = dim / 2;
   const PageShape& open = kv.shapes[kv.compute];
+  if (!valid_batch(kv, batch, layer, q_heads)) return false;
   bool ok = true;
   for (int b = 0; b < batch.size; b++) {
     const int rows = batch.cu_rows[b + 1] - batch.cu_rows[b], slot = batch.slots[b];
-    if (slot < 0 || slot >= kv.slots || rows < 0) return false;
 #pragma omp parallel for schedule(static) reduction(&& : ok) if (rows > 8)
     for (int j = 0; j < rows; j++) {
       const int row = batch.cu_rows[b] + j, position = batch.positions[row];

@@ -34,6 +34,7 @@ def rope_write(
         raise ValueError(f"qkv {list(qkv.shape)} is not whole heads of {dim} for {kv_heads} KV heads")
     if cos.shape != sin.shape or cos.shape[1] != dim // 2:
         raise ValueError(f"cos and sin must be [P, {dim // 2}], not {list(cos.shape)} and {list(sin.shape)}")
+    step = list(sequences(batch, kv, layer, qkv.shape[0]))
     positions = batch.positions.long()
     if positions.numel() and not 0 <= int(positions.min()) <= int(positions.max()) < cos.shape[0]:
         raise IndexError(f"a position is not among the {cos.shape[0]} that cos and sin cover")
@@ -43,7 +44,7 @@ def rope_write(
     k = _rotate(k if k_norm is None else rms_norm(k, k_norm, eps), cos[positions], sin[positions])
 
     keys, values = float_views(kv.data, kv.layout, kv.layout.compute)
-    for sequence in sequences(batch, kv, layer, qkv.shape[0]):
+    for sequence in step:
         pages, places = newest(kv, sequence.slot, layer, sequence.count)
         keys[pages, :, places] = k[sequence.rows].to(keys.dtype)
         values[pages, places] = v[sequence.rows].to(values.dtype)

@@ -96,7 +96,7 @@ class GenerationRequest(Body):
     frequency_penalty: Finite = Field(0.0, ge=-2, le=2)
     logit_bias: dict[str, Annotated[Finite, Field(ge=-100, le=100)]] = Field({}, description="by token id")
     seed: int | None = Field(None, ge=-INT64_MAX - 1, le=INT64_MAX)
-    n: int = Field(1, ge=1, description="choices per prompt")
+    n: int = Field(1, ge=1, le=INT32_MAX, description="choices per prompt")
 
     # Length and end
     max_tokens: int | None = Field(None, ge=1, le=INT32_MAX)

@@ -32,10 +32,7 @@ def kept_by(evict: Evict, view: LaneView, budget: int) -> list[list[set[int]]]:
     budgets = torch.full((len(view.layers),), budget)
     index, _ = keep_sets(scores, view.kept, budgets, evict.sinks, evict.recent_tokens(budget), evict.head_budget)
     return [
-        [
-            {int(view.positions[layer, head, i]) for i in index[layer, head] if i >= 0}
-            for head in range(index.shape[1])
-        ]
+        [{int(view.positions[layer, head, i]) for i in index[layer, head] if i >= 0} for head in range(index.shape[1])]
         for layer in range(index.shape[0])
     ]
 

@@ -88,5 +88,6 @@ def test_odd_groups(fmt: PageFormat, x: list[float], expected: list[float | None
     codes, scale, zero = quantize(torch.tensor(x), fmt)
     restored = codes.float() * scale.float() + zero.float()
     assert bool(restored.isfinite().all())
+    assert float(scale) >= float(torch.tensor(1e-6).half())
     for value, wanted in zip(restored.tolist(), expected, strict=True):
         assert wanted is None or value == pytest.approx(wanted, abs=2e-6, rel=1e-3)

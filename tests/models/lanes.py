@@ -38,8 +38,8 @@ class Lanes:
             positions=torch.cat([torch.arange(s, s + n) for s, n in zip(starts, sizes, strict=True)]).int(),
             first_vote=torch.tensor(sizes, dtype=torch.int32),
         )
-        tokens = torch.tensor([token for tokens in chunks.values() for token in tokens], dtype=torch.int32)
-        logits = decoder.forward(tokens, batch, self.kv, torch.arange(len(tokens)))
+        flat = torch.tensor([token for tokens in chunks.values() for token in tokens], dtype=torch.int32)
+        logits = decoder.forward(flat, batch, self.kv, torch.arange(len(flat)))
         return dict(zip(chunks, logits.split(sizes), strict=True))
 
 

@@ -153,6 +153,7 @@ def test_hub_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text("0" * 40)
     (snapshot / "config.json").write_text("{}")
+    (snapshot / "tokenizer.json").write_text("{}")
     assert resolve_model("someone/model", weights=False) == snapshot
     (snapshot / "model.safetensors").touch()
     assert resolve_model("someone/model") == snapshot

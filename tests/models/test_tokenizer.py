@@ -178,7 +178,7 @@ def test_directory(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(folder))
     assert [tokenizer.token_text(token) for token in tokenizer.encode("the cat</s>")] == ["the", " cat", "</s>"]
     assert tokenizer.eos_token_ids == (tokenizer.hf.eos_token_id,)
-    assert len(tokenizer.encode("the cat sat")) > 3, "truncation in the file is not for us"
+    assert len(tokenizer.encode("the cat sat on the mat")) > 3, "truncation in the file is not for us"
     messages = [{"role": "user", "content": "Hi"}]
     assert tokenizer.apply_chat_template(messages) == "<s>Hi"
     assert tokenizer.apply_chat_template(messages, variables={"shout": True}) == "<s>Hi!"

@@ -1,0 +1,51 @@
+# The few commands a person needs. `make serve` and `make test` set up everything on a fresh machine.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+NATIVE := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h kernels/cpu/CMakeLists.txt)
+
+.PHONY: serve test check bench install format clean
+
+serve: install  ## start the server on 127.0.0.1:8000 with the default model
+	$(BIN)/winnow serve $(ARGS)
+
+test: install-dev  ## run all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+check: install-dev build/src  ## linters and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	MYPYPATH=build/src $(BIN)/mypy -p winnow.kernels -p winnow.engine -p winnow.server
+	PYTHONPATH=build/src $(BIN)/lint-imports
+
+bench: install-dev  ## measure beside transformers; writes loadtest/results/
+	$(BIN)/python loadtest/bench.py $(ARGS)
+
+format: install-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+install: $(VENV)/.installed
+install-dev: $(VENV)/.installed-dev
+
+# An editable install: Python files are read in place, the native module is built anew when its sources change.
+$(VENV)/.installed: pyproject.toml $(NATIVE) | $(VENV)
+	$(BIN)/pip install -q -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install -q -e '.[dev]'
+	touch $@
+
+$(VENV):
+	$(PYTHON) -m venv $(VENV)
+
+# The packages under the name they are imported by, for tools that read files instead of importing them.
+build/src:
+	mkdir -p build/src/winnow
+	for package in server engine kernels configs; do ln -sfn ../../../$$package build/src/winnow/$$package; done
+
+clean:
+	rm -rf build $(VENV)

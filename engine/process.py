@@ -1,0 +1,128 @@
+"""The engine's own process: `python -m winnow.engine.process SOCKET < settings.json`.
+
+It loads the model, says what it is, and then steps for as long as there is work, reading the socket between steps. It
+ends when the server tells it to, or when the server is gone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import time
+
+import torch
+
+from winnow.engine.config import EngineSettings
+from winnow.engine.engine import Engine
+from winnow.engine.errors import ModelError, RequestError
+from winnow.engine.messages import Abort, EngineInfo, EngineStats, Finish, FromEngine, Rejected, Shutdown, Submit
+from winnow.engine.models.loader import load_model
+from winnow.engine.wire import EXIT_MODEL_ERROR, LENGTH, MAX_FRAME, decode_to_engine, frame
+from winnow.kernels.dispatch import backend
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_S = 1.0
+STATS_EVERY_S = 0.1
+
+
+class EngineLoop:
+    """Reads requests, steps, writes outputs."""
+
+    def __init__(self, engine: Engine, sock: socket.socket):
+        self._engine = engine
+        self._socket = sock
+        self._buffer = bytearray()
+        self._is_open = True
+        self._told = 0.0
+
+    def run(self) -> None:
+        self._send([self._engine.info])
+        while self._is_open:
+            outputs = self._receive(wait_s=HEARTBEAT_S if self._engine.is_idle else 0.0)
+            outputs += self._engine.step()
+            now = time.monotonic()
+            if now - self._told >= (HEARTBEAT_S if self._engine.is_idle and not outputs else STATS_EVERY_S):
+                outputs.append(self._engine.stats)
+                self._told = now
+            if outputs:
+                self._send(outputs)
+
+    def _receive(self, wait_s: float) -> list[FromEngine]:
+        """Handles whatever has arrived; what there is to answer at once is returned."""
+        answers: list[FromEngine] = []
+        while select.select([self._socket], [], [], wait_s)[0]:
+            data = self._socket.recv(1 << 20)
+            if not data:
+                self._is_open = False
+                return answers
+            self._buffer += data
+            wait_s = 0.0
+        while len(self._buffer) >= LENGTH.size:
+            (size,) = LENGTH.unpack_from(self._buffer)
+            if size > MAX_FRAME:
+                raise ValueError("a frame on the engine's socket is too long")
+            if len(self._buffer) < LENGTH.size + size:
+                break
+            body = bytes(self._buffer[LENGTH.size : LENGTH.size + size])
+            del self._buffer[: LENGTH.size + size]
+            for message in decode_to_engine(body):
+                answers += self._handle(message)
+        return answers
+
+    def _handle(self, message: Submit | Abort | Finish | Shutdown) -> list[FromEngine]:
+        match message:
+            case Submit():
+                try:
+                    self._engine.submit(message)
+                except RequestError as error:
+                    return [Rejected(message.request_id, "request", error.message, error.param, error.code)]
+            case Abort():
+                self._engine.abort(message.request_id)
+            case Finish():
+                return [*self._engine.finish(message.request_id, message.index)]
+            case Shutdown():
+                self._is_open = False
+        return []
+
+    def _send(self, messages: list[FromEngine] | list[EngineInfo] | list[EngineStats]) -> None:
+        try:
+            self._socket.sendall(frame(list(messages)))
+        except OSError:
+            self._is_open = False
+
+
+def build_engine(settings: EngineSettings) -> Engine:
+    """Loads the model and makes its engine. ModelError where that cannot be."""
+    threads = settings.threads or os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    ops = backend("cpu")
+    from winnow.kernels import cpu
+
+    cpu.set_threads(threads)
+    model = load_model(settings.model, ops, settings.weights)
+    return Engine(settings, model, ops, settings.model)
+
+
+def main() -> int:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s engine: %(message)s", stream=sys.stderr)
+    # Ctrl-C reaches the whole process group: the server decides when the engine ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    settings = EngineSettings.model_validate_json(sys.stdin.buffer.read())
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(sys.argv[1])
+        try:
+            engine = build_engine(settings)
+        except ModelError as error:
+            log.error("%s", error)
+            return EXIT_MODEL_ERROR
+        EngineLoop(engine, sock).run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,353 @@
+"""What a caller may write under "compression", what it means, and what is said when it is wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from winnow.engine.compression.plan import MAX_TOKENS, Maximum, Plan, plan_schema
+from winnow.engine.compression.registry import EVICTION
+from winnow.engine.errors import PlanNotSupported, RequestError
+from winnow.kernels.layout import PageFormat
+
+
+def evict(**knobs: Any) -> dict[str, Any]:
+    return {"kv": {"evict": {"policy": "snapkv", "budget": 0.5} | knobs}}
+
+
+def refused(data: Any) -> RequestError:
+    with pytest.raises(RequestError) as caught:
+        Plan.parse(data)
+    return caught.value
+
+
+BUDGET = "compression.kv.evict.budget"
+
+
+@pytest.mark.parametrize(
+    ("budget", "shown"),
+    [
+        (-1, "-1"),
+        (0, "0"),
+        (0.0, "0.0"),
+        (-0.25, "-0.25"),
+        (1.0000001, "1.0000001"),
+        (5.0, "5.0"),
+        (1e9, "1000000000.0"),
+        (MAX_TOKENS + 1, "10000001"),
+        (10**100, "1" + 36 * "0" + "..."),
+        (math.nan, "nan"),
+        (math.inf, "inf"),
+        (-math.inf, "-inf"),
+        (True, "true"),
+        (None, "null"),
+        ("0.5", "'0.5'"),
+        ([0.5], "a list"),
+        ({}, "an object"),
+    ],
+)
+def test_budgets_that_are_none(budget: Any, shown: str) -> None:
+    error = refused(evict(budget=budget))
+    assert error.param == BUDGET
+    assert error.message == (
+        f"{BUDGET} must be a fraction in (0, 1] or a count of tokens from 1 to 10000000, not {shown}"
+    )
+
+
+@pytest.mark.parametrize("budget", [1, 1.0, 1e-9, 0.25, 4096, MAX_TOKENS])
+def test_budgets(budget: float) -> None:
+    plan = Plan.parse(evict(budget=budget))
+    assert plan.kv.evict is not None
+    assert plan.kv.evict.budget == budget
+    assert type(plan.kv.evict.budget) is type(budget)
+
+
+POLICIES = ", ".join(EVICTION)
+
+
+@pytest.mark.parametrize(
+    ("data", "param", "message"),
+    [
+        ([], "", "must be an object"),
+        (None, "", "must be an object"),
+        ({"kw": {}}, ".kw", "is not a known field; known here: kv"),
+        ({"kv": None}, ".kv", "must be an object, not null"),
+        ({"kv": 3}, ".kv", "must be an object, not 3"),
+        ({"kv": {"evicted": {}}}, ".kv.evicted", "is not a known field; known here: evict, format, residual"),
+        ({"kv": {"evict": []}}, ".kv.evict", "must be an object, not a list"),
+        ({"kv": {"evict": {"budget": 0.5}}}, ".kv.evict.policy", f"is required; known policies: {POLICIES}"),
+        ({"kv": {"evict": {"policy": "h2o"}}}, ".kv.evict.budget", "is required"),
+        (evict(policy="snap"), ".kv.evict.policy", f"must be one of {POLICIES}, not 'snap'"),
+        (evict(policy=None), ".kv.evict.policy", f"must be one of {POLICIES}, not null"),
+        (evict(policy=["h2o"]), ".kv.evict.policy", f"must be one of {POLICIES}, not a list"),
+        (evict(policy="x" * 99), ".kv.evict.policy", f"must be one of {POLICIES}, not '{'x' * 36}..."),
+        (
+            evict(policy="h2o", window=8),
+            ".kv.evict.window",
+            "is not a knob of 'h2o'; known here: policy, budget, sinks, recent, during, interval, head_budget, "
+            "layer_budget",
+        ),
+        (evict(window=0), ".kv.evict.window", "must be at least 1, not 0"),
+        (evict(window=1025), ".kv.evict.window", "must be at most 1024, not 1025"),
+        (evict(window=8.0), ".kv.evict.window", "must be a whole number, not 8.0"),
+        (evict(window=True), ".kv.evict.window", "must be a whole number, not true"),
+        (evict(pool=4), ".kv.evict.pool", "must be odd, not 4"),
+        (evict(sinks=-1), ".kv.evict.sinks", "must be at least 0, not -1"),
+        (evict(recent="4"), ".kv.evict.recent", "must be a whole number, not '4'"),
+        (evict(during="always"), ".kv.evict.during", "must be 'prefill', 'decode' or 'both', not 'always'"),
+        (evict(during="both", interval=0), ".kv.evict.interval", "must be at least 1, not 0"),
+        (evict(interval=8), ".kv.evict.interval", "has no effect unless `during` is 'decode' or 'both'"),
+        (evict(head_budget="ada"), ".kv.evict.head_budget", "must be 'uniform' or 'adaptive', not 'ada'"),
+        (evict(layer_budget=1), ".kv.evict.layer_budget", "must be 'uniform' or 'pyramid', not 1"),
+        ({"kv": {"format": "int2"}}, ".kv.format", "must be 'f32', 'bf16', 'int8' or 'int4', not 'int2'"),
+        ({"kv": {"format": 4}}, ".kv.format", "must be 'f32', 'bf16', 'int8' or 'int4', not 4"),
+        ({"kv": {"residual": 64}}, ".kv.residual", "has no effect without `format`"),
+        ({"kv": {"format": "int8", "residual": -1}}, ".kv.residual", "must be at least 0, not -1"),
+    ],
+)
+def test_what_is_said(data: Any, param: str, message: str) -> None:
+    error = refused(data)
+    assert (error.param, error.message) == (f"compression{param}", f"compression{param} {message}")
+    assert not isinstance(error, PlanNotSupported)
+
+
+@pytest.mark.parametrize(
+    ("data", "param"),
+    [
+        ({"vision": {"policy": "div_prune", "keep": 64}}, "compression.vision"),
+        ({"prompt": {}}, "compression.prompt"),
+        ({"kv": {"read": {"policy": "quest", "tokens": 512}}}, "compression.kv.read"),
+        ({"kv": {"read": False, "nonsense": 1}}, "compression.kv.read"),
+    ],
+)
+def test_parts_that_are_not_served(data: Any, param: str) -> None:
+    error = refused(data)
+    assert isinstance(error, PlanNotSupported)
+    assert (error.param, error.code) == (param, "compression_not_supported")
+    assert error.message == f"{param} is not supported by this server; leave it out"
+
+
+def test_null_is_absent() -> None:
+    data = {"vision": None, "prompt": None, "kv": {"read": None, "evict": None, "format": None}}
+    assert Plan.parse(data).is_off
+    assert data == {"vision": None, "prompt": None, "kv": {"read": None, "evict": None, "format": None}}
+    assert Plan.parse(evict(recent=None)).fingerprint == Plan.parse(evict()).fingerprint
+
+
+def test_a_field_name_is_repeated_with_care() -> None:
+    assert len(refused({"x" * 10_000: 1}).message) < 200
+    assert refused({"a\n": 1}).param == "compression.a\\n"
+    assert refused({"\ud800": 1}).message == "compression has a key that is no text"  # JSON may hold it, UTF-8 cannot
+    assert refused(evict(policy="\ud800")).message.isascii()
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+KEYS = ["policy", "budget", "sinks", "recent", "during", "interval", "window", "pool", "head_budget"]
+
+
+@given(
+    knobs=st.dictionaries(st.sampled_from(KEYS), json_values | st.sampled_from([*EVICTION, "both", "adaptive"])),
+    rest=json_values,
+    whole=json_values,
+)
+def test_whatever_comes_is_a_plan_or_a_request_error(knobs: Any, rest: Any, whole: Any) -> None:
+    for data in (whole, {"kv": rest}, {"kv": {"evict": rest}}, evict(**knobs), evict(window=rest)):
+        try:
+            plan = Plan.resolve(data, {})
+        except RequestError as error:
+            sentence = error.message
+            is_named = str(error.param).startswith("compression") and sentence.startswith("compression")
+        else:
+            sentence = ""
+            is_named = Plan.parse(json.loads(json.dumps(plan.to_wire()))) == plan
+        assert is_named
+        assert len(sentence.encode()) < 600
+
+
+# What plans mean ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "is_off"),
+    [
+        ({}, True),
+        ({"kv": {}}, True),
+        (evict(budget=1.0), True),  # all of it
+        (evict(budget=1), False),  # one token
+        (evict(budget=0.999), False),
+        ({"kv": {"format": "int8"}}, False),
+        ({"kv": {"format": "int8"} | evict(budget=1.0)["kv"]}, False),
+    ],
+)
+def test_is_off(data: Any, is_off: bool) -> None:
+    plan = Plan.parse(data)
+    assert plan.is_off == is_off
+    if is_off:
+        assert not plan.evicts_at_prefill_end
+        assert not plan.evicts_in_decode
+        assert plan.interval == plan.residual == 0
+        assert plan.budget_tokens(77) == 77
+
+
+@pytest.mark.parametrize(
+    ("knobs", "at_end", "in_decode", "interval"),
+    [
+        ({}, True, False, 0),
+        ({"during": "prefill"}, True, False, 0),
+        ({"during": "decode"}, False, True, 32),
+        ({"during": "both", "interval": 5}, True, True, 5),
+        ({"during": "both", "budget": 1.0}, False, False, 0),
+    ],
+)
+def test_when_it_evicts(knobs: dict[str, Any], at_end: bool, in_decode: bool, interval: int) -> None:
+    plan = Plan.parse(evict(**knobs))
+    assert (plan.evicts_at_prefill_end, plan.evicts_in_decode, plan.interval) == (at_end, in_decode, interval)
+
+
+@pytest.mark.parametrize(
+    ("budget", "seen", "tokens"),
+    [
+        (0.25, 100, 25),
+        (0.25, 99, 24),  # rounded down
+        (0.25, 3, 1),  # but never to nothing
+        (1e-9, 10_000, 1),
+        (10, 100, 10),
+        (10, 7, 7),
+        (1, 0, 1),
+    ],
+)
+def test_budget_tokens(budget: float, seen: int, tokens: int) -> None:
+    assert Plan.parse(evict(budget=budget)).budget_tokens(seen) == tokens
+
+
+def test_formats() -> None:
+    plan = Plan.parse({"kv": {"format": "int4"}})
+    assert (plan.format, plan.residual) == (PageFormat.INT4, 32)
+    assert plan.sealed_format(PageFormat.F32) is PageFormat.INT4
+    assert Plan.parse({}).format is None
+    assert Plan.parse({}).sealed_format(PageFormat.BF16) is PageFormat.BF16
+    for name in PageFormat:
+        assert Plan.parse({"kv": {"format": name.label}}).format is name
+    with pytest.raises(PlanNotSupported, match="'f32' is larger than 'bf16'") as caught:
+        Plan.parse({"kv": {"format": "f32"}}).sealed_format(PageFormat.BF16)
+    assert caught.value.param == "compression.kv.format"
+
+
+def test_recent_is_the_callers_or_the_policys() -> None:
+    snapkv, mine = Plan.parse(evict(window=16)).evict, Plan.parse(evict(window=16, recent=0)).evict
+    assert snapkv is not None
+    assert mine is not None
+    assert [snapkv.recent_tokens(budget) for budget in (1, 10, 100)] == [1, 5, 16]
+    assert mine.recent_tokens(100) == 0
+    assert [snapkv.voters(seen) for seen in (1, 10, 100)] == [1, 5, 16]
+
+
+def test_fingerprints_tell_plans_apart_and_not_spellings() -> None:
+    plans = [
+        {},
+        evict(),
+        evict(budget=1),
+        evict(budget=1.0),
+        evict(window=32),
+        evict(policy="h2o"),
+        evict(during="both"),
+        {"kv": {"format": "int8"}},
+        {"kv": {"format": "int4"}},
+        {"kv": {"format": "int4", "residual": 0}},
+        {"kv": {"format": "int4"} | evict()["kv"]},
+    ]
+    assert len({Plan.parse(plan).fingerprint for plan in plans}) == len(plans)
+    spelled = {"kv": {"evict": {"sinks": 4, "window": 64, "budget": 0.5, "policy": "snapkv"}, "format": None}}
+    assert Plan.parse(spelled).fingerprint == Plan.parse(evict()).fingerprint
+
+
+def test_plans_do_not_change() -> None:
+    plan = Plan.parse(evict())
+    with pytest.raises(ValueError, match="frozen"):
+        plan.kv.evict = None  # type: ignore[misc]
+    with pytest.raises(ValueError, match="frozen"):
+        setattr(plan.evict, "budget", 3)  # noqa: B010
+
+
+def test_the_wire_keeps_the_plan() -> None:
+    written: list[dict[str, Any]] = [{}, evict(budget=1), evict(budget=1.0, during="both", interval=7)]
+    for data in [*written, {"kv": {"format": "int8"}}]:
+        plan = Plan.parse(data)
+        assert plan.to_wire() == data
+        assert Plan.parse(json.loads(json.dumps(plan.to_wire()))).fingerprint == plan.fingerprint
+
+
+def test_the_schema_offers_every_policy() -> None:
+    schema = plan_schema()
+    choice = schema["$defs"]["KV"]["properties"]["evict"]["anyOf"][0]
+    assert choice["discriminator"]["propertyName"] == "policy"
+    assert set(choice["discriminator"]["mapping"]) == set(EVICTION)
+
+
+# Profiles and limits ------------------------------------------------------------------------------------------------
+
+HALF = Plan.parse(evict())
+
+
+def test_resolve() -> None:
+    profiles = {"half": HALF}
+    assert Plan.resolve(None, profiles).is_off
+    assert Plan.resolve(None, profiles, default=HALF) is HALF
+    assert Plan.resolve("half", profiles) is HALF
+    assert Plan.resolve({}, profiles, default=HALF).is_off
+    assert Plan.resolve(evict(), profiles) == HALF
+    wrong: list[Any] = [3, True, [], 0.5]
+    for data in wrong:
+        with pytest.raises(RequestError, match="must be an object or the name of a profile"):
+            Plan.resolve(data, profiles)
+    with pytest.raises(RequestError, match="unknown profile 'hal'; known: half") as caught:
+        Plan.resolve("hal", profiles)
+    assert caught.value.param == "compression"
+    with pytest.raises(RequestError, match="none are configured"):
+        Plan.resolve("", {})
+
+
+@pytest.mark.parametrize(
+    ("maximum", "data", "param"),
+    [
+        ({"budget": 0.5}, evict(), None),
+        ({"budget": 0.5}, evict(budget=0.51), "evict.budget"),
+        ({"budget": 0.5}, {}, "evict.budget"),  # no compression at all
+        ({"budget": 0.5}, {"kv": {"format": "int4"}}, "evict.budget"),
+        ({"budget": 0.5}, evict(budget=1), "evict.budget"),  # cannot be compared
+        ({"budget": 1024}, evict(budget=1024), None),
+        ({"budget": 1024}, evict(budget=1025), "evict.budget"),
+        ({"budget": 1024}, evict(budget=0.1), "evict.budget"),
+        ({"format": "int8"}, {"kv": {"format": "int8"}}, None),
+        ({"format": "int8"}, {"kv": {"format": "int4"}}, None),
+        ({"format": "int8"}, {"kv": {"format": "bf16"}}, "format"),
+        ({"format": "int8"}, {}, "format"),
+        ({"format": "f32"}, {}, None),
+        ({}, {}, None),
+    ],
+)
+def test_maximum(maximum: dict[str, Any], data: dict[str, Any], param: str | None) -> None:
+    limit = Maximum.model_validate(maximum)
+    if param is None:
+        Plan.resolve(data, {}, maximum=limit)
+        return
+    with pytest.raises(RequestError, match="on this server") as caught:
+        Plan.resolve(data, {}, maximum=limit)
+    assert caught.value.param == f"compression.kv.{param}"
+    assert str(next(iter(maximum.values()))) in caught.value.message
+
+
+def test_a_request_without_a_plan_has_the_default_under_the_maximum() -> None:
+    limit = Maximum(budget=0.5)
+    assert Plan.resolve(None, {}, HALF, limit) is HALF
+    with pytest.raises(RequestError):
+        Plan.resolve(None, {}, None, limit)

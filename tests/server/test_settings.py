@@ -1,0 +1,157 @@
+"""Settings and the command line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from winnow.engine.config import EngineSettings
+from winnow.engine.models.tokenizer import Tokenizer
+from winnow.server import __version__
+from winnow.server.app import create_app
+from winnow.server.cli import app as command
+from winnow.server.settings import Settings, SettingsError, load
+
+from .fake_engine import FakeEngine
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "server.yaml"
+    path.write_text("port: 1111\nmax_n: 3\nmax_stop_strings: 5\napi_key: [a, b]\n")
+    return path
+
+
+def test_who_wins(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WINNOW_PORT", "2222")
+    monkeypatch.setenv("WINNOW_MAX_N", "4")
+    settings = load(config, max_n=5, host=None)
+    assert (settings.max_n, settings.port, settings.max_stop_strings, settings.host) == (5, 2222, 5, "127.0.0.1")
+    assert [key.get_secret_value() for key in settings.api_key] == ["a", "b"]
+    assert "a" not in repr(settings.api_key)
+
+
+def test_the_environment_names_the_file(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WINNOW_CONFIG", str(config))
+    monkeypatch.setenv("WINNOW_API_KEY", "x, y")
+    monkeypatch.setenv("WINNOW_COMPRESSION", "balanced")
+    settings = load()
+    assert settings.port == 1111
+    assert [key.get_secret_value() for key in settings.api_key] == ["x", "y"]
+    assert settings.compression == "balanced"
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("prot: 80", "prot"),
+        ("port: 99999", "port"),
+        ("port: http", "port"),
+        ("weights: int3", "weights"),
+        ("kv_memory_gib: 0", "kv_memory_gib"),
+        ("kv_memory_gib: .nan", "kv_memory_gib"),
+        ("api_key: ['a b']", "api_key"),
+        ("max_compression: {budget: 7.5}", "max_compression"),
+        ("max_model_len: 4096\nmax_queue_tokens: 100", "max_queue_tokens"),
+        ("port: [", "server.yaml"),
+        ("- port", "server.yaml"),
+        ("just text", "server.yaml"),
+        ("\x00", "server.yaml"),
+    ],
+)
+def test_bad_files(config: Path, text: str, named: str) -> None:
+    config.write_text(text)
+    with pytest.raises(SettingsError, match=named):
+        load(config)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="no.yaml"):
+        load(tmp_path / "no.yaml")
+
+
+def test_the_engines_part() -> None:
+    engine = load(weights="f32", max_seqs=7).engine
+    assert type(engine) is EngineSettings
+    assert (engine.weights, engine.max_seqs) == ("f32", 7)
+
+
+@pytest.mark.parametrize(
+    ("model", "names"),
+    [
+        ("default", ("SmolLM2-135M-Instruct", "default")),
+        ("org/model", ("org/model",)),
+        ("{tmp}/weights", ("weights",)),
+        ("{tmp}/some.gguf", ("some",)),
+    ],
+)
+def test_model_names_are_no_paths(tmp_path: Path, model: str, names: tuple[str, ...]) -> None:
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "some.gguf").touch()
+    assert load(model=model.format(tmp=tmp_path)).model_names == names
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("server*.yaml")), ids=lambda path: path.name)
+def test_shipped_configs(path: Path, engine: FakeEngine, tokenizer: Tokenizer) -> None:
+    assert set(yaml.safe_load(path.read_text())) <= set(Settings.model_fields)
+    create_app(load(path), engine, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"compression": "nothing"}, "nothing"),
+        ({"compression": {"kv": {"format": "int3"}}}, "compression.kv.format"),
+        ({"compression": "off", "max_compression": {"budget": 0.5}}, "budget"),
+        ({"profiles": "/no/such/file"}, "/no/such/file"),
+    ],
+)
+def test_bad_plans_are_found_at_start(
+    engine: FakeEngine, tokenizer: Tokenizer, options: dict[str, object], named: str
+) -> None:
+    with pytest.raises(SettingsError, match=named):
+        create_app(load(**options), engine, tokenizer)
+
+
+def test_the_command_line() -> None:
+    run = CliRunner().invoke
+    assert run(command, ["--version"]).output.strip() == __version__
+    assert "--kv-memory-gib" in run(command, ["serve", "--help"], env={"COLUMNS": "200"}).output
+    for arguments, named in (
+        (["--port", "99999"], "port"),
+        (["--weights", "int3"], "weights"),
+        (["--config", "/no/such.yaml"], "/no/such.yaml"),
+        (["--model", "/no/such/model.gguf"], "/no/such/model.gguf"),
+        (["--compression", "nothing"], "nothing"),
+    ):
+        result = run(command, ["serve", *arguments])
+        assert result.exit_code == 2, result.output
+        assert result.output.startswith("winnow: ")
+        assert named in result.output
+        assert "Traceback" not in result.output
+
+
+def test_torch_is_never_loaded() -> None:
+    """The server's process stays small, and OpenMP stays out of it."""
+    script = """
+import pkgutil, sys
+from importlib import import_module
+import winnow.server
+for module in pkgutil.walk_packages(winnow.server.__path__, "winnow.server."):
+    import_module(module.name)
+from winnow.engine.models.tokenizer import load_tokenizer
+from winnow.server.settings import load
+from winnow.server.plans import Plans
+load_tokenizer("default")
+Plans(load()).catalogue
+assert "torch" not in sys.modules, "torch was imported"
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"WINNOW_CONFIG": ""}, timeout=120)
