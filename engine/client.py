@@ -139,7 +139,7 @@ class EngineClient:
                 env={
                     # Threads that wait for the next kernel spin briefly and then sleep: the server needs the cores too.
                     "OMP_WAIT_POLICY": "passive",
-                    "GOMP_SPINCOUNT": "20000",
+                    "GOMP_SPINCOUNT": "2000",
                     **os.environ,
                 },
             )

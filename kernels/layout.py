@@ -78,7 +78,7 @@ class PageLayout:
         if self.head_dim % (2 * VECTOR) or not 16 <= self.head_dim <= 256:
             raise ValueError(f"head_dim must be a multiple of {2 * VECTOR} from 16 to 256, not {self.head_dim}")
         if self.page_tokens % (2 * VECTOR) or not 2 * VECTOR <= self.page_tokens <= 256:
-            raise ValueError(f"page_tokens must be a multiple of {2 * VECTOR} from {2 * VECTOR} to 256, not {self.page_tokens}")
+            raise ValueError(f"page_tokens must be a multiple of {2 * VECTOR} up to 256, not {self.page_tokens}")
         if self.compute.is_quantized:
             raise ValueError("the compute format must be a float format")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
@@ -26,6 +27,10 @@ class Client(Protocol):
 
     @property
     def restarts(self) -> int: ...
+
+    @property
+    def failed(self) -> asyncio.Future[Exception] | None:
+        """From `start` on; set when the engine cannot start and trying again would not help."""
 
     async def start(self) -> None: ...
 

@@ -90,7 +90,7 @@ def answer(error: BaseException) -> ErrorAnswer:
             retry = {"Retry-After": str(error.retry_after_s)}
             return ErrorAnswer(503, str(error), "service_unavailable_error", None, "overloaded", retry)
         case EngineDied():
-            message = "the engine stopped while it worked on this request; the request can be sent again"
+            message = "the engine lost this request; it can be sent again"
             return ErrorAnswer(503, message, "server_error", None, "engine_died", {"Retry-After": "5"})
         case ClientGone():
             return ErrorAnswer(499, "the client closed the connection", INVALID, None, "client_closed_request", {})

@@ -88,7 +88,7 @@ class Generation:
     ) -> AsyncGenerator[Piece, None]:
         request, metrics = self.request, self.service.metrics
         choices = [self._choice(i) for i in range(len(submits) * request.n)]
-        heard = [0.0] * len(choices)
+        first, heard = [0.0] * len(choices), [0.0] * len(choices)
         while not all(choice.is_over for choice in choices):
             try:
                 prompt, output = await flight.wait(anext(outputs))
@@ -101,6 +101,7 @@ class Generation:
             flight.leave_queue()
             now = time.monotonic()
             if is_first:
+                first[choice.index] = now
                 metrics.ttft.observe(now - self.arrived)
             elif output.token_ids:
                 metrics.inter_token.observe(now - heard[choice.index])
@@ -108,7 +109,10 @@ class Generation:
             if choice.was_stopped and not was_stopped and not choice.is_over:
                 self.service.client.finish(submits[prompt].request_id, output.index)
             if choice.is_over:
-                self._end(choice, output, piece.finish_reason or "", plan_labels, now)
+                self._end(choice, output, piece.finish_reason or "", plan_labels)
+                metrics.e2e.observe(now - self.arrived)
+                if choice.tokens > 1:
+                    metrics.per_output_token.observe((now - first[choice.index]) / (choice.tokens - 1))
             if is_first and self.prefixes is not None:
                 piece = self._with_prefix(piece, prompt, submits)
             heard[choice.index] = now
@@ -164,7 +168,7 @@ class Generation:
             self.service.metrics.params_n.observe(submit.sampling.n)
             self.service.metrics.params_max_tokens.observe(submit.sampling.max_tokens)
 
-    def _end(self, choice: Choice, output: Output, reason: str, plan_labels: tuple[str, str], now: float) -> None:
+    def _end(self, choice: Choice, output: Output, reason: str, plan_labels: tuple[str, str]) -> None:
         metrics, usage = self.service.metrics, self.usage
         usage.completion_tokens += choice.tokens
         if output.index == 0:  # the other choices share the first one's prompt
@@ -173,7 +177,6 @@ class Generation:
             usage.reports.append(output.compression)
             metrics.kept(*plan_labels, output.compression)
         metrics.choice_ended(reason, choice.tokens)
-        metrics.e2e.observe(now - self.arrived)
 
 
 async def merge(sources: list[AsyncGenerator[Output, None]]) -> AsyncGenerator[tuple[int, Output], None]:

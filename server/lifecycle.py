@@ -30,12 +30,26 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service):
         super().__init__(config)
         self.service = service
+        self.failure: Exception | None = None
         self._draining: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
+        self._watching = self._loop.create_task(self._watch_engine())
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+        await super().shutdown(sockets)
+
+    async def _watch_engine(self) -> None:
+        """Ends the process when the engine will never start."""
+        if (failed := self.service.client.failed) is not None:
+            self.failure = await asyncio.shield(failed)
+            self.should_exit = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._loop is None or not self.started:
@@ -57,7 +71,11 @@ class Server(uvicorn.Server):
 
 
 def serve(app: FastAPI, settings: Settings) -> None:
-    """Returns after a drain."""
+    """Returns after a drain.
+
+    Raises
+        ModelError: the engine cannot load the model
+    """
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -69,4 +87,7 @@ def serve(app: FastAPI, settings: Settings) -> None:
         ws="none",
         timeout_graceful_shutdown=CLOSE_S,
     )
-    Server(config, app.state.service).run()
+    server = Server(config, app.state.service)
+    server.run()
+    if server.failure is not None:
+        raise server.failure

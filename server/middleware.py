@@ -16,6 +16,8 @@ from winnow.server.metrics import Metrics
 logger = logging.getLogger("winnow.access")
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+QUIET = frozenset({"/live", "/ready", "/health", "/metrics"})
+"""Routes that machines ask all the time"""
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
@@ -56,7 +58,8 @@ class Observe:
             method = scope["method"] if scope["method"] in METHODS else "other"
             route = getattr(scope.get("route"), "path", "none")
             metrics.http_done(method, route, status)
-            logger.info("%s %s %d %.3fs %s", method, route, status, time.monotonic() - began, own_id)
+            level = logging.DEBUG if route in QUIET else logging.INFO
+            logger.log(level, "%s %s %d %.3fs %s", method, route, status, time.monotonic() - began, own_id)
 
 
 class BodyLimit:

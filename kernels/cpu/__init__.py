@@ -18,12 +18,12 @@ from winnow.kernels.dispatch import WeightKind
 from winnow.kernels.kv import LaneBatch, PagedKV
 from winnow.kernels.layout import PageFormat
 
-_PANEL = 16
+_PANEL, _GROUP = 16, 64
 
 
 @dataclass(slots=True)
 class Weight:
-    """A matrix in panels of 16 output rows, [panels, cols, 16], f32 or int8 with one scale per row."""
+    """A matrix in panels of 16 output rows, [panels, cols, 16]: f32, or int8 with a scale for 64 columns of a row."""
 
     rows: int
     cols: int
@@ -61,7 +61,7 @@ def pack(weight: Tensor, kind: WeightKind, bias: Tensor | None = None) -> Weight
     panels_n = -(-rows // _PANEL)
     int8 = kind == "int8"
     panels = torch.empty(panels_n * cols * _PANEL, dtype=torch.int8 if int8 else torch.float32)
-    scale = torch.empty(panels_n * _PANEL) if int8 else None
+    scale = torch.empty(panels_n * -(-cols // _GROUP) * _PANEL) if int8 else None
     bias = None if bias is None else _floats(bias)
     if bias is not None and bias.shape != (rows,):
         raise ValueError(f"a bias of shape {tuple(bias.shape)} does not fit {rows} rows")
@@ -133,6 +133,9 @@ def rope_write(
     for norm in (q_norm, k_norm):
         if norm is not None and norm.shape != (dim,):
             raise ValueError(f"a head norm of shape {tuple(norm.shape)} does not fit {dim} channels")
+    for tensor in (cos, sin, q_norm, k_norm):
+        if tensor is not None and (tensor.dtype != torch.float32 or not tensor.is_contiguous()):
+            raise ValueError("rotation tables and head norms must be contiguous f32")
     qkv = _floats(qkv)
     q = torch.empty((rows, q_heads, dim))
     _cpu.rope_write(
@@ -218,7 +221,8 @@ def copy_pages(kv: PagedKV, src: Tensor, dst: Tensor) -> None:
 
 def _native_kv(kv: PagedKV) -> Any:
     """The arena's addresses, bound again where the engine has replaced a table."""
-    key = (kv.table.data_ptr(), kv.kept.data_ptr(), kv.sealed.data_ptr(), kv.formats.data_ptr(), kv.data.data_ptr())
+    tables = (kv.table, kv.kept, kv.sealed, kv.formats, kv.data)
+    key = (*(tensor.data_ptr() for tensor in tables), kv.table.shape)
     if kv.native is None or kv.native[0] != key:
         layout = kv.layout
         shapes = []

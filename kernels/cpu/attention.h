@@ -445,7 +445,8 @@ static bool attention_mass(const KV& kv, const Batch& batch, int layer, const fl
             int t = 0;
             for (; t + LANES <= tokens; t += LANES)
               store(mass + g.first + t, load(mass + g.first + t) + vexp(load(s + t) - shift));
-            const V rest = vexp(load(s + t) - shift);
+            if (t == tokens) continue;
+            const V rest = vexp(load(s + t) - shift);  // groups are whole vectors: nothing beyond them is read
             for (int e = 0; t + e < tokens; e++) mass[g.first + t + e] += rest[e];
           }
         }

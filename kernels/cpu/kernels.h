@@ -36,7 +36,7 @@ struct Batch {  // LaneBatch in kv.py
 
 struct Matrix {  // packed by pack(): panels of 16 output rows, [panels][cols][16]
   const void* panels;
-  const float* scale;  // per output row, null for f32
+  const float* scale;  // [panels][groups of 64 columns][16], null for f32
   const float* bias;   // or null
   int rows, cols;
   bool is_int8;

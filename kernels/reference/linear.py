@@ -1,10 +1,10 @@
 """Matrix products with packed weights.
 
     f32     y = x Wᵀ + b
-    int8    scale[n] = max_k |W[n, k]| / 127;  code[n, k] = round(W[n, k] / scale[n]), half to even
-            y = x (code · scale)ᵀ + b
+    int8    for each group g of 64 columns:  scale[n, g] = max_{k in g} |W[n, k]| / 127
+            code[n, k] = round(W[n, k] / scale[n, g]), half to even;  y = x (code · scale)ᵀ + b
 
-A row of zeros has scale 0 and codes 0.
+A group of zeros has scale 0 and codes 0.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ ROWS = 16
 its sums, never depends on how many rows a step has."""
 
 
+GROUP = 64
+"""Columns that share a scale."""
+
+
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
     """A matrix as this backend keeps it."""
@@ -29,7 +33,7 @@ class PackedWeight:
     values: Tensor
     """[N, K]: f32, or int8 codes"""
     scale: Tensor | None
-    """[N, 1] f32, for int8"""
+    """[N, groups] f32, for int8"""
     bias: Tensor | None
     """[N] f32"""
 
@@ -57,8 +61,11 @@ def pack(weight: Tensor, kind: WeightKind, bias: Tensor | None = None) -> Packed
         return PackedWeight(kind, weight.clone(memory_format=torch.contiguous_format), None, bias)
     if kind != "int8":
         raise ValueError(f"unknown kind of weight {kind!r}")
-    scale = weight.abs().amax(dim=1, keepdim=True) / 127
-    codes = torch.where(scale > 0, weight / scale, 0).round().clamp(-127, 127).to(torch.int8)
+    groups = -(-weight.shape[1] // GROUP)
+    padded = torch.nn.functional.pad(weight, (0, groups * GROUP - weight.shape[1]))
+    scale = padded.view(-1, groups, GROUP).abs().amax(dim=2) / 127
+    wide = _over_columns(scale, weight.shape[1])
+    codes = torch.where(wide > 0, weight / wide, 0).round().clamp(-127, 127).to(torch.int8)
     return PackedWeight(kind, codes, scale, bias)
 
 
@@ -93,4 +100,9 @@ def embed(tokens: Tensor, w: PackedWeight) -> Tensor:
 
 def _dequantized(w: PackedWeight, rows: Tensor | slice) -> Tensor:
     values = w.values[rows]
-    return values if w.scale is None else values.float() * w.scale[rows]
+    return values if w.scale is None else values.float() * _over_columns(w.scale[rows], w.cols)
+
+
+def _over_columns(scale: Tensor, cols: int) -> Tensor:
+    """[N, groups] -> [N, cols]."""
+    return scale.repeat_interleave(GROUP, dim=1)[:, :cols]

@@ -31,7 +31,8 @@ async def tokenize(
             return chat_tokens(service.tokenizer, body.chat())
         return service.tokenizer.encode(body.prompt, body.add_special_tokens is not False)
 
-    tokens = await service.in_thread(work)
+    with service.admission.board(1) as flight:
+        tokens = await flight.wait(service.in_thread(work))
     shown: Any = [service.tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
     return Tokens(count=len(tokens), max_model_len=longest, tokens=tokens, token_strs=shown)
 
@@ -45,5 +46,7 @@ async def detokenize(
     size = service.engine().vocab_size
     if body.tokens and max(body.tokens) >= size:
         raise RequestError("tokens", f"tokens: the vocabulary has {size} tokens", "invalid_value")
-    text = await service.in_thread(lambda: service.tokenizer.decode(body.tokens, skip_special_tokens=False))
+    with service.admission.board(1) as flight:
+        work = service.in_thread(lambda: service.tokenizer.decode(body.tokens, skip_special_tokens=False))
+        text = await flight.wait(work)
     return Text(prompt=text)

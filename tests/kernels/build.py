@@ -59,12 +59,10 @@ class State:
 
 
 def copy_kv(kv: PagedKV) -> PagedKV:
-    return PagedKV(
-        kv.layout,
-        *(part.clone() for part in (kv.data, kv.table, kv.kept, kv.sealed, kv.formats)),
-        mass={slot: part.clone() for slot, part in kv.mass.items()},
-        positions={slot: part.clone() for slot, part in kv.positions.items()},
-    )
+    tables = {name: getattr(kv, name).clone() for name in ("data", "table", "kept", "sealed", "formats")}
+    mass = {slot: part.clone() for slot, part in kv.mass.items()}
+    positions = {slot: part.clone() for slot, part in kv.positions.items()}
+    return PagedKV(kv.layout, **tables, mass=mass, positions=positions)
 
 
 def build(

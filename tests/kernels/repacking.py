@@ -13,7 +13,7 @@ from winnow.kernels.kv import PagedKV
 from winnow.kernels.layout import PageFormat, PageLayout
 from winnow.kernels.reference.codec import decode_pages, encode_pages
 
-from .build import Held, State
+from .build import Held, State, int32
 
 Lane = tuple[int, int]
 
@@ -100,11 +100,12 @@ def plan(state: State, slot: int, move: Move, seed: int = 0) -> Repack:
     return Repack(
         slot,
         move.fmt,
-        None if keep is None else _by_lane(kv, keep),
-        *(_by_lane(kv, torch.tensor(numbers, dtype=torch.int32)) for numbers in (counts, start)),
-        _by_lane(kv, table),
-        _by_lane(kv, torch.tensor(sealed, dtype=torch.int32)),
-        tokens,
+        keep=None if keep is None else _by_lane(kv, keep),
+        counts=_by_lane(kv, int32(counts)),
+        start=_by_lane(kv, int32(start)),
+        dst_table=_by_lane(kv, table),
+        dst_sealed=_by_lane(kv, int32(sealed)),
+        tokens=tokens,
     )
 
 

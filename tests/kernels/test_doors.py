@@ -21,20 +21,20 @@ def _state() -> State:
     return build(PageLayout(16), [Held((5,)), Held((20,), rows=2, sealed=(1,), first_vote=0, evicted=True)], layers=2)
 
 
-def _put(name: str, value: int) -> Callable[[State, int], None]:
+def _put(name: str, value: int) -> Callable[[State, int], object]:
     """Spoils a lane table of layer 1, head 1."""
     return lambda state, slot: getattr(state.kv, name)[slot, 1, 1].fill_(value)
 
 
-def _page(column: int, value: int) -> Callable[[State, int], None]:
+def _page(column: int, value: int) -> Callable[[State, int], object]:
     return lambda state, slot: state.kv.table[slot, 1, 1, column].fill_(value)
 
 
-def _batch(name: str, numbers: list[int]) -> Callable[[State, int], None]:
+def _batch(name: str, numbers: list[int]) -> Callable[[State, int], object]:
     return lambda state, slot: setattr(state.batch, name, int32(numbers))
 
 
-BATCHES: dict[str, Callable[[State, int], None]] = {
+BATCHES: dict[str, Callable[[State, int], object]] = {
     "a slot beyond the table": _batch("slots", [0, 3]),
     "a negative slot": _batch("slots", [0, -1]),
     "row bounds beyond the rows": _batch("cu_rows", [0, 1, 9]),
@@ -70,7 +70,7 @@ def test_what_the_tests_below_spoil_is_fine(ops: Backend) -> None:
 
 
 @batches
-def test_attention_refuses(ops: Backend, spoil: Callable[[State, int], None]) -> None:
+def test_attention_refuses(ops: Backend, spoil: Callable[[State, int], object]) -> None:
     state = _state()
     spoil(state, int(state.batch.slots[1]))
     with refused:
@@ -78,7 +78,7 @@ def test_attention_refuses(ops: Backend, spoil: Callable[[State, int], None]) ->
 
 
 @batches
-def test_rope_write_refuses(ops: Backend, spoil: Callable[[State, int], None]) -> None:
+def test_rope_write_refuses(ops: Backend, spoil: Callable[[State, int], object]) -> None:
     state = _state()
     lane = state.kv.table[int(state.batch.slots[1]), 1, 1].clone()
     arena = state.kv.data.clone()
@@ -194,11 +194,11 @@ def test_a_copy_from_or_to_a_page_that_is_not_there(ops: Backend, page: int) -> 
     assert torch.equal(state.kv.data, arena)
 
 
-def _spoil(name: str, value: int) -> Callable[[Repack], None]:
+def _spoil(name: str, value: int) -> Callable[[Repack], object]:
     return lambda repack: getattr(repack, name)[1, 1].view(-1)[0].fill_(value)
 
 
-REPACKS: dict[str, Callable[[Repack], None]] = {
+REPACKS: dict[str, Callable[[Repack], object]] = {
     "a token beyond the lane": lambda repack: repack.keep[1, 1, 6].fill_(10_000),  # type: ignore[index]
     "a negative token": _spoil("keep", -1),
     "more tokens than are listed": _spoil("counts", 10),
@@ -212,7 +212,7 @@ REPACKS: dict[str, Callable[[Repack], None]] = {
 
 
 @pytest.mark.parametrize("spoil", REPACKS.values(), ids=REPACKS.keys())
-def test_repack_refuses(ops: Backend, spoil: Callable[[Repack], None]) -> None:
+def test_repack_refuses(ops: Backend, spoil: Callable[[Repack], object]) -> None:
     state = _state()
     arena = state.kv.data.clone()
     repack = plan(state, int(state.batch.slots[1]), Move(Held((20,), sealed=(1,)), PageFormat.INT4, keep=(7,)))

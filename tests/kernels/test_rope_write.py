@@ -54,8 +54,8 @@ def _rotated(x: Tensor, weight: Tensor | None, positions: Tensor) -> Tensor:
 
 def _run(ops: Backend, state: State, qkv: Tensor, norms: bool) -> Tensor:
     dim = state.kv.layout.head_dim
-    weights = (randn(dim, seed=8), randn(dim, seed=9)) if norms else (None, None)
-    return ops.rope_write(qkv, *_tables(dim), state.batch, state.kv, 1, *weights, 1e-6)
+    q_norm, k_norm = (randn(dim, seed=8), randn(dim, seed=9)) if norms else (None, None)
+    return ops.rope_write(qkv, *_tables(dim), state.batch, state.kv, 1, q_norm, k_norm, 1e-6)
 
 
 @cases

@@ -65,7 +65,10 @@ def connect(engine: FakeEngine, tokenizer: Tokenizer) -> Connect:
     async def connected(**options: Any) -> AsyncIterator[httpx.AsyncClient]:
         app = create_app(load(**options), engine, tokenizer)
         transport = httpx.ASGITransport(app=app)
-        async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://w") as http:
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://w") as http,
+        ):
             yield http
 
     return connected

@@ -44,6 +44,7 @@ class FakeEngine:
         self.is_ready = True
         self.heartbeat_age_s = 0.1
         self.restarts = 0
+        self.failed: asyncio.Future[Exception] | None = None
         self.error: Exception | None = None
         self.error_after = 0
         self.pause_after: int | None = None
@@ -59,6 +60,7 @@ class FakeEngine:
 
     async def start(self) -> None:
         self.calls.append("start")
+        self.failed = asyncio.get_running_loop().create_future()
 
     async def stop(self, drain_s: float) -> None:
         self.calls.append("stop")

@@ -220,7 +220,7 @@ async def test_a_body_that_is_no_json_object(http: httpx.AsyncClient, url: str, 
 
 @pytest.mark.parametrize("budget", ["NaN", "1e999", "-Infinity"])
 async def test_a_budget_that_is_no_number(http: httpx.AsyncClient, budget: str) -> None:
-    raw = '{"messages": [], "compression": {"kv": {"evict": {"policy": "knorm", "budget": %s}}}}' % budget
+    raw = f'{{"messages": [], "compression": {{"kv": {{"evict": {{"policy": "knorm", "budget": {budget}}}}}}}}}'
     error_of(await http.post(CHAT, content=raw, headers={"content-type": "application/json"}))
 
 
@@ -268,7 +268,9 @@ async def test_a_prompt_of_100_000_tokens(http: httpx.AsyncClient, engine: FakeE
     assert not engine.submits
 
 
-@pytest.mark.parametrize(("length", "asked", "fits"), [(2047, 1, True), (2048, None, False), (2000, 48, True), (2000, 49, False)])
+@pytest.mark.parametrize(
+    ("length", "asked", "fits"), [(2047, 1, True), (2048, None, False), (2000, 48, True), (2000, 49, False)]
+)
 async def test_the_edge_of_the_context(http: httpx.AsyncClient, length: int, asked: int | None, fits: bool) -> None:
     answer = await http.post(COMPLETIONS, json={"prompt": [5] * length, "max_tokens": asked})
     if fits:

@@ -67,7 +67,13 @@ async def test_every_knob_reaches_the_engine(http: httpx.AsyncClient, engine: Fa
         "n": 2,
     }
     await ask(
-        http, **knobs, logit_bias={"5": -100}, stop_token_ids=[9, 2], max_completion_tokens=8, logprobs=True, top_logprobs=3
+        http,
+        **knobs,
+        logit_bias={"5": -100},
+        stop_token_ids=[9, 2],
+        max_completion_tokens=8,
+        logprobs=True,
+        top_logprobs=3,
     )
     sampling = engine.submits[0].sampling
     assert {name: getattr(sampling, name) for name in knobs} == knobs

@@ -10,6 +10,7 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
+from winnow.engine.errors import ModelError
 from winnow.engine.models.tokenizer import Tokenizer
 from winnow.server.app import create_app
 from winnow.server.lifecycle import Server
@@ -160,6 +161,17 @@ async def test_signals_under_uvicorn(app: FastAPI, engine: FakeEngine) -> None:
     await asyncio.wait_for(serving, 10)
     assert engine.calls == ["start", "stop"]
     assert server._captured_signals == []  # uvicorn raises those again: the process would not end with status 0
+
+
+async def test_an_engine_that_never_starts_ends_the_server(app: FastAPI, engine: FakeEngine) -> None:
+    config = uvicorn.Config(app, port=0, log_config=None, access_log=False, lifespan="on", ws="none")
+    server = Server(config, service(app))
+    serving = asyncio.create_task(server._serve())
+    while engine.failed is None:
+        await asyncio.sleep(0.01)
+    engine.failed.set_result(ModelError("no such model"))
+    await asyncio.wait_for(serving, 10)
+    assert isinstance(server.failure, ModelError)
 
 
 async def test_a_full_queue(engine: FakeEngine, tokenizer: Tokenizer) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -74,7 +76,7 @@ def test_bad_files(config: Path, text: str, named: str) -> None:
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="no.yaml"):
+    with pytest.raises(SettingsError, match=r"no\.yaml"):
         load(tmp_path / "no.yaml")
 
 
@@ -101,8 +103,15 @@ def test_model_names_are_no_paths(tmp_path: Path, model: str, names: tuple[str, 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("server*.yaml")), ids=lambda path: path.name)
 def test_shipped_configs(path: Path, engine: FakeEngine, tokenizer: Tokenizer) -> None:
-    assert set(yaml.safe_load(path.read_text())) <= set(Settings.model_fields)
     create_app(load(path), engine, tokenizer)
+
+
+def test_the_config_that_shows_the_defaults() -> None:
+    written = yaml.safe_load((CONFIGS / "server.yaml").read_text())
+    defaults = load()
+    assert written == {name: getattr(defaults, name) for name in written}
+    left_out = {"max_model_len", "threads", "api_key", "served_model_name", "compression", "max_compression"}
+    assert set(Settings.model_fields) - set(written) == left_out | {"device", "profiles"}
 
 
 @pytest.mark.parametrize(
@@ -121,6 +130,16 @@ def test_bad_plans_are_found_at_start(
         create_app(load(**options), engine, tokenizer)
 
 
+@pytest.fixture
+def own_logging() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+@pytest.mark.usefixtures("own_logging")
 def test_the_command_line() -> None:
     run = CliRunner().invoke
     assert run(command, ["--version"]).output.strip() == __version__

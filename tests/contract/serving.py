@@ -1,0 +1,94 @@
+"""A real server in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+KEY = "contract-key"
+PATIENCE_S = 120
+
+
+@dataclass
+class Serving:
+    process: subprocess.Popen[bytes]
+    url: str
+    log: Path
+
+    def http(self) -> httpx.Client:
+        headers = {"authorization": f"Bearer {KEY}"}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=PATIENCE_S)
+
+    def metric(self, name: str) -> float:
+        """A metric that has one sample."""
+        with self.http() as http:
+            text = http.get("/metrics").raise_for_status().text
+        samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
+        (value,) = (sample.value for sample in samples if sample.name == f"winnow:{name}")
+        return value
+
+    def is_ready(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/ready").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Waits for what must come."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not condition():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.05)
+
+    def until_idle(self) -> None:
+        """No sequence runs or waits, and no page is held."""
+        names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+        self.until(lambda: not any(self.metric(name) for name in names))
+
+    def terminate(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(PATIENCE_S)
+
+    def engine_pid(self) -> int:
+        pid = self.process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        (engine,) = (int(child) for child in children if "engine.process" in Path(f"/proc/{child}/cmdline").read_text())
+        return engine
+
+
+@contextmanager
+def serving(folder: Path, *options: str) -> Iterator[Serving]:
+    """A server of the default model that is ready; ended by SIGTERM, if it still runs, with status 0."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = folder / "server.log"
+    command = [sys.executable, "-m", "winnow.server.cli", "serve", "--port", str(port)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WINNOW_")}
+    environment |= {"WINNOW_API_KEY": f"other,{KEY}", "OMP_WAIT_POLICY": "passive"}
+    with (
+        log.open("wb") as output,
+        subprocess.Popen([*command, *options], stdout=output, stderr=output, env=environment) as process,
+    ):
+        try:
+            server = Serving(process, f"http://127.0.0.1:{port}", log)
+            server.until(server.is_ready)
+            yield server
+            if process.poll() is None:
+                assert server.terminate() == 0, log.read_text()
+            assert "Traceback" not in log.read_text()
+            assert "unexpected" not in log.read_text()
+        finally:
+            process.kill()
