@@ -59,9 +59,7 @@ class Engine:
         self.cache = PrefixCache(self.arena) if settings.prefix_caching else None
         self.compressor = Compressor(self.arena, self.cache, ops, config.heads // config.kv_heads)
         self.table = SamplingTable(settings.max_seqs, config.vocab_size)
-        self.scheduler = Scheduler(
-            self.arena, self.cache, self.table, settings.max_step_tokens, self._prepare
-        )
+        self.scheduler = Scheduler(self.arena, self.cache, self.table, settings.max_step_tokens, self._prepare)
         self.runner = Runner(model, self.arena)
         self.sampler = Sampler()
         self.totals = Totals()
@@ -83,7 +81,9 @@ class Engine:
             outputs = self._commit(seqs, sampled)
         except Exception:
             log.exception("a step failed; its %d sequences are given up", len(batch.seqs))
-            outputs = [out for seq in batch.seqs for out in self._lose(seq.request_id, "the engine failed on this batch")]
+            outputs = [
+                out for seq in batch.seqs for out in self._lose(seq.request_id, "the engine failed on this batch")
+            ]
             self.check_integrity()
         self.totals.steps += 1
         self.totals.step_seconds += time.perf_counter() - began

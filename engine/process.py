@@ -13,13 +13,14 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Sequence
 
 import torch
 
 from winnow.engine.config import EngineSettings
 from winnow.engine.engine import Engine
 from winnow.engine.errors import ModelError, RequestError
-from winnow.engine.messages import Abort, EngineInfo, EngineStats, Finish, FromEngine, Rejected, Shutdown, Submit
+from winnow.engine.messages import Abort, Finish, FromEngine, Rejected, Shutdown, Submit
 from winnow.engine.models.loader import load_model
 from winnow.engine.wire import EXIT_MODEL_ERROR, LENGTH, MAX_FRAME, decode_to_engine, frame
 from winnow.kernels.dispatch import backend
@@ -89,9 +90,9 @@ class EngineLoop:
                 self._is_open = False
         return []
 
-    def _send(self, messages: list[FromEngine] | list[EngineInfo] | list[EngineStats]) -> None:
+    def _send(self, messages: Sequence[FromEngine]) -> None:
         try:
-            self._socket.sendall(frame(list(messages)))
+            self._socket.sendall(frame(messages))
         except OSError:
             self._is_open = False
 

@@ -32,7 +32,8 @@ class Runner:
         np.cumsum(counts, out=cu_rows[1:])
         starts = np.array([seq.computed for seq in batch.seqs], np.int32)
         positions = np.arange(cu_rows[-1], dtype=np.int32) + np.repeat(starts - cu_rows[:-1], counts)
-        tokens = np.concatenate([seq.tokens[seq.computed : seq.computed + n] for seq, n in zip(batch.seqs, counts, strict=True)])
+        chunks = zip(batch.seqs, counts.tolist(), strict=True)
+        tokens = np.concatenate([seq.tokens[seq.computed : seq.computed + count] for seq, count in chunks])
         votes = np.array([seq.vote_start for seq in batch.seqs], np.int64)
         first_vote = np.clip(votes - starts, 0, counts).astype(np.int32)
         lanes = LaneBatch(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 
 import msgspec
 
@@ -18,7 +19,7 @@ _to_engine = msgspec.msgpack.Decoder(list[ToEngine])
 _from_engine = msgspec.msgpack.Decoder(list[FromEngine])
 
 
-def frame(messages: list[ToEngine] | list[FromEngine]) -> bytes:
+def frame(messages: Sequence[ToEngine] | Sequence[FromEngine]) -> bytes:
     body = _encoder.encode(messages)
     return LENGTH.pack(len(body)) + body
 

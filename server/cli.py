@@ -58,8 +58,7 @@ def serve(
     Every setting can also stand in the YAML file or in the environment as WINNOW_NAME; options win over the
     environment, which wins over the file.
     """
-    options = {name: value or None for name, value in locals().items() if name != "config" and value is not False}
-    options["prefix_caching"] = prefix_caching
+    options = {name: value for name, value in locals().items() if name != "config"}
     try:
         settings = load(config, **options)
         logging.basicConfig(

@@ -129,7 +129,8 @@ class Settings(BaseSettings, EngineSettings):
 
 
 def load(config: Path | None = None, **options: Any) -> Settings:
-    """Settings from a YAML file (or the one that WINNOW_CONFIG names), the environment and options that are not None.
+    """Settings from a YAML file (or the one that WINNOW_CONFIG names), the environment and the options that are given:
+    neither None nor an empty list.
 
     Raises
         SettingsError
@@ -143,7 +144,7 @@ def load(config: Path | None = None, **options: Any) -> Settings:
         model_config = SettingsConfigDict(yaml_file=config, yaml_file_encoding="utf-8")
 
     try:
-        return Sourced(**{name: value for name, value in options.items() if value is not None})
+        return Sourced(**{name: value for name, value in options.items() if value is not None and value != []})
     except ValidationError as error:
         lines = [f"  {'.'.join(str(p) for p in e['loc']) or 'settings'}: {e['msg']}" for e in error.errors()]
         raise SettingsError("bad settings:\n" + "\n".join(lines)) from error

@@ -144,7 +144,7 @@ class Compressor:
         kept, old_sealed = arena.kept[slot].copy(), arena.sealed[slot].copy()
         evicted = int((kept - count).sum())
 
-        # Leading tokens that stay where they are, and the sealed (or, where nothing is sealed, open) pages full of them.
+        # Leading tokens that stay where they are, and survivors in sealed pages.
         if keep is None:
             same, in_sealed = count, np.minimum(count, old_sealed * packed)
         else:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from winnow.engine.compression.plan import Plan
 from winnow.kernels.layout import PageFormat, PageLayout
 
-
 NEVER = 1 << 62
 """A position that no text reaches"""
 

@@ -23,6 +23,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, core_schema
 
+from winnow.engine.compression.plan import Plan
 from winnow.engine.errors import RequestError
 from winnow.engine.messages import SamplingParams
 from winnow.server.settings import Settings
@@ -71,6 +72,14 @@ def _one_or_more(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+class PlanSchema:
+    """Shows a plan's fields in OpenAPI; what a request holds there is checked by `Plan.resolve`, which errs better."""
+
+    @staticmethod
+    def __get_pydantic_json_schema__(schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [{"type": "string"}, handler(Plan.__pydantic_core_schema__)]}
+
+
 _STOP = {"type": "string", "minLength": 1}
 Stops = Annotated[
     list[Annotated[str, Field(min_length=1)]],
@@ -112,7 +121,9 @@ class GenerationRequest(Body):
     include_stop_str_in_output: bool = False
 
     # Memory
-    compression: str | dict[str, Any] | None = Field(None, description="a plan or the name of a profile")
+    compression: Annotated[str | dict[str, Any] | None, PlanSchema] = Field(
+        None, description="a plan, or the name of a profile that /v1/models lists"
+    )
     cache_salt: str = Field("", max_length=256, description="prefixes are shared under an equal salt only")
 
     # Accepted, without effect on the answer

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
 
+from winnow.engine.compression.registry import EVICTION
 from winnow.engine.models.tokenizer import load_tokenizer
 from winnow.server.app import create_app
 from winnow.server.protocol.responses import ErrorBody
@@ -39,6 +40,16 @@ def schema() -> Any:
         await app(scope, receive, send)
 
     return schemathesis.openapi.from_asgi("/openapi.json", running)
+
+
+def test_plans_are_described(schema: Any) -> None:
+    components = schema.raw_schema["components"]["schemas"]
+    for request in ("ChatRequest", "CompletionRequest"):
+        name, plan = components[request]["properties"]["compression"]["anyOf"]
+        assert name == {"type": "string"}
+        assert "kv" in plan["properties"]
+    for name in EVICTION:
+        assert f"Evict_{name}" in components
 
 
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)

@@ -158,6 +158,18 @@ def test_the_command_line() -> None:
         assert "Traceback" not in result.output
 
 
+@pytest.mark.usefixtures("own_logging")
+def test_options_of_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Settings] = []
+    monkeypatch.setattr("winnow.server.app.create_app", lambda settings: None)
+    monkeypatch.setattr("winnow.server.lifecycle.serve", lambda app, settings: seen.append(settings))
+    arguments = ["--port", "0", "--drain-s", "0", "--no-prefix-caching", "--api-key", "a", "--api-key", "b"]
+    assert CliRunner().invoke(command, ["serve", *arguments]).exit_code == 0
+    (settings,) = seen
+    assert (settings.port, settings.drain_s, settings.prefix_caching, settings.max_n) == (0, 0, False, 16)
+    assert [key.get_secret_value() for key in settings.api_key] == ["a", "b"]
+
+
 def test_torch_is_never_loaded() -> None:
     """The server's process stays small, and OpenMP stays out of it."""
     script = """
