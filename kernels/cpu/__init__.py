@@ -221,8 +221,9 @@ def copy_pages(kv: PagedKV, src: Tensor, dst: Tensor) -> None:
 
 def _native_kv(kv: PagedKV) -> Any:
     """The arena's addresses, bound again where the engine has replaced a table."""
-    tables = (kv.table, kv.kept, kv.sealed, kv.formats, kv.data)
-    key = (*(tensor.data_ptr() for tensor in tables), kv.table.shape)
+    tables = (kv.table, kv.kept, kv.sealed, kv.formats)
+    addresses = [tensor.data_ptr() for tensor in tables]
+    key = (addresses, kv.data.data_ptr(), kv.table.shape)
     if kv.native is None or kv.native[0] != key:
         layout = kv.layout
         shapes = []
@@ -236,7 +237,7 @@ def _native_kv(kv: PagedKV) -> Any:
             if table.dtype != torch.int32 or not table.is_contiguous():
                 raise ValueError("lane tables must be contiguous int32")
         slots, layers, heads, width = kv.table.shape
-        handle.bind(key[0], key[1], key[2], key[3], slots, layers, heads, width)
+        handle.bind(*addresses, slots, layers, heads, width)
         kv.native = (key, handle)
     return kv.native[1]
 

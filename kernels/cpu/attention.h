@@ -345,7 +345,7 @@ static Scratch shared_scratch;  // of the one thread that calls: items, then the
 
 static bool attention(const KV& kv, const Batch& batch, int layer, const float* q, int q_heads, float scale,
                       int window, float* out, float* lse) {
-  if (!valid_batch(kv, batch, layer, q_heads) || q_heads / kv.heads > BLOCK_ROWS) return false;
+  if (!valid_batch(kv, batch, layer, q_heads, window) || q_heads / kv.heads > BLOCK_ROWS) return false;
   const int group = q_heads / kv.heads, dim = kv.dim;
   int parts;
   const int count = make_items(kv, batch, layer, q_heads, nullptr, &parts);
@@ -409,7 +409,7 @@ static bool attention(const KV& kv, const Batch& batch, int layer, const float* 
 // mass[layer][head][token] += sum over voting rows and their query heads of e^(q.k - lse), rows in order.
 static bool attention_mass(const KV& kv, const Batch& batch, int layer, const float* q, int q_heads, float scale,
                            int window, const float* lse) {
-  if (!valid_batch(kv, batch, layer, q_heads) || q_heads / kv.heads > BLOCK_ROWS) return false;
+  if (!valid_batch(kv, batch, layer, q_heads, window) || q_heads / kv.heads > BLOCK_ROWS) return false;
   const int group = q_heads / kv.heads, block = max_i(1, BLOCK_ROWS / group);
   bool ok = true;
   for (int b = 0; b < batch.size; b++) {

@@ -50,7 +50,7 @@ static bool rope_write(const KV& kv, const Batch& batch, int layer, const float*
                        float* q_out) {
   const int dim = kv.dim, heads = kv.heads, half = dim / 2;
   const PageShape& open = kv.shapes[kv.compute];
-  if (!valid_batch(kv, batch, layer, q_heads)) return false;
+  if (!valid_batch(kv, batch, layer, q_heads, 0)) return false;
   bool ok = true;
   for (int b = 0; b < batch.size; b++) {
     const int rows = batch.cu_rows[b + 1] - batch.cu_rows[b], slot = batch.slots[b];

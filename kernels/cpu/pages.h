@@ -34,8 +34,9 @@ INLINE Lane lane_of(const KV& kv, int slot, int layer, int head) {
   return {kv.table + i * kv.width, kv.width, kv.kept[i], kv.sealed[i], fmt, kv.sealed[i] * kv.shapes[fmt].capacity};
 }
 
-// Whether every index of the batch lies inside its array: the slots, the rows, and the lanes' lengths.
-INLINE bool valid_batch(const KV& kv, const Batch& batch, int layer, int q_heads) {
+// Whether every index of the batch lies inside its array: the slots, the rows, and the lanes' lengths. Positions of lane
+// tokens need only be there under a window.
+INLINE bool valid_batch(const KV& kv, const Batch& batch, int layer, int q_heads, int window) {
   if (layer < 0 || layer >= kv.layers || q_heads < kv.heads || q_heads % kv.heads || kv.dim > 256) return false;
   if (batch.cu_rows[0] != 0 || batch.cu_rows[batch.size] != batch.rows) return false;
   for (int b = 0; b < batch.size; b++) {
@@ -45,7 +46,7 @@ INLINE bool valid_batch(const KV& kv, const Batch& batch, int layer, int q_heads
       const Lane lane = lane_of(kv, batch.slots[b], layer, h);
       if (lane.sealed < 0 || lane.kept < lane.sealed_tokens || lane.kept < rows) return false;
       const int open = kv.shapes[kv.compute].capacity;
-      if (batch.lane_positions[b] && lane.kept > batch.positions_capacity[b]) return false;
+      if (window > 0 && batch.lane_positions[b] && lane.kept > batch.positions_capacity[b]) return false;
       if (lane.sealed + (lane.kept - lane.sealed_tokens + open - 1) / open > kv.width) return false;
     }
   }
