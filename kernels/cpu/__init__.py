@@ -221,9 +221,8 @@ def copy_pages(kv: PagedKV, src: Tensor, dst: Tensor) -> None:
 
 def _native_kv(kv: PagedKV) -> Any:
     """The arena's addresses, bound again where the engine has replaced a table."""
-    tables = (kv.table, kv.kept, kv.sealed, kv.formats)
-    addresses = [tensor.data_ptr() for tensor in tables]
-    key = (addresses, kv.data.data_ptr(), kv.table.shape)
+    table, kept, sealed, formats = (t.data_ptr() for t in (kv.table, kv.kept, kv.sealed, kv.formats))
+    key = (table, kept, sealed, formats, kv.data.data_ptr(), kv.table.shape)
     if kv.native is None or kv.native[0] != key:
         layout = kv.layout
         shapes = []
@@ -233,11 +232,11 @@ def _native_kv(kv: PagedKV) -> Any:
         handle = _cpu.KV(
             kv.data.data_ptr(), kv.data.shape[0], layout.page_bytes, layout.head_dim, int(layout.compute), shapes
         )
-        for table in (kv.table, kv.kept, kv.sealed):
-            if table.dtype != torch.int32 or not table.is_contiguous():
+        for tensor in (kv.table, kv.kept, kv.sealed):
+            if tensor.dtype != torch.int32 or not tensor.is_contiguous():
                 raise ValueError("lane tables must be contiguous int32")
         slots, layers, heads, width = kv.table.shape
-        handle.bind(*addresses, slots, layers, heads, width)
+        handle.bind(table, kept, sealed, formats, slots, layers, heads, width)
         kv.native = (key, handle)
     return kv.native[1]
 
