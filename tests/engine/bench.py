@@ -1,0 +1,168 @@
+"""An engine on the bench: it is stepped by hand, and what each choice did is written down."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from winnow.engine.config import EngineSettings
+from winnow.engine.engine import Engine, StepOutput
+from winnow.engine.messages import Output, Rejected, SamplingParams, Submit
+from winnow.engine.models.decoder import Decoder
+from winnow.engine.scheduler import ScheduledBatch
+from winnow.engine.sequence import Sequence as EngineSequence
+from winnow.kernels.dispatch import backend
+from winnow.kernels.layout import PageFormat, PageLayout
+
+Choice = tuple[str, int]
+
+
+@dataclass
+class Seen:
+    """What one choice of a request did."""
+
+    tokens: list[int] = field(default_factory=list)
+    logits: dict[int, Tensor] = field(default_factory=dict)
+    """tokens computed -> [vocab], from the end of the prompt on"""
+    kept: dict[int, Tensor] = field(default_factory=dict)
+    """event -> [layers, kv_heads, most] int64: positions that the lanes held after it, padded with -1"""
+    outputs: list[Output] = field(default_factory=list)
+    rejected: Rejected | None = None
+
+    @property
+    def last(self) -> Output:
+        output = self.outputs[-1]
+        assert output.finish_reason is not None
+        return output
+
+    @property
+    def is_over(self) -> bool:
+        return self.rejected is not None or bool(self.outputs and self.outputs[-1].finish_reason)
+
+
+def assert_same(seen: Seen, wanted: Seen) -> None:
+    """The same tokens, the same bits in every logit, and the same tokens kept at every event."""
+    assert seen.tokens == wanted.tokens
+    for where in ("logits", "kept"):
+        of, other = getattr(seen, where), getattr(wanted, where)
+        for at in of.keys() & other.keys():
+            assert torch.equal(of[at], other[at]), f"{where} differ at {at}"
+
+
+class Bench:
+    """An engine whose steps are taken one by one. `seen` has every choice."""
+
+    def __init__(self, model: Decoder, pages: int | None = None, **settings: Any):
+        """`pages`: size of the arena; enough for anything if None."""
+        settings = {"weights": "f32", "page_tokens": 16, "max_seqs": 64} | settings
+        layout = PageLayout(model.config.head_dim, PageFormat.F32, settings["page_tokens"])
+        gib = 1.0 if pages is None else (pages + 0.5) * layout.page_bytes / 2**30
+        self.engine = Engine(EngineSettings(kv_memory_gib=gib, **settings), model, backend("cpu"))
+        self.seen: dict[Choice, Seen] = defaultdict(Seen)
+        self.batches: list[list[tuple[Choice, int]]] = []
+        """Who took part in each step, with how many tokens"""
+        self._watch_logits()
+        self._watch_keep_sets()
+
+    def submit(
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        tokens: int = 8,
+        plan: dict[str, Any] | None = None,
+        salt: str = "",
+        **sampling: Any,
+    ) -> None:
+        params = SamplingParams(**({"temperature": 0.0, "max_tokens": tokens, "seed": 7} | sampling))
+        self.engine.submit(Submit(request_id, list(prompt), params, plan or {}, salt))
+
+    def step(self) -> list[StepOutput]:
+        return self._note(self.engine.step())
+
+    def finish(self, request_id: str, index: int = 0) -> list[StepOutput]:
+        return self._note(self.engine.finish(request_id, index))
+
+    def run(self, after_step: Callable[[], None] = lambda: None, most: int = 20_000) -> dict[Choice, Seen]:
+        """Steps until nothing is left to do."""
+        for _ in range(most):
+            if self.engine.is_idle:
+                self.engine.check_integrity()
+                return dict(self.seen)
+            self.step()
+            after_step()
+        raise AssertionError(f"the engine is not done after {most} steps")
+
+    def alone(self, prompt: Sequence[int], tokens: int = 8, plan: dict[str, Any] | None = None, **more: Any) -> Seen:
+        """One request from beginning to end."""
+        self.submit("alone", prompt, tokens, plan, **more)
+        self.run()
+        return self.seen.pop(("alone", 0))
+
+    @property
+    def running(self) -> list[EngineSequence]:
+        return self.engine.scheduler.running
+
+    def sequence(self, request_id: str, index: int = 0) -> EngineSequence:
+        for seq in self.engine.scheduler.sequences():
+            if (seq.request_id, seq.index) == (request_id, index):
+                return seq
+        raise KeyError(request_id)
+
+    @property
+    def held_pages(self) -> int:
+        """Pages that are neither free nor only the prefix cache's."""
+        stats = self.engine.stats
+        return stats.pages_total - stats.pages_free - stats.pages_cached
+
+    def _note(self, outputs: Iterable[StepOutput]) -> list[StepOutput]:
+        for output in (outputs := list(outputs)):
+            if isinstance(output, Rejected):
+                self.seen[output.request_id, 0].rejected = output
+            else:
+                seen = self.seen[output.request_id, output.index]
+                assert not seen.is_over, "an output after the last one"
+                seen.outputs.append(output)
+                seen.tokens += output.token_ids
+        return outputs
+
+    def _watch_logits(self) -> None:
+        run = self.engine.runner.run
+
+        def watched(batch: ScheduledBatch) -> Tensor:
+            logits = run(batch)
+            self.batches.append([])
+            for row, (seq, count) in enumerate(zip(batch.seqs, batch.counts.tolist(), strict=True)):
+                choice, computed = (seq.request_id, seq.index), seq.computed + count
+                self.batches[-1].append((choice, count))
+                if computed >= seq.prompt_tokens:
+                    known = self.seen[choice].logits.setdefault(computed, logits[row].clone())
+                    assert torch.equal(known, logits[row]), f"{choice} read {computed} tokens again: other logits"
+            return logits
+
+        self.engine.runner.run = watched  # type: ignore[method-assign]
+
+    def _watch_keep_sets(self) -> None:
+        apply, arena = self.engine.compressor.apply, self.engine.arena
+
+        def watched(seq: EngineSequence) -> None:
+            apply(seq)
+            if not seq.timeline.evicts_at(seq.computed):
+                return
+            kept = arena.kv.kept[seq.slot].long()
+            positions = arena.kv.positions[seq.slot][..., : int(kept.max())].long()
+            held = positions.masked_fill(torch.arange(positions.shape[-1]) >= kept[..., None], -1)
+            choice = (seq.request_id, seq.index)
+            known = self.seen[choice].kept.setdefault(seq.computed, held)
+            assert torch.equal(known, held), f"{choice} was evicted at {seq.computed} again: other tokens stay"
+
+        self.engine.compressor.apply = watched  # type: ignore[method-assign]
+
+
+def pages_for(model: Decoder, tokens: int, page_tokens: int = 16) -> int:
+    """Pages of an arena whose longest sequence is of `tokens` tokens."""
+    return model.config.layers * model.config.kv_heads * (-(-tokens // page_tokens) + 1)

@@ -1,0 +1,35 @@
+"""Models that the engine's tests share."""
+
+import os
+
+# Before torch loads its OpenMP: threads that spin between calls would fight over the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+from pathlib import Path
+
+import pytest
+
+from winnow.engine.models.decoder import Decoder
+from winnow.engine.models.loader import load_model
+from winnow.kernels.dispatch import Backend, backend
+
+from ..models.checkpoints import random_model
+
+
+@pytest.fixture(scope="session")
+def ops() -> Backend:
+    return backend("cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny(ops: Backend, tmp_path_factory: pytest.TempPathFactory) -> Decoder:
+    """A llama of three layers and two KV heads with random weights."""
+    path: Path = tmp_path_factory.mktemp("tiny")
+    random_model("llama", max_position_embeddings=1024).save_pretrained(path)
+    return load_model(str(path), ops, "f32")
+
+
+@pytest.fixture(scope="session")
+def default_model(ops: Backend) -> Decoder:
+    """SmolLM2-135M-Instruct with f32 weights."""
+    return load_model("default", ops, "f32")
