@@ -7,6 +7,8 @@
 namespace winnow {
 namespace TARGET {
 
+constexpr int64_t WORTH_THREADS = 1 << 15;  // numbers; below, waking threads takes longer than the work
+
 // y = x / sqrt(mean(x^2) + eps) * weight; width is a multiple of 8.
 INLINE void norm_row(const float* x, const float* weight, float eps, int width, float* y) {
   V sum = zero();
@@ -16,13 +18,13 @@ INLINE void norm_row(const float* x, const float* weight, float eps, int width, 
 }
 
 static void rms_norm(const float* x, const float* weight, float eps, int count, int width, float* out) {
-#pragma omp parallel for schedule(static) if (count > 8)
+#pragma omp parallel for schedule(static) if ((int64_t)count * width >= WORTH_THREADS)
   for (int r = 0; r < count; r++) norm_row(x + (int64_t)r * width, weight, eps, width, out + (int64_t)r * width);
 }
 
 // silu(g) * u = g * u / (1 + e^-g), with e^-|g| so that nothing overflows.
 static void silu_mul(const float* gate_up, int count, int width, float* out) {
-#pragma omp parallel for schedule(static) if (count > 8)
+#pragma omp parallel for schedule(static) if ((int64_t)count * width >= WORTH_THREADS)
   for (int r = 0; r < count; r++) {
     const float *gate = gate_up + (int64_t)r * 2 * width, *up = gate + width;
     float* y = out + (int64_t)r * width;

@@ -14,7 +14,7 @@ from .serving import KEY, PATIENCE_S, Serving
 
 MODEL = "default"
 QUESTION: list[Any] = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
-STORY = "The old lighthouse keeper climbed the stairs and looked at the sea. " * 40
+STORY = "The old lighthouse keeper climbed the stairs and looked at the sea. " * 100
 LONG: list[Any] = [{"role": "user", "content": f"{STORY}\nWho looked at the sea?"}]
 QUARTER_INT4 = {"kv": {"evict": {"policy": "snapkv", "budget": 0.25}, "format": "int4"}}
 PLANS: list[Any] = [
@@ -128,9 +128,9 @@ def test_compression_frees_memory(client: OpenAI) -> None:
     assert before["plan"] is None
     assert before["bytes_held"] == before["bytes_uncompressed"]
     assert after["plan"]["kv"]["evict"]["policy"] == "snapkv"
-    assert after["tokens_seen"] > 500
+    assert after["tokens_seen"] > 1200
     assert after["tokens_kept"]["mean"] < 0.35 * after["tokens_seen"]
-    assert after["bytes_held"] < 0.25 * after["bytes_uncompressed"]
+    assert after["bytes_held"] < 0.15 * after["bytes_uncompressed"]  # whole pages: some tokens stay in f32
     assert abs(after["bytes_uncompressed"] - before["bytes_uncompressed"]) < 0.05 * before["bytes_uncompressed"]
 
 
