@@ -6,7 +6,7 @@ ARGS ?=
 
 NATIVE := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h kernels/cpu/CMakeLists.txt)
 
-.PHONY: serve test check bench install format clean
+.PHONY: serve test check bench install install-dev format clean
 
 serve: install  ## start the server on 127.0.0.1:8000 with the default model
 	$(BIN)/winnow serve $(ARGS)
@@ -35,9 +35,9 @@ $(VENV)/.installed: pyproject.toml $(NATIVE) | $(VENV)
 	$(BIN)/pip install -q -e .
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
+$(VENV)/.installed-dev: pyproject.toml $(NATIVE) | $(VENV)
 	$(BIN)/pip install -q -e '.[dev]'
-	touch $@
+	touch $(VENV)/.installed $@
 
 $(VENV):
 	$(PYTHON) -m venv $(VENV)

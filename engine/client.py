@@ -170,14 +170,12 @@ class EngineClient:
             with contextlib.suppress(OSError):
                 writer.write(frame([Shutdown()]))
                 writer.close()
-        for signal in (None, process.terminate, process.kill):
-            if process.returncode is not None:
-                return
-            if signal is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    signal()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(process.wait(), 5)
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         """Hands out what the engine says until the connection ends."""

@@ -111,8 +111,9 @@ def build_engine(settings: EngineSettings) -> Engine:
 
 def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s engine: %(message)s", stream=sys.stderr)
-    # Ctrl-C reaches the whole process group: the server decides when the engine ends.
+    # Ctrl-C, and what a service manager sends, reach the whole process group: the server drains and says when to end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     settings = EngineSettings.model_validate_json(sys.stdin.buffer.read())
     with socket.socket(socket.AF_UNIX) as sock:
         sock.connect(sys.argv[1])

@@ -100,25 +100,23 @@ class Compressor:
         policy = eviction_policy(evict.policy)
         layers, _ = self._lanes_of(slot)
         kept = kv.kept[slot].long()
-        tokens = int(kept.max())
         budget = evict.budget_tokens(seen)
         recent = evict.recent_tokens(budget)
         protected = min(budget, recent + evict.sinks)
         budgets = torch.tensor(layer_budgets(budget, layers, evict.layer_budget, seen, protected=protected))
-        held = torch.arange(tokens) < kept[..., None]
-        positions = kv.positions[slot][..., :tokens].long().masked_fill(~held, -1)
-        mass = kv.mass[slot][..., :tokens] if Signal.ATTENTION in policy.signals else None
         votes = seen - seq.timeline.vote_start(seen - 1)
         # Keys are read a layer at a time, since those of all layers together may be larger than the arena.
         blocks = [slice(i, i + 1) for i in range(layers)] if Signal.KEYS in policy.signals else [slice(0, layers)]
         chosen = []
         for block in blocks:
+            tokens = int(kept[block].max())
+            held = torch.arange(tokens) < kept[block][..., None]
             view = LaneView(
-                positions=positions[block],
+                positions=kv.positions[slot][block, :, :tokens].long().masked_fill(~held, -1),
                 kept=kept[block],
                 layers=torch.arange(block.start, block.stop),
                 keys=self._keys(slot, block.start) if Signal.KEYS in policy.signals else None,
-                mass=None if mass is None else mass[block],
+                mass=kv.mass[slot][block, :, :tokens] if Signal.ATTENTION in policy.signals else None,
                 votes=max(0, votes),
                 q_per_kv=self._q_per_kv,
                 seen=seen,

@@ -57,11 +57,11 @@ def assert_same(seen: Seen, wanted: Seen) -> None:
 class Bench:
     """An engine whose steps are taken one by one. `seen` has every choice."""
 
-    def __init__(self, model: Decoder, pages: int | None = None, **settings: Any):
-        """`pages`: size of the arena; enough for anything if None."""
+    def __init__(self, model: Decoder, pages: int = 1 << 15, **settings: Any):
+        """`pages`: size of the arena."""
         settings = {"weights": "f32", "page_tokens": 16, "max_seqs": 64} | settings
         layout = PageLayout(model.config.head_dim, PageFormat.F32, settings["page_tokens"])
-        gib = 1.0 if pages is None else (pages + 0.5) * layout.page_bytes / 2**30
+        gib = (pages + 0.5) * layout.page_bytes / 2**30
         self.engine = Engine(EngineSettings(kv_memory_gib=gib, **settings), model, backend("cpu"))
         self.seen: dict[Choice, Seen] = defaultdict(Seen)
         self.batches: list[list[tuple[Choice, int]]] = []

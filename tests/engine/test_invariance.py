@@ -1,13 +1,15 @@
-"""The same request does the same, bit for bit, whatever happens around it: for every policy with every other choice."""
+"""A request does the same, bit for bit, whatever happens around it: every policy with every other choice of a plan."""
 
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 import pytest
 
+from winnow.engine.compression.plan import Plan
 from winnow.engine.compression.registry import EVICTION
 from winnow.engine.models.decoder import Decoder
 
@@ -15,49 +17,122 @@ from ..models.checkpoints import prompt_of
 from .bench import Bench, Seen, assert_same, pages_for
 
 NEW = 52
-"""Tokens that each request generates: six evictions during decode, and a page of int8 seals"""
+"""Tokens that each request generates: several evictions during decode, and a page of int8 seals."""
 
-Request = tuple[list[int], dict[str, Any]]
+CHOICES = list(
+    product(
+        ("prefill", "decode", "both"),
+        (None, "bf16", "int8", "int4"),
+        ("uniform", "adaptive"),
+        ("uniform", "pyramid"),
+    )
+)
 
 
-def requests_of(policy: str) -> list[Request]:
-    """A prompt and a plan for each combination of the choices beside the policy."""
-    every = product(("prefill", "decode", "both"), (None, "bf16", "int8", "int4"), ("uniform", "adaptive"), ("uniform", "pyramid"))
-    requests: list[Request] = []
-    for i, (during, fmt, heads, layers) in enumerate(every):
+@dataclass(frozen=True)
+class Request:
+    prompt: list[int]
+    plan: dict[str, Any]
+    alone: Seen
+    """What it does with the engine to itself, its prompt read in one step"""
+
+    @property
+    def may_hit(self) -> bool:
+        """Whether the prefix cache may spare it some of the prompt: not if queries from the first on must vote."""
+        evict = Plan.parse(self.plan).evict
+        return evict is None or evict.voters(len(self.prompt)) is not None
+
+
+def plans_of(policy: str) -> list[dict[str, Any]]:
+    plans: list[dict[str, Any]] = []
+    for i, (during, fmt, heads, layers) in enumerate(CHOICES):
         evict = {"policy": policy, "budget": (0.6, 120, 0.35)[i % 3], "during": during, "sinks": (4, 0, 20)[i % 3]}
         evict |= {"head_budget": heads, "layer_budget": layers}
-        if during != "prefill":
-            evict["interval"] = (8, 11)[i % 2]
-        kv: dict[str, Any] = {"evict": evict}
-        if fmt is not None:
-            kv |= {"format": fmt, "residual": (0, 16, 40)[i // 4 % 3]}
-        # All begin alike, so that they meet in the prefix cache.
-        requests.append((prompt_of(96, 1) + prompt_of(90 + 29 * i % 150, i + 2), {"kv": kv}))
-    return requests
+        evict |= {} if during == "prefill" else {"interval": (8, 11)[i % 2]}
+        quantized = {} if fmt is None else {"format": fmt, "residual": (0, 16, 40)[i // 4 % 3]}
+        plans.append({"kv": {"evict": evict} | quantized})
+    return plans
 
 
-@pytest.fixture(scope="module", params=EVICTION)
-def alone(request: pytest.FixtureRequest, tiny: Decoder) -> list[tuple[Request, Seen]]:
-    """Every request of a policy, and what it does with the engine to itself and its prompt read at once."""
+@pytest.fixture(scope="module", params=[*EVICTION, "formats only"])
+def requests(request: pytest.FixtureRequest, tiny: Decoder) -> list[Request]:
+    """Requests with every plan of a policy; their prompts begin alike, so that they meet in the prefix cache."""
+    if request.param == "formats only":
+        plans = [{}, *({"kv": {"format": fmt, "residual": 8}} for fmt in ("f32", "bf16", "int8", "int4"))]
+    else:
+        plans = plans_of(request.param)
     bench = Bench(tiny, max_step_tokens=1024, prefix_caching=False)
-    return [(each, bench.alone(each[0], NEW, each[1])) for each in requests_of(request.param)]
+    prompts = [prompt_of(96, 1) + prompt_of(90 + 29 * i % 150, i + 2) for i in range(len(plans))]
+    return [Request(prompt, plan, bench.alone(prompt, NEW, plan)) for prompt, plan in zip(prompts, plans, strict=True)]
 
 
-def submit_all(bench: Bench, alone: list[tuple[Request, Seen]], **sampling: Any) -> None:
-    for i, ((prompt, plan), _) in enumerate(alone):
-        bench.submit(str(i), prompt, NEW, plan, **sampling)
+def submit_all(bench: Bench, requests: list[Request], **sampling: Any) -> None:
+    for i, request in enumerate(requests):
+        bench.submit(str(i), request.prompt, NEW, request.plan, **sampling)
 
 
-def check(bench: Bench, alone: list[tuple[Request, Seen]]) -> None:
-    for i, (_, wanted) in enumerate(alone):
-        assert_same(bench.seen[str(i), 0], wanted)
+def check(bench: Bench, requests: list[Request], choices: int = 1) -> None:
+    for i, request in enumerate(requests):
+        assert len(request.alone.tokens) == NEW
+        for index in range(choices):
+            assert_same(bench.seen[str(i), index], request.alone)
 
 
 @pytest.mark.parametrize("max_step_tokens", [16, 61, 512])
-def test_in_company(alone: list[tuple[Request, Seen]], tiny: Decoder, max_step_tokens: int) -> None:
-    """Among all other plans, with prompts cut into chunks, without a prefix cache."""
+def test_in_company(requests: list[Request], tiny: Decoder, max_step_tokens: int) -> None:
+    """Among the other plans, with prompts cut into chunks."""
     bench = Bench(tiny, max_step_tokens=max_step_tokens, prefix_caching=False)
-    submit_all(bench, alone)
+    submit_all(bench, requests)
     bench.run()
-    check(bench, alone)
+    check(bench, requests)
+
+
+@pytest.mark.parametrize("max_step_tokens", [61, 512])
+def test_with_a_prefix_hit(requests: list[Request], tiny: Decoder, max_step_tokens: int) -> None:
+    """Once the beginning of the prompt, once nearly all of it is in the cache; nobody writes to its pages."""
+    bench = Bench(tiny, max_step_tokens=max_step_tokens)
+    submit_all(bench, requests)
+    bench.run()
+    check(bench, requests)
+    first = {choice: seen.last.cached_tokens for choice, seen in bench.seen.items()}
+    bench.seen.clear()
+    submit_all(bench, requests)
+    bench.run()
+    check(bench, requests)
+    for i, request in enumerate(requests):
+        again = bench.seen[str(i), 0].last.cached_tokens
+        assert again >= first[str(i), 0]
+        assert (again >= 64) is request.may_hit or Plan.parse(request.plan).evicts_in_decode
+    assert any(request.may_hit for request in requests) is any(seen.last.cached_tokens for seen in bench.seen.values())
+
+
+def test_after_preemption(requests: list[Request], tiny: Decoder) -> None:
+    """Whoever runs may lose everything after any step, several times."""
+    bench = Bench(tiny, max_step_tokens=200)
+    dice = random.Random(5)
+    submit_all(bench, requests)
+
+    def preempt() -> None:
+        if bench.running and dice.random() < 0.5:
+            bench.engine.scheduler.preempt(dice.choice(bench.running))
+
+    bench.run(preempt)
+    assert bench.engine.stats.preemptions_total > len(requests)
+    check(bench, requests)
+
+
+def test_where_pages_are_short(requests: list[Request], tiny: Decoder) -> None:
+    """In an arena that holds two or three of them."""
+    bench = Bench(tiny, pages_for(tiny, 700), max_step_tokens=128)
+    submit_all(bench, requests)
+    bench.run()
+    assert bench.engine.stats.preemptions_total > 0
+    check(bench, requests)
+    assert bench.held_pages == 0
+
+
+def test_as_one_of_several_choices(requests: list[Request], tiny: Decoder) -> None:
+    bench = Bench(tiny, max_step_tokens=128)
+    submit_all(bench, requests, n=3)
+    bench.run()
+    check(bench, requests, choices=3)

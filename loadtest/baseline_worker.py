@@ -1,0 +1,162 @@
+"""transformers in a process of its own: JSON commands on stdin, JSON answers on stdout, a line each.
+
+    {"do": "decode", "key": ..., "prompt": [...], "tokens": n}      -> {"tok_s", "tokens", "cache"}
+    {"do": "prefill", "prompt": [...]}                              -> {"seconds"}
+    {"do": "together", "prompts": [[...], ...], "tokens": n}        -> {"seconds", "prefill_seconds"}
+
+It gets the best of what it has: sdpa or eager attention, whichever decodes faster, and for each context a cache that
+grows or one that was allocated at full length, whichever is faster there. Only wanted logits are computed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from functools import cache
+from typing import Any, Literal
+
+import gguf
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+from winnow.engine.models.files import DEFAULT, resolve_model
+
+CacheKind = Literal["dynamic", "static"]
+TRIAL_PROMPT, TRIAL_TOKENS = 512, 6
+
+SMOLLM2_135M = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+    "tie_word_embeddings": True,
+}
+
+
+def load(name: str) -> Any:
+    """The model in float32, from the same file that the server reads."""
+    path = resolve_model(name)
+    if name != DEFAULT:
+        where = {"gguf_file": path.name} if path.is_file() else {}
+        folder = path.parent if path.is_file() else path
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **where).eval()
+    gguf.get_tensor_name_map = cache(gguf.get_tensor_name_map)  # asked for once per module: seconds each time
+    model = LlamaForCausalLM(LlamaConfig(**SMOLLM2_135M)).eval()
+    tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
+    model.load_state_dict(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]})
+    return model
+
+
+class Context:
+    """A prompt that was read once, in a cache that can be wound back to its end."""
+
+    def __init__(self, model: Any, prompts: Tensor, room: int, kind: CacheKind):
+        self.model = model
+        self.length = prompts.shape[1]
+        self.kind = kind
+        self.cache: Cache = DynamicCache(config=model.config)
+        if kind == "static":
+            self.cache = StaticCache(config=model.config, max_cache_len=self.length + room)
+        self.first = self._next(prompts)
+
+    def _next(self, tokens: Tensor) -> Tensor:
+        """[B, 1] likeliest tokens after these."""
+        logits = self.model(tokens, past_key_values=self.cache, logits_to_keep=1).logits
+        return logits[:, -1].argmax(-1, keepdim=True)
+
+    def decode(self, count: int) -> tuple[float, list[int]]:
+        """Seconds for `count` tokens after the first, and the first sequence's tokens, the first included."""
+        token, out = self.first, [self.first]
+        began = time.perf_counter()
+        for _ in range(count):
+            token = self._next(token)
+            out.append(token)
+        seconds = time.perf_counter() - began
+        self._rewind(count)
+        return seconds, torch.cat(out, 1)[0].tolist()
+
+    def _rewind(self, count: int) -> None:
+        if self.kind == "dynamic":
+            self.cache.crop(-count)
+            return
+        for layer in self.cache.layers:
+            layer.cumulative_length.sub_(count)
+
+    def as_static(self, room: int) -> Context:
+        """The same state in a cache of full length."""
+        other = object.__new__(Context)
+        other.model, other.length, other.kind, other.first = self.model, self.length, "static", self.first
+        other.cache = StaticCache(config=self.model.config, max_cache_len=self.length + room)
+        for i, layer in enumerate(self.cache.layers):
+            other.cache.update(layer.keys, layer.values, i)
+        return other
+
+
+class Worker:
+    def __init__(self, name: str):
+        self.model = load(name)
+        self.contexts: dict[str, Context] = {}
+        self.attention = "sdpa"
+        self._choose_attention()
+
+    def _choose_attention(self) -> None:
+        seconds: dict[str, float] = {}
+        prompt = torch.arange(TRIAL_PROMPT)[None] + 1000
+        for name in ("sdpa", "eager"):
+            self.model.set_attn_implementation(name)
+            context = Context(self.model, prompt, TRIAL_TOKENS, "dynamic")
+            seconds[name] = min(context.decode(TRIAL_TOKENS)[0] for _ in range(2))
+        self.attention = min(seconds, key=lambda name: seconds[name])
+        self.model.set_attn_implementation(self.attention)
+
+    def decode(self, key: str, prompt: list[int], tokens: int) -> dict[str, Any]:
+        """Decodes after a prompt, which is read only when its key is new."""
+        if key not in self.contexts:
+            dynamic = Context(self.model, torch.tensor([prompt]), tokens, "dynamic")
+            static = dynamic.as_static(tokens)
+            trials = {id(c): min(c.decode(TRIAL_TOKENS)[0] for _ in range(2)) for c in (dynamic, static)}
+            self.contexts[key] = min((dynamic, static), key=lambda c: trials[id(c)])
+        context = self.contexts[key]
+        seconds, out = context.decode(tokens - 1)
+        return {"tok_s": (tokens - 1) / seconds, "tokens": out, "cache": context.kind}
+
+    def prefill(self, prompt: list[int]) -> dict[str, Any]:
+        began = time.perf_counter()
+        Context(self.model, torch.tensor([prompt]), 1, "dynamic")
+        return {"seconds": time.perf_counter() - began}
+
+    def together(self, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
+        """One batch of equally long prompts, with no padding: all start and end at once."""
+        began = time.perf_counter()
+        context = Context(self.model, torch.tensor(prompts), tokens, "static")
+        prefilled = time.perf_counter()
+        context.decode(tokens - 1)
+        return {"seconds": time.perf_counter() - began, "prefill_seconds": prefilled - began}
+
+
+def main() -> None:
+    # Libraries may print: what they print goes to stderr.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    name, threads = sys.argv[1], int(sys.argv[2])
+    torch.set_num_threads(threads)
+    with torch.inference_mode():
+        worker = Worker(name)
+        print(json.dumps({"attention": worker.attention}), file=answers)
+        for line in sys.stdin:
+            command = json.loads(line)
+            do = {"decode": worker.decode, "prefill": worker.prefill, "together": worker.together}[command.pop("do")]
+            print(json.dumps(do(**command)), file=answers)
+
+
+if __name__ == "__main__":
+    main()

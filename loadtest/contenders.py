@@ -1,0 +1,132 @@
+"""Who is measured: servers over HTTP, and transformers in a process of its own. All read the same prompts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, Protocol
+
+from client import Ask, BenchError, Client, Completion
+
+TRANSFORMERS = "transformers f32"
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Batch 1, from the first token to the last."""
+
+    tok_s: float
+    text: str
+    held_bytes: int | None = None
+    note: str = ""
+
+
+class Contender(Protocol):
+    name: str
+
+    def decode(self, key: str, prompt: list[int], tokens: int) -> Decoded: ...
+
+    def prefill(self, prompt: list[int]) -> float:
+        """Seconds to the first token."""
+
+    def together(self, prompts: Sequence[list[int]], tokens: int) -> float:
+        """Output tokens a second, of all together, from the first request to the last token."""
+
+
+class Server:
+    """A server over HTTP, under one plan."""
+
+    def __init__(self, name: str, client: Client, plan: dict[str, Any] | None = None):
+        self.name = name
+        self.client = client
+        self.plan = plan
+        self.last: list[Completion] = []
+        """What the last call got, for what else is to be said of it"""
+
+    def under(self, name: str, plan: dict[str, Any]) -> Server:
+        return Server(name, self.client, plan)
+
+    def decode(self, key: str, prompt: list[int], tokens: int) -> Decoded:
+        (done,) = self._complete([prompt], tokens)
+        held = done.compression["bytes_held"] if done.compression else None
+        gap_ms = 1000 * median(done.gaps_s) if done.gaps_s else 0.0
+        return Decoded(done.decode_tok_s, done.text, held, f"median gap {gap_ms:.1f} ms")
+
+    def prefill(self, prompt: list[int]) -> float:
+        (done,) = self._complete([prompt], 1)
+        if done.cached_tokens:
+            raise BenchError(f"{self.name} had {done.cached_tokens} tokens of a new prompt in its cache")
+        return done.ttft_s
+
+    def together(self, prompts: Sequence[list[int]], tokens: int) -> float:
+        done = self._complete(prompts, tokens)
+        seconds = max(one.arrivals[-1] for one in done) - min(one.sent for one in done)
+        return sum(one.tokens for one in done) / seconds
+
+    def _complete(self, prompts: Sequence[list[int]], tokens: int) -> list[Completion]:
+        self.last = self.client.complete([Ask(prompt, tokens, self.plan) for prompt in prompts])
+        return self.last
+
+
+class Transformers:
+    """`baseline_worker.py`, which answers a line for a line."""
+
+    name = TRANSFORMERS
+
+    def __init__(self, process: subprocess.Popen[str], detokenize: Callable[[list[int]], str]):
+        self._process = process
+        self._detokenize = detokenize
+        self.attention: str = self._read()["attention"]
+
+    def decode(self, key: str, prompt: list[int], tokens: int) -> Decoded:
+        answer = self._ask(do="decode", key=key, prompt=prompt, tokens=tokens)
+        note = f"{self.attention} attention, {answer['cache']} cache"
+        return Decoded(answer["tok_s"], self._detokenize(answer["tokens"]), note=note)
+
+    def prefill(self, prompt: list[int]) -> float:
+        return float(self._ask(do="prefill", prompt=prompt)["seconds"])
+
+    def together(self, prompts: Sequence[list[int]], tokens: int) -> float:
+        answer = self._ask(do="together", prompts=prompts, tokens=tokens)
+        return len(prompts) * tokens / float(answer["seconds"])
+
+    def _ask(self, **command: Any) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(command) + "\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise BenchError(f"the transformers process ended with status {self._process.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+@contextmanager
+def transformers(model: str, threads: int, detokenize: Callable[[list[int]], str]) -> Iterator[Transformers]:
+    """The baseline, loaded. Its threads do not spin when it has nothing to do, as those of the engine do not."""
+    command = [sys.executable, str(Path(__file__).with_name("baseline_worker.py")), model, str(threads)]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "passive",
+        "GOMP_SPINCOUNT": "2000",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TQDM_DISABLE": "1",
+    }
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as process:
+        try:
+            yield Transformers(process, detokenize)
+        finally:
+            process.terminate()

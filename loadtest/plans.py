@@ -1,0 +1,33 @@
+"""The plans that are measured: what a request writes under "compression"."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def _evict(policy: str, budget: float, **knobs: Any) -> dict[str, Any]:
+    return {"policy": policy, "budget": budget, **knobs}
+
+
+OFF = "off"
+SMALLEST = "snapkv 0.25 + int4"
+
+SPEED: dict[str, dict[str, Any]] = {
+    OFF: {},
+    "int8": {"kv": {"format": "int8"}},
+    "int4": {"kv": {"format": "int4"}},
+    "snapkv 0.25": {"kv": {"evict": _evict("snapkv", 0.25)}},
+    "snapkv 0.25 adaptive": {"kv": {"evict": _evict("snapkv", 0.25, head_budget="adaptive")}},
+    SMALLEST: {"kv": {"evict": _evict("snapkv", 0.25), "format": "int4"}},
+    "streaming_llm 0.25": {"kv": {"evict": _evict("streaming_llm", 0.25)}},
+    "h2o 0.5": {"kv": {"evict": _evict("h2o", 0.5)}},
+}
+
+QUALITY: dict[str, dict[str, Any]] = SPEED | {
+    "snapkv 0.5": {"kv": {"evict": _evict("snapkv", 0.5)}},
+    "snapkv 0.5 + int8": {"kv": {"evict": _evict("snapkv", 0.5), "format": "int8"}},
+    "tova 0.5": {"kv": {"evict": _evict("tova", 0.5)}},
+    "knorm 0.5": {"kv": {"evict": _evict("knorm", 0.5)}},
+    "keydiff 0.5": {"kv": {"evict": _evict("keydiff", 0.5)}},
+    "random 0.5": {"kv": {"evict": _evict("random", 0.5)}},
+}

@@ -1,0 +1,69 @@
+"""Prompts of real text: the licenses and descriptions of the packages that Winnow needs.
+
+A prompt depends on its key and length only, so that runs with other scenarios or rounds read the same text. Prompts
+differ from their first tokens on: no server can take one for the beginning of another.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, distribution
+
+PACKAGES = (
+    "pydantic",
+    "fastapi",
+    "numpy",
+    "transformers",
+    "torch",
+    "typer",
+    "rich",
+    "uvicorn",
+    "httpx",
+    "msgspec",
+    "prometheus-client",
+    "safetensors",
+    "tokenizers",
+    "jinja2",
+)
+_TEXT = re.compile(r"LICEN[SC]E|NOTICE|COPYING|METADATA|README|\.md$")
+
+
+def corpus() -> str:
+    """The texts of the packages, each once, in a fixed order."""
+    texts: dict[str, None] = {}
+    for package in PACKAGES:
+        try:
+            files = distribution(package).files or []
+        except PackageNotFoundError:
+            continue
+        for file in sorted(files, key=str):
+            path = file.locate()
+            if _TEXT.search(file.name) and not file.name.endswith(".py") and path.is_file():  # type: ignore[attr-defined]
+                text = file.read_text(encoding="utf-8")
+                body = text.partition("\n\n")[2] if file.name == "METADATA" else text
+                texts[body.strip()] = None
+    return "\n\n".join(texts)
+
+
+class PromptBook:
+    """Cuts prompts of exact lengths out of a text."""
+
+    def __init__(self, encode: Callable[[str], list[int]], text: str):
+        self._encode = encode
+        self._tokens = encode(text)
+        self.digest = sha256(text.encode()).hexdigest()[:16]
+        """Tells which text a result was measured with"""
+
+    def prompt(self, key: str, tokens: int) -> list[int]:
+        """`tokens` token ids: a line with the key, and then a part of the text that the key chooses."""
+        number = int.from_bytes(sha256(key.encode()).digest()[:8], "big")
+        head = self._encode(f"{number % 10**9}: excerpt for {key}\n\n")[:tokens]
+        size = len(self._tokens)
+        start = number % size
+        text = self._tokens[start:] + self._tokens * (1 + tokens // size)
+        return head + text[: tokens - len(head)]
+
+    def prompts(self, key: str, count: int, tokens: int) -> list[list[int]]:
+        return [self.prompt(f"{key}/{i}", tokens) for i in range(count)]
