@@ -109,7 +109,8 @@ class Scheduler:
         busy = sum(min(seq.remaining, self._max_step_tokens) for seq in self.running)
         while self.waiting and busy < self._max_step_tokens:
             seq = self.waiting[0]
-            if self._arena.free_slots < 1 + len(seq.siblings):
+            promised = sum(len(other.siblings) for other in self.running)
+            if self._arena.free_slots - promised < 1 + len(seq.siblings):
                 return
             hits = self._match(seq)
             hit_tokens = 0 if hits is None else hits.shape[-1] * self._arena.layout.page_tokens

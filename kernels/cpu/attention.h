@@ -151,6 +151,10 @@ static bool group_scores(const KV& kv, const Lane& lane, const Group& g, const B
   for (int p = 0; p < g.pages; p++) {
     const uint8_t* page = lane.page(kv, g.column + p);
     if (!page) return false;
+    // The processor's own prefetching ends with a page, and the next one lies anywhere.
+    if (p + 1 < g.pages)
+      if (const uint8_t* next = lane.page(kv, g.column + p + 1))
+        for (int64_t line = 0; line < shape.values; line += 64) __builtin_prefetch(next + line);
     float* scores = x.scores + p * g.capacity;
     switch (g.fmt) {
       case F32: page_scores<F32>(x, shape, kv.dim, page, scores, lds); break;
@@ -219,6 +223,9 @@ static bool attend_group(const KV& kv, const Lane& lane, const Group& g, const B
     if (n <= 0) break;
     const uint8_t* page = lane.page(kv, g.column + p);
     const float* weights = x.scores + p * g.capacity;
+    if (p + 1 < g.pages)
+      if (const uint8_t* next = lane.page(kv, g.column + p + 1))
+        for (int64_t line = 0; line < shape.values; line += 64) __builtin_prefetch(next + shape.values + line);
     switch (g.fmt) {
       case F32: page_values<F32>(x, shape, dim, page, n, weights, lds); break;
       case BF16: page_values<BF16>(x, shape, dim, page, n, weights, lds); break;
