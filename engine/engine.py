@@ -192,8 +192,10 @@ class Engine:
         if not all(0 <= token < self.config.vocab_size for token in request.prompt):
             raise RequestError("prompt", f"token ids must be below {self.config.vocab_size}")
         check_sampling(sampling, self.config.vocab_size)
-        if sampling.max_tokens < 1 or not 1 <= sampling.n <= self.settings.max_seqs:
-            raise RequestError("n", f"max_tokens must be positive and n between 1 and {self.settings.max_seqs}")
+        if sampling.max_tokens < 1:
+            raise RequestError("max_tokens", "max_tokens must be at least 1")
+        if not 1 <= sampling.n <= self.settings.max_seqs:
+            raise RequestError("n", f"n must be from 1 to {self.settings.max_seqs}")
         if length + sampling.max_tokens > self.max_model_len:
             raise PromptTooLong(
                 "max_tokens",

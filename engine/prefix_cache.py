@@ -1,6 +1,7 @@
 """Prefix cache: pages of prompt prefixes, found by the tokens they hold.
 
-A block is `block_tokens` tokens, all lanes of them; its key is a hash chained over all blocks before it and a salt.
+A block is a page of tokens in every lane; its key is a hash chained over all blocks before it and a salt. So a page is
+never in two blocks.
 Blocks hold uncompressed pages only: they are published before a plan touches them, and a plan that compresses copies
 what survives. The cache has one reference to each of its pages; a block that nobody else refers to is given back,
 least recently used first, when pages run out.
@@ -19,12 +20,11 @@ from winnow.engine.pages import Ints, PageArena
 class PrefixCache:
     """Blocks by key, least recently used first."""
 
-    def __init__(self, arena: PageArena, pages_per_block: int = 2):
+    def __init__(self, arena: PageArena):
         self._arena = arena
-        self._width = pages_per_block
-        self.block_tokens = pages_per_block * arena.layout.page_tokens
+        self.block_tokens = arena.layout.page_tokens
         self._blocks: OrderedDict[bytes, Ints] = OrderedDict()
-        """key -> pages [layers, kv_heads, pages_per_block]"""
+        """key -> pages [layers, kv_heads]"""
         arena.reclaim = self.reclaim
 
     def __len__(self) -> int:
@@ -49,16 +49,17 @@ class PrefixCache:
         # The last block first: a block is reclaimed before the one it continues.
         for key in reversed(keys[:known]):
             self._blocks.move_to_end(key)
-        return np.concatenate([self._blocks[key] for key in keys[:known]], axis=-1)
+        return np.stack([self._blocks[key] for key in keys[:known]], axis=-1)
 
     def publish(self, keys: list[bytes], slot: int) -> None:
-        """Adds the leading blocks of a sequence whose lanes hold them whole and uncompressed."""
+        """Adds the leading blocks of a sequence whose lanes hold them whole and uncompressed, as just used."""
         table = self._arena.table[slot]
-        for i in range(len(keys) - 1, -1, -1):
+        for i in range(len(keys) - 1, -1, -1):  # as in `match`, a block is used after the one that continues it
             if keys[i] not in self._blocks:
-                pages = table[:, :, i * self._width : (i + 1) * self._width].copy()
+                pages = table[:, :, i].copy()
                 self._arena.share(pages.reshape(-1))
                 self._blocks[keys[i]] = pages
+            self._blocks.move_to_end(keys[i])
 
     def reclaim(self, pages: int) -> None:
         """Gives back blocks that only the cache refers to until `pages` are free, or none is left."""

@@ -139,9 +139,14 @@ class Scheduler:
         return int(self._arena.pages_to_extend(np.array([seq.slot], np.int32), count)[0]) + self._arena.lanes
 
     def _make_free(self, pages: int) -> bool:
-        if pages > self._arena.free_count:
-            self._arena.reclaim(pages - self._arena.free_count)
-        return pages <= self._arena.free_count
+        """Sees to it that so many pages are free; if that cannot be, the prefix cache keeps what it has."""
+        missing = pages - self._arena.free_count
+        if missing <= 0:
+            return True
+        if self._cache is None or missing > self._cache.reclaimable():
+            return False
+        self._arena.reclaim(missing)
+        return True
 
     def _match(self, seq: Sequence) -> Ints | None:
         """Cached pages that the sequence may start with: at least one token is left to compute, and every query that
@@ -190,6 +195,10 @@ class Scheduler:
             self._stop(seq)
         elif seq in self.waiting:
             self.waiting.remove(seq)
+        else:
+            for first in (*self.running, *self.waiting):
+                if seq in first.siblings:
+                    first.siblings.remove(seq)
 
     def _stop(self, seq: Sequence) -> None:
         self.running.remove(seq)

@@ -2,7 +2,7 @@
 
     {"do": "decode", "key": ..., "prompt": [...], "tokens": n}      -> {"tok_s", "tokens", "cache"}
     {"do": "prefill", "prompt": [...]}                              -> {"seconds"}
-    {"do": "together", "prompts": [[...], ...], "tokens": n}        -> {"seconds", "prefill_seconds"}
+    {"do": "together", "prompts": [[...], ...], "tokens": n}        -> {"seconds", "prefill_seconds", "cache"}
 
 It gets the best of what it has: sdpa or eager attention, whichever decodes faster, and for each context a cache that
 grows or one that was allocated at full length, whichever is faster there. Only wanted logits are computed.
@@ -14,6 +14,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
@@ -26,7 +28,9 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from winnow.engine.models.files import DEFAULT, resolve_model
 
 CacheKind = Literal["dynamic", "static"]
-TRIAL_PROMPT, TRIAL_TOKENS = 512, 6
+TRIAL_PROMPT = 512
+TRIAL_TOKENS = 6
+"""No request asks for fewer."""
 
 SMOLLM2_135M = {
     "vocab_size": 49152,
@@ -56,29 +60,35 @@ def load(name: str) -> Any:
     return model
 
 
+@dataclass
 class Context:
-    """A prompt that was read once, in a cache that can be wound back to its end."""
+    """Prompts that were read once, in a cache that can be wound back to their end."""
 
-    def __init__(self, model: Any, prompts: Tensor, room: int, kind: CacheKind):
-        self.model = model
-        self.length = prompts.shape[1]
-        self.kind = kind
-        self.cache: Cache = DynamicCache(config=model.config)
-        if kind == "static":
-            self.cache = StaticCache(config=model.config, max_cache_len=self.length + room)
-        self.first = self._next(prompts)
+    model: Any
+    cache: Cache
+    kind: CacheKind
+    first: Tensor
+    """[B, 1] token after each prompt"""
 
-    def _next(self, tokens: Tensor) -> Tensor:
-        """[B, 1] likeliest tokens after these."""
-        logits = self.model(tokens, past_key_values=self.cache, logits_to_keep=1).logits
-        return logits[:, -1].argmax(-1, keepdim=True)
+    @classmethod
+    def read(cls, model: Any, prompts: Tensor) -> Context:
+        """Reads prompts [B, length] into a cache that grows."""
+        cache = DynamicCache(config=model.config)
+        return cls(model, cache, "dynamic", _next(model, prompts, cache))
+
+    def as_static(self, room: int) -> Context:
+        """The same state in a cache that was allocated with room for so many more tokens."""
+        cache = StaticCache(self.model.config, max_cache_len=self.cache.get_seq_length() + room)
+        for i, layer in enumerate(self.cache.layers):
+            cache.update(layer.keys, layer.values, i)
+        return Context(self.model, cache, "static", self.first)
 
     def decode(self, count: int) -> tuple[float, list[int]]:
         """Seconds for `count` tokens after the first, and the first sequence's tokens, the first included."""
         token, out = self.first, [self.first]
         began = time.perf_counter()
         for _ in range(count):
-            token = self._next(token)
+            token = _next(self.model, token, self.cache)
             out.append(token)
         seconds = time.perf_counter() - began
         self._rewind(count)
@@ -91,56 +101,55 @@ class Context:
         for layer in self.cache.layers:
             layer.cumulative_length.sub_(count)
 
-    def as_static(self, room: int) -> Context:
-        """The same state in a cache of full length."""
-        other = object.__new__(Context)
-        other.model, other.length, other.kind, other.first = self.model, self.length, "static", self.first
-        other.cache = StaticCache(config=self.model.config, max_cache_len=self.length + room)
-        for i, layer in enumerate(self.cache.layers):
-            other.cache.update(layer.keys, layer.values, i)
-        return other
+
+def _next(model: Any, tokens: Tensor, cache: Cache) -> Tensor:
+    """[B, 1] likeliest tokens after these."""
+    logits = model(tokens, past_key_values=cache, logits_to_keep=1).logits
+    return logits[:, -1].argmax(-1, keepdim=True)
 
 
 class Worker:
     def __init__(self, name: str):
         self.model = load(name)
         self.contexts: dict[str, Context] = {}
-        self.attention = "sdpa"
-        self._choose_attention()
+        self.attention = self._choose_attention()
 
-    def _choose_attention(self) -> None:
+    def _choose_attention(self) -> str:
         seconds: dict[str, float] = {}
-        prompt = torch.arange(TRIAL_PROMPT)[None] + 1000
-        for name in ("sdpa", "eager"):
+        for name in ("eager", "sdpa"):
             self.model.set_attn_implementation(name)
-            context = Context(self.model, prompt, TRIAL_TOKENS, "dynamic")
+            context = Context.read(self.model, torch.arange(TRIAL_PROMPT)[None] + 1000)
             seconds[name] = min(context.decode(TRIAL_TOKENS)[0] for _ in range(2))
-        self.attention = min(seconds, key=lambda name: seconds[name])
-        self.model.set_attn_implementation(self.attention)
+        best = min(seconds, key=lambda name: seconds[name])
+        self.model.set_attn_implementation(best)
+        return best
 
     def decode(self, key: str, prompt: list[int], tokens: int) -> dict[str, Any]:
         """Decodes after a prompt, which is read only when its key is new."""
         if key not in self.contexts:
-            dynamic = Context(self.model, torch.tensor([prompt]), tokens, "dynamic")
-            static = dynamic.as_static(tokens)
-            trials = {id(c): min(c.decode(TRIAL_TOKENS)[0] for _ in range(2)) for c in (dynamic, static)}
-            self.contexts[key] = min((dynamic, static), key=lambda c: trials[id(c)])
+            read = Context.read(self.model, torch.tensor([prompt]))
+            self.contexts[key] = faster(read, read.as_static(room=tokens))
         context = self.contexts[key]
         seconds, out = context.decode(tokens - 1)
         return {"tok_s": (tokens - 1) / seconds, "tokens": out, "cache": context.kind}
 
     def prefill(self, prompt: list[int]) -> dict[str, Any]:
         began = time.perf_counter()
-        Context(self.model, torch.tensor([prompt]), 1, "dynamic")
+        Context.read(self.model, torch.tensor([prompt]))
         return {"seconds": time.perf_counter() - began}
 
     def together(self, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
         """One batch of equally long prompts, with no padding: all start and end at once."""
         began = time.perf_counter()
-        context = Context(self.model, torch.tensor(prompts), tokens, "static")
-        prefilled = time.perf_counter()
-        context.decode(tokens - 1)
-        return {"seconds": time.perf_counter() - began, "prefill_seconds": prefilled - began}
+        context = Context.read(self.model, torch.tensor(prompts))
+        prefill_seconds = time.perf_counter() - began
+        context = faster(context, context.as_static(room=tokens))  # not timed
+        seconds, _ = context.decode(tokens - 1)
+        return {"seconds": prefill_seconds + seconds, "prefill_seconds": prefill_seconds, "cache": context.kind}
+
+
+def faster(*contexts: Context) -> Context:
+    return min(contexts, key=lambda context: min(context.decode(TRIAL_TOKENS)[0] for _ in range(2)))
 
 
 def main() -> None:
@@ -152,10 +161,15 @@ def main() -> None:
     with torch.inference_mode():
         worker = Worker(name)
         print(json.dumps({"attention": worker.attention}), file=answers)
+        commands: dict[str, Callable[..., dict[str, Any]]] = {
+            "decode": worker.decode,
+            "prefill": worker.prefill,
+            "together": worker.together,
+        }
         for line in sys.stdin:
             command = json.loads(line)
-            do = {"decode": worker.decode, "prefill": worker.prefill, "together": worker.together}[command.pop("do")]
-            print(json.dumps(do(**command)), file=answers)
+            answer: dict[str, Any] = commands[command.pop("do")](**command)
+            print(json.dumps(answer), file=answers)
 
 
 if __name__ == "__main__":

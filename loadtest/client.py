@@ -102,16 +102,15 @@ class Client:
 
         async def run() -> list[Completion]:
             completions = [Completion() for _ in asks]
-            async with self.http() as http, asyncio.TaskGroup() as group:
-                for ask, completion in zip(asks, completions, strict=True):
-                    group.create_task(self.stream(http, ask, completion))
+            async with self.http() as http:
+                pairs = zip(asks, completions, strict=True)
+                await asyncio.gather(*(self.stream(http, ask, completion) for ask, completion in pairs))
             return completions
 
         try:
             return asyncio.run(run())
-        except* (BenchError, httpx.HTTPError) as errors:
-            first = errors.exceptions[0]
-            raise BenchError(f"{self.url}: {first or type(first).__name__}") from first
+        except httpx.HTTPError as error:
+            raise BenchError(f"{self.url}: {error or type(error).__name__}") from error
 
     async def stream(self, http: httpx.AsyncClient, ask: Ask, into: Completion) -> None:
         """Sends one request; `into` grows while the answer arrives."""
@@ -119,14 +118,14 @@ class Client:
         async with http.stream("POST", "/v1/completions", json=self._body(ask)) as response:
             if response.status_code != 200:
                 await response.aread()
-                raise BenchError(f"{response.status_code}: {response.text[:300]}")
+                raise BenchError(f"{self.url}: {response.status_code}: {response.text[:300]}")
             async for line in response.aiter_lines():
                 if line.startswith("data: ") and line != "data: [DONE]":
                     _take(json.loads(line[6:]), into)
         into.is_done = True
-        into.tokens = into.tokens or len(into.arrivals)  # a server that counts nothing sends a token a chunk
+        into.tokens = into.tokens or len(into.arrivals)  # of a server that counts nothing: a token a chunk
         if not into.arrivals:
-            raise BenchError("an answer without text")
+            raise BenchError(f"{self.url}: an answer without text")
 
     def _body(self, ask: Ask) -> dict[str, Any]:
         body: dict[str, Any] = {

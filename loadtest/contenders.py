@@ -19,25 +19,26 @@ TRANSFORMERS = "transformers f32"
 
 
 @dataclass(frozen=True)
-class Decoded:
-    """Batch 1, from the first token to the last."""
+class Speed:
+    """Output tokens a second, and what else is known of it."""
 
     tok_s: float
-    text: str
-    held_bytes: int | None = None
     note: str = ""
+    text: str = ""
+    held_bytes: int | None = None
 
 
 class Contender(Protocol):
     name: str
 
-    def decode(self, key: str, prompt: list[int], tokens: int) -> Decoded: ...
+    def decode(self, key: str, prompt: list[int], tokens: int) -> Speed:
+        """From the first token to the last. Prompts of one key are one prompt."""
 
     def prefill(self, prompt: list[int]) -> float:
         """Seconds to the first token."""
 
-    def together(self, prompts: Sequence[list[int]], tokens: int) -> float:
-        """Output tokens a second, of all together, from the first request to the last token."""
+    def together(self, prompts: Sequence[list[int]], tokens: int) -> Speed:
+        """Of all together, from the first request to the last token."""
 
 
 class Server:
@@ -47,17 +48,14 @@ class Server:
         self.name = name
         self.client = client
         self.plan = plan
-        self.last: list[Completion] = []
-        """What the last call got, for what else is to be said of it"""
 
     def under(self, name: str, plan: dict[str, Any]) -> Server:
         return Server(name, self.client, plan)
 
-    def decode(self, key: str, prompt: list[int], tokens: int) -> Decoded:
+    def decode(self, key: str, prompt: list[int], tokens: int) -> Speed:
         (done,) = self._complete([prompt], tokens)
         held = done.compression["bytes_held"] if done.compression else None
-        gap_ms = 1000 * median(done.gaps_s) if done.gaps_s else 0.0
-        return Decoded(done.decode_tok_s, done.text, held, f"median gap {gap_ms:.1f} ms")
+        return Speed(done.decode_tok_s, f"{1000 * median(done.gaps_s):.1f} ms a token", done.text, held)
 
     def prefill(self, prompt: list[int]) -> float:
         (done,) = self._complete([prompt], 1)
@@ -65,14 +63,16 @@ class Server:
             raise BenchError(f"{self.name} had {done.cached_tokens} tokens of a new prompt in its cache")
         return done.ttft_s
 
-    def together(self, prompts: Sequence[list[int]], tokens: int) -> float:
+    def together(self, prompts: Sequence[list[int]], tokens: int) -> Speed:
         done = self._complete(prompts, tokens)
         seconds = max(one.arrivals[-1] for one in done) - min(one.sent for one in done)
-        return sum(one.tokens for one in done) / seconds
+        first_s = median(one.ttft_s for one in done)
+        gaps = sorted(gap for one in done for gap in one.gaps_s)
+        note = f"first token after {first_s:.1f} s, then {1000 * median(gaps):.0f} ms a token (median)"
+        return Speed(sum(one.tokens for one in done) / seconds, note)
 
     def _complete(self, prompts: Sequence[list[int]], tokens: int) -> list[Completion]:
-        self.last = self.client.complete([Ask(prompt, tokens, self.plan) for prompt in prompts])
-        return self.last
+        return self.client.complete([Ask(prompt, tokens, self.plan) for prompt in prompts])
 
 
 class Transformers:
@@ -85,17 +85,18 @@ class Transformers:
         self._detokenize = detokenize
         self.attention: str = self._read()["attention"]
 
-    def decode(self, key: str, prompt: list[int], tokens: int) -> Decoded:
+    def decode(self, key: str, prompt: list[int], tokens: int) -> Speed:
         answer = self._ask(do="decode", key=key, prompt=prompt, tokens=tokens)
         note = f"{self.attention} attention, {answer['cache']} cache"
-        return Decoded(answer["tok_s"], self._detokenize(answer["tokens"]), note=note)
+        return Speed(answer["tok_s"], note, self._detokenize(answer["tokens"]))
 
     def prefill(self, prompt: list[int]) -> float:
         return float(self._ask(do="prefill", prompt=prompt)["seconds"])
 
-    def together(self, prompts: Sequence[list[int]], tokens: int) -> float:
+    def together(self, prompts: Sequence[list[int]], tokens: int) -> Speed:
         answer = self._ask(do="together", prompts=prompts, tokens=tokens)
-        return len(prompts) * tokens / float(answer["seconds"])
+        note = f"one batch, {answer['cache']} cache, prompts read in {answer['prefill_seconds']:.1f} s"
+        return Speed(len(prompts) * tokens / answer["seconds"], note)
 
     def _ask(self, **command: Any) -> dict[str, Any]:
         assert self._process.stdin is not None

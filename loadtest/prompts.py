@@ -1,4 +1,4 @@
-"""Prompts of real text: the licenses and descriptions of the packages that Winnow needs.
+"""Prompts of real text: Python's language reference, and what the packages that Winnow needs say of themselves.
 
 A prompt depends on its key and length only, so that runs with other scenarios or rounds read the same text. Prompts
 differ from their first tokens on: no server can take one for the beginning of another.
@@ -7,9 +7,10 @@ differ from their first tokens on: no server can take one for the beginning of a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, distribution
+from pydoc_data.topics import topics
 
 PACKAGES = (
     "pydantic",
@@ -28,11 +29,21 @@ PACKAGES = (
     "jinja2",
 )
 _TEXT = re.compile(r"LICEN[SC]E|NOTICE|COPYING|METADATA|README|\.md$")
+_LINK = re.compile(r"\[([^\]]*)\]\(https?://[^)]*\)")
+_BLANK = re.compile(r"\n\s*\n")
 
 
 def corpus() -> str:
-    """The texts of the packages, each once, in a fixed order."""
-    texts: dict[str, None] = {}
+    """The texts in a fixed order, each paragraph once: licenses repeat each other."""
+    texts = [*topics.values(), *_package_texts()]
+    paragraphs: dict[str, str] = {}
+    for text in texts:
+        for paragraph in _BLANK.split(_LINK.sub(r"\1", text.strip())):
+            paragraphs.setdefault(" ".join(re.findall(r"\w+", paragraph.lower())), paragraph)
+    return "\n\n".join(paragraphs.values())
+
+
+def _package_texts() -> Iterator[str]:
     for package in PACKAGES:
         try:
             files = distribution(package).files or []
@@ -42,9 +53,7 @@ def corpus() -> str:
             path = file.locate()
             if _TEXT.search(file.name) and not file.name.endswith(".py") and path.is_file():  # type: ignore[attr-defined]
                 text = file.read_text(encoding="utf-8")
-                body = text.partition("\n\n")[2] if file.name == "METADATA" else text
-                texts[body.strip()] = None
-    return "\n\n".join(texts)
+                yield text.partition("\n\n")[2] if file.name == "METADATA" else text
 
 
 class PromptBook:

@@ -31,7 +31,9 @@ def winnow(name: str, **settings: str | float | bool) -> Iterator[str]:
     command = [sys.executable, "-m", "winnow.server.cli", "serve", "--port", str(port), "--log-level", "warning"]
     for key, value in settings.items():
         option = key.replace("_", "-")
-        command += [f"--{option}" if value else f"--no-{option}"] if isinstance(value, bool) else [f"--{option}={value}"]
+        command += (
+            [f"--{option}" if value else f"--no-{option}"] if isinstance(value, bool) else [f"--{option}={value}"]
+        )
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WINNOW_")}
     with tempfile.TemporaryDirectory(prefix="winnow-bench-") as folder:
         log = Path(folder) / "server.log"

@@ -89,7 +89,8 @@ class Compressor:
             keep = index if (count < kept).any() else None
         before = int(arena.columns[slot].sum())
         self._rewrite(seq, keep, count)
-        self.freed.bytes += (before - int(arena.columns[slot].sum())) * arena.layout.page_bytes
+        # A lane may take more pages than before, where what is left of a sealed page no longer fills one.
+        self.freed.bytes += max(0, before - int(arena.columns[slot].sum())) * arena.layout.page_bytes
         seq.vote_start = seq.timeline.vote_start(seen)
         if seq.vote_start == NEVER:
             arena.kv.mass.pop(slot, None)
@@ -165,24 +166,31 @@ class Compressor:
             self._carry_side_state(seq, None, count)
             return
 
-        table = self._destination(slot, start, columns)
+        table, fresh = self._destination(slot, start, columns)
         rest = count - start * packed
-        self._ops.repack(
-            arena.kv,
-            slot,
-            None if keep is None else _from(keep, start * packed),
-            torch.from_numpy(np.ascontiguousarray(rest, np.int32)),
-            torch.from_numpy(start),
-            torch.from_numpy(table),
-            torch.from_numpy(np.ascontiguousarray(sealed, np.int32)),
-            fmt,
-        )
+        try:
+            self._ops.repack(
+                arena.kv,
+                slot,
+                None if keep is None else _from(keep, start * packed),
+                torch.from_numpy(np.ascontiguousarray(rest, np.int32)),
+                torch.from_numpy(start),
+                torch.from_numpy(table),
+                torch.from_numpy(np.ascontiguousarray(sealed, np.int32)),
+                fmt,
+            )
+        except Exception:  # the sequence is lost, its new pages need not be
+            arena.release(fresh)
+            raise
         arena.replace(slot, table, columns, count, sealed if is_sealing else np.zeros_like(sealed))
         self.freed.tokens += evicted
         self._carry_side_state(seq, keep, count)
 
-    def _destination(self, slot: int, start: Ints, columns: Ints) -> Ints:
-        """[layers, kv_heads, n] the lanes' new pages: own ones where nobody else refers to them, else fresh ones."""
+    def _destination(self, slot: int, start: Ints, columns: Ints) -> tuple[Ints, Ints]:
+        """The lanes' new pages [layers, kv_heads, n]: own ones where nobody else refers to them, else fresh ones.
+
+        Also the fresh ones alone.
+        """
         arena = self._arena
         width = max(1, int(columns.max()))
         place = np.arange(width)
@@ -206,7 +214,7 @@ class Compressor:
             table, needs_fresh = mine()
             fresh = arena.take(int(needs_fresh.sum()))
         table[needs_fresh] = fresh
-        return table
+        return table, fresh
 
     def _carry_side_state(self, seq: Sequence, keep: Tensor | None, count: Ints) -> None:
         """Moves positions and mass with their tokens; mass that does not accumulate starts anew after an eviction."""

@@ -1,23 +1,19 @@
-"""Each policy against its paper's formula, written out with loops over a dense attention matrix."""
+"""Each policy against its paper's formula over a dense attention matrix."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from torch import Tensor
-from torch.nn.functional import cosine_similarity, normalize
 
 from winnow.engine.compression.plan import Evict, Plan
 from winnow.engine.compression.policy import LaneView
 from winnow.engine.compression.registry import EVICTION, eviction_policy
 from winnow.engine.compression.select import keep_sets
 
-from .dense import Dense, cut, dense
+from .dense import cut, dense
+from .oracles import ORACLES, SINKS, best, group_of, hashed, snapkv
 
 TOKENS = 61
-SINKS = 2
 
 
 def evict(policy: str, **knobs: object) -> Evict:
@@ -35,83 +31,6 @@ def kept_by(evict: Evict, view: LaneView, budget: int) -> list[list[set[int]]]:
         [{int(view.positions[layer, head, i]) for i in index[layer, head] if i >= 0} for head in range(index.shape[1])]
         for layer in range(index.shape[0])
     ]
-
-
-def best(scores: Tensor, budget: int, recent: int) -> set[int]:
-    """The newest `recent`, the first SINKS, then the highest scores [tokens]."""
-    tokens = len(scores)
-    kept = [*range(tokens - recent, tokens), *range(SINKS)]
-    rest = sorted((i for i in range(SINKS, tokens - recent)), key=lambda i: (-float(scores[i]), i))
-    return set((kept + rest)[:budget])
-
-
-# The papers' scores of one lane, [tokens] --------------------------------------------------------------------------
-
-
-def group_of(d: Dense, layer: int, head: int) -> Tensor:
-    """[q_per_kv, queries, tokens]"""
-    return d.attention[layer, head * d.q_per_kv : (head + 1) * d.q_per_kv]
-
-
-def snapkv(d: Dense, layer: int, head: int, window: int = 8, pool: int = 5) -> Tensor:
-    before = d.tokens - window
-    votes = group_of(d, layer, head)[:, before:, :before].mean(1)  # [q_per_kv, keys before the window]
-    scores = torch.full((d.tokens,), 2.0, dtype=torch.float64)  # the window beats every probability
-    for key in range(before):
-        near = [float(votes[:, j].mean()) for j in range(key - pool // 2, key + pool // 2 + 1) if 0 <= j < before]
-        scores[key] = sum(near) / pool
-    return scores
-
-
-def h2o(d: Dense, layer: int, head: int) -> Tensor:
-    return group_of(d, layer, head).sum((0, 1))
-
-
-def tova(d: Dense, layer: int, head: int) -> Tensor:
-    return d.attention[layer, :, -1].mean(0)
-
-
-def knorm(d: Dense, layer: int, head: int) -> Tensor:
-    return -d.keys[layer, head].double().norm(dim=-1)
-
-
-def keydiff(d: Dense, layer: int, head: int) -> Tensor:
-    keys = d.keys[layer, head].double()
-    anchor = normalize(keys, dim=-1).mean(0, keepdim=True)
-    return -cosine_similarity(keys, anchor, dim=-1)
-
-
-def streaming_llm(d: Dense, layer: int, head: int) -> Tensor:
-    return torch.arange(d.tokens).double()
-
-
-def mix(x: int) -> int:
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
-    return x ^ (x >> 31)
-
-
-def hashed(seed: int, layer: int, head: int, position: int) -> float:
-    state = seed
-    for part in (0, layer, head, position):
-        state = mix((state + (part + 1) * 0x9E3779B97F4A7C15) % 2**64)
-    return (state >> 40) / 2**24
-
-
-def random(d: Dense, layer: int, head: int) -> Tensor:
-    return torch.tensor([hashed(7, layer, head, position) for position in range(d.tokens)])
-
-
-ORACLES: dict[str, tuple[Callable[..., Tensor], int, dict[str, object]]] = {
-    # policy: (score of a lane, recent tokens for a budget of 20, knobs)
-    "snapkv": (snapkv, 8, {"window": 8}),
-    "h2o": (h2o, 10, {}),
-    "tova": (tova, 1, {}),
-    "knorm": (knorm, 0, {}),
-    "keydiff": (keydiff, 0, {}),
-    "streaming_llm": (streaming_llm, 0, {}),
-    "random": (random, 0, {}),
-}
 
 
 def test_every_policy_has_an_oracle() -> None:

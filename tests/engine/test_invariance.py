@@ -19,14 +19,13 @@ from .bench import Bench, Seen, assert_same, pages_for
 NEW = 52
 """Tokens that each request generates: several evictions during decode, and a page of int8 seals."""
 
-CHOICES = list(
-    product(
-        ("prefill", "decode", "both"),
-        (None, "bf16", "int8", "int4"),
-        ("uniform", "adaptive"),
-        ("uniform", "pyramid"),
+CHOICES = [
+    (during, fmt, heads, layers)
+    for i, (during, heads, layers) in enumerate(
+        product(("prefill", "decode", "both"), ("uniform", "adaptive"), ("uniform", "pyramid"))
     )
-)
+    for fmt in ((None, "int4"), ("int8", "int4"), (None, "int8"), ("bf16", "int4"))[i % 4]
+]
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def plans_of(policy: str) -> list[dict[str, Any]]:
         evict = {"policy": policy, "budget": (0.6, 120, 0.35)[i % 3], "during": during, "sinks": (4, 0, 20)[i % 3]}
         evict |= {"head_budget": heads, "layer_budget": layers}
         evict |= {} if during == "prefill" else {"interval": (8, 11)[i % 2]}
-        quantized = {} if fmt is None else {"format": fmt, "residual": (0, 16, 40)[i // 4 % 3]}
+        quantized = {} if fmt is None else {"format": fmt, "residual": (0, 16, 40)[i // 2 % 3]}
         plans.append({"kv": {"evict": evict} | quantized})
     return plans
 
@@ -78,7 +77,7 @@ def check(bench: Bench, requests: list[Request], choices: int = 1) -> None:
             assert_same(bench.seen[str(i), index], request.alone)
 
 
-@pytest.mark.parametrize("max_step_tokens", [16, 61, 512])
+@pytest.mark.parametrize("max_step_tokens", [16, 100])
 def test_in_company(requests: list[Request], tiny: Decoder, max_step_tokens: int) -> None:
     """Among the other plans, with prompts cut into chunks."""
     bench = Bench(tiny, max_step_tokens=max_step_tokens, prefix_caching=False)
@@ -87,10 +86,9 @@ def test_in_company(requests: list[Request], tiny: Decoder, max_step_tokens: int
     check(bench, requests)
 
 
-@pytest.mark.parametrize("max_step_tokens", [61, 512])
-def test_with_a_prefix_hit(requests: list[Request], tiny: Decoder, max_step_tokens: int) -> None:
+def test_with_a_prefix_hit(requests: list[Request], tiny: Decoder) -> None:
     """Once the beginning of the prompt, once nearly all of it is in the cache; nobody writes to its pages."""
-    bench = Bench(tiny, max_step_tokens=max_step_tokens)
+    bench = Bench(tiny, max_step_tokens=512)
     submit_all(bench, requests)
     bench.run()
     check(bench, requests)
@@ -113,7 +111,7 @@ def test_after_preemption(requests: list[Request], tiny: Decoder) -> None:
     submit_all(bench, requests)
 
     def preempt() -> None:
-        if bench.running and dice.random() < 0.5:
+        if bench.running and dice.random() < 0.3:
             bench.engine.scheduler.preempt(dice.choice(bench.running))
 
     bench.run(preempt)
@@ -122,11 +120,10 @@ def test_after_preemption(requests: list[Request], tiny: Decoder) -> None:
 
 
 def test_where_pages_are_short(requests: list[Request], tiny: Decoder) -> None:
-    """In an arena that holds two or three of them."""
-    bench = Bench(tiny, pages_for(tiny, 700), max_step_tokens=128)
+    """In an arena that holds one of them whole, and several that are cut."""
+    bench = Bench(tiny, pages_for(tiny, 360), max_step_tokens=128)
     submit_all(bench, requests)
     bench.run()
-    assert bench.engine.stats.preemptions_total > 0
     check(bench, requests)
     assert bench.held_pages == 0
 

@@ -1,0 +1,82 @@
+"""transformers with masks of our own: for each layer, KV head and query, the keys that it may see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+
+NAME = "masked_per_kv_head"
+
+
+@dataclass
+class MaskedRun:
+    """One dense pass over a text."""
+
+    visible: Tensor
+    """[layers, kv_heads, queries, tokens] bool"""
+    logits: Tensor = field(init=False)
+    """[tokens, vocab]"""
+    keys: Tensor = field(init=False)
+    """[layers, kv_heads, tokens, head_dim] after RoPE"""
+    attention: Tensor = field(init=False)
+    """[layers, q_heads, queries, tokens] float32 probabilities"""
+
+
+def causal(layers: int, kv_heads: int, tokens: int, window: int = 0) -> Tensor:
+    """[layers, kv_heads, tokens, tokens]: what a query sees where nothing is evicted."""
+    mask = torch.ones(tokens, tokens, dtype=torch.bool).tril()
+    if window:
+        mask &= ~mask.tril(-window)
+    return mask.expand(layers, kv_heads, tokens, tokens).clone()
+
+
+def hide_evicted(visible: Tensor, kept: dict[int, Tensor]) -> Tensor:
+    """`visible` without what was evicted: from event E on, of the tokens before E only kept[E] [layers, kv_heads, n]
+    (positions, padded with -1) are seen."""
+    tokens = visible.shape[-1]
+    for event, positions in kept.items():
+        held = torch.zeros(*visible.shape[:2], tokens + 1, dtype=torch.bool)
+        held.scatter_(2, positions.where(positions >= 0, tokens), True)
+        visible[:, :, event:, :event] &= held[:, :, None, :event]
+    return visible
+
+
+def run_masked(model: PreTrainedModel, tokens: Sequence[int], visible: Tensor) -> MaskedRun:
+    """Passes a text through a transformers model, every query seeing what `visible` lets it."""
+    run = MaskedRun(visible)
+    keys: dict[int, Tensor] = {}
+    attention: dict[int, Tensor] = {}
+
+    def attend(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **_: Any
+    ) -> tuple[Tensor, None]:
+        group = query.shape[1] // key.shape[1]
+        keys[module.layer_idx] = key[0]
+        scores = query @ key.repeat_interleave(group, 1).mT * scaling
+        seen = visible[module.layer_idx].repeat_interleave(group, 0)
+        probabilities = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        attention[module.layer_idx] = probabilities[0]
+        return (probabilities @ value.repeat_interleave(group, 1)).transpose(1, 2).contiguous(), None
+
+    with _attention(model, attend), torch.no_grad():
+        run.logits = model(torch.tensor([list(tokens)]), use_cache=False).logits[0]
+    run.keys = torch.stack([keys[layer] for layer in sorted(keys)])
+    run.attention = torch.stack([attention[layer] for layer in sorted(attention)])
+    return run
+
+
+@contextmanager
+def _attention(model: PreTrainedModel, function: Any) -> Iterator[None]:
+    before = model.config._attn_implementation
+    AttentionInterface.register(NAME, function)
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

@@ -1,0 +1,68 @@
+"""A thousand random requests, many of them aborted: in the end nothing is held."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from ..engine.bench import Bench, pages_for
+from .world import MOST_CHOICES, PLANS, PROMPTS, answers, model
+
+REQUESTS = 1000
+
+
+@pytest.mark.parametrize("prefix_caching", [True])
+def test_nothing_leaks(prefix_caching: bool) -> None:
+    dice = random.Random(0)
+    bench = Bench(model(), pages_for(model(), 500), max_seqs=16, max_step_tokens=100, prefix_caching=prefix_caching)
+    engine = bench.engine
+    live: dict[str, tuple[int, int, float]] = {}
+    aborted = checked = 0
+    for i in range(REQUESTS):
+        asked = dice.randrange(len(PROMPTS)), dice.randrange(len(PLANS)), float(dice.random() < 0.5)
+        prompt, plan, temperature = asked
+        bench.submit(
+            str(i),
+            PROMPTS[prompt],
+            dice.randint(1, 20),
+            {"kv": PLANS[plan]},
+            salt=dice.choice(["", "", "a"]),
+            n=dice.choice([1, 1, 1, 2, MOST_CHOICES]),
+            temperature=temperature,
+        )
+        live[str(i)] = asked
+        while len(engine.scheduler.waiting) > 8:
+            bench.step()
+            if dice.random() < 0.2:
+                name = dice.choice(sorted({seq.request_id for seq in engine.scheduler.sequences()}))
+                engine.abort(name)
+                del live[name]
+                aborted += 1
+            if dice.random() < 0.05 and bench.running:
+                engine.scheduler.preempt(dice.choice(bench.running))
+            engine.check_integrity()
+    bench.run(engine.check_integrity)
+
+    for (name, index), seen in bench.seen.items():
+        assert seen.rejected is None
+        if name in live:
+            assert seen.is_over
+            assert tuple(seen.tokens) == answers(*live[name])[index][: len(seen.tokens)]
+            checked += 1
+    assert aborted > 200
+    assert checked > 500
+    assert engine.stats.preemptions_total > 20
+    assert engine.is_idle
+    assert bench.held_pages == 0
+    assert engine.arena.free_slots == 16
+    assert not engine.arena.kv.mass
+    assert not engine.arena.kv.positions
+    assert not engine.table._extra
+    assert engine.cache is not None
+    engine.cache.reclaim(engine.arena.total)
+    assert len(engine.cache) == 0
+    assert engine.arena.free_count == engine.arena.total
+    assert not np.any(engine.arena.refs)
+    assert (engine.arena.kv.table == -1).all()

@@ -1,0 +1,68 @@
+"""The requests that the property tests draw from, and what each is answered when nothing disturbs it."""
+
+from __future__ import annotations
+
+from functools import cache
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from winnow.engine.models.decoder import Decoder
+from winnow.engine.models.loader import load_model
+from winnow.kernels.dispatch import backend
+
+from ..engine.bench import Bench
+from ..models.checkpoints import prompt_of, random_model
+
+MOST_NEW = 60
+MOST_CHOICES = 3
+
+_BEGINNING = prompt_of(80, 99)
+PROMPTS: list[list[int]] = [
+    [5],
+    prompt_of(16, 1),
+    prompt_of(33, 2),
+    _BEGINNING[:64],
+    _BEGINNING,
+    [*_BEGINNING, *prompt_of(17, 3)],
+    [*_BEGINNING, *prompt_of(40, 4)],
+    prompt_of(130, 5),
+]
+"""Some begin alike, and some end where a page or a block of the prefix cache does"""
+
+PLANS: list[dict[str, Any]] = [
+    {},
+    {"format": "int8", "residual": 0},
+    {"format": "int4", "residual": 0},
+    {"format": "bf16", "residual": 5},
+    {"evict": {"policy": "snapkv", "budget": 0.4, "head_budget": "adaptive"}},
+    {"evict": {"policy": "knorm", "budget": 0.9, "layer_budget": "pyramid"}, "format": "int4", "residual": 0},
+    {"evict": {"policy": "h2o", "budget": 20, "during": "both", "interval": 3}},
+    {"evict": {"policy": "keydiff", "budget": 0.7, "during": "decode", "interval": 5}, "format": "int8"},
+    {"evict": {"policy": "tova", "budget": 1, "during": "both", "interval": 1, "sinks": 0}},
+    {
+        "evict": {"policy": "random", "budget": 0.8, "during": "decode", "interval": 7, "head_budget": "adaptive"},
+        "format": "int4",
+        "residual": 0,
+    },
+    {"evict": {"policy": "streaming_llm", "budget": 30, "during": "both", "interval": 4}, "format": "bf16"},
+]
+
+Answers = list[tuple[int, ...]]
+
+
+@cache
+def model() -> Decoder:
+    """Two layers of a Mistral whose window is shorter than most prompts."""
+    with TemporaryDirectory() as path:
+        reference = random_model("mistral", num_hidden_layers=2, sliding_window=60, max_position_embeddings=256)
+        reference.save_pretrained(path)
+        return load_model(path, backend("cpu"), "f32")
+
+
+@cache
+def answers(prompt: int, plan: int, temperature: float) -> Answers:
+    """The longest answers of a request's choices; a request for fewer tokens is answered with their beginning."""
+    bench = Bench(model(), prefix_caching=False)
+    bench.submit("a", PROMPTS[prompt], MOST_NEW, {"kv": PLANS[plan]}, n=MOST_CHOICES, temperature=temperature)
+    bench.run()
+    return [tuple(bench.seen["a", index].tokens) for index in range(MOST_CHOICES)]
