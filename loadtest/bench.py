@@ -11,6 +11,7 @@ A peer must serve the same model; it joins the scenarios that need nothing but H
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from contextlib import ExitStack
@@ -129,6 +130,7 @@ def main(
         report.facts["seconds"] = round(time.monotonic() - began)
         report.write(results)
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that nothing is left running
     try:
         with ExitStack() as stack:
             run(

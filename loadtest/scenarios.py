@@ -25,7 +25,7 @@ class Sizes:
 
     rounds: int = 3
     contexts: tuple[int, ...] = (128, 2048, 4096, 7500)
-    decode_tokens: int = 48
+    decode_tokens: int = 40
     prefill_tokens: int = 2048
     together: tuple[int, ...] = (8, 16)
     together_rounds: int = 2
@@ -141,8 +141,8 @@ class Bench:
         for name in (plans.OFF, plans.SMALLEST):
             prompts = self.book.prompts(f"capacity/{name}", sizes.capacity_requests, length)
             asks = [Ask(prompt, sizes.capacity_tokens, plans.SPEED[name]) for prompt in prompts]
-            # Without a plan the rest of the queue only repeats what its first members showed.
-            enough = 2 * sizes.capacity_fits if name == plans.OFF else len(asks)
+            # Without a plan the rest of the queue would only repeat what its first members showed.
+            enough = sizes.capacity_fits if name == plans.OFF else len(asks)
             seen = asyncio.run(watch(client, asks, enough))
             self._add(table, name, "decode together", "requests", seen.together)
             table.add(name, "running at most", "requests", seen.running)
@@ -171,14 +171,16 @@ class Seen:
 async def watch(client: Client, asks: Sequence[Ask], enough: int) -> Seen:
     """Sends all requests at once and looks at them until `enough` have finished; the others are cancelled."""
     seen = Seen(completions=[Completion() for _ in asks])
-    began = time.perf_counter()
     async with client.http() as http:
 
         async def metrics() -> str:
             return (await http.get("/metrics")).raise_for_status().text
 
+        while metric(await metrics(), "num_requests_running"):  # whom the last run cancelled
+            await asyncio.sleep(SAMPLE_S)
         before = metric(await metrics(), "num_preemptions_total")
         pairs = zip(asks, seen.completions, strict=True)
+        began = time.perf_counter()
         tasks = [asyncio.create_task(client.stream(http, ask, done)) for ask, done in pairs]
         try:
             while sum(task.done() for task in tasks) < enough:
@@ -191,12 +193,12 @@ async def watch(client: Client, asks: Sequence[Ask], enough: int) -> Seen:
                 for task in tasks:
                     if task.done():
                         task.result()  # raises what went wrong
+            seconds = time.perf_counter() - began
             after = metric(await metrics(), "num_preemptions_total")
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-    seconds = time.perf_counter() - began
     finished = [done for done in seen.completions if done.is_done]
     seen.preemptions = int(after - before)
     seen.tok_s = sum(len(done.arrivals) for done in seen.completions) / seconds

@@ -64,8 +64,8 @@ class Bench:
 
     def __init__(self, model: Decoder, pages: int = 1 << 15, **settings: Any):
         """`pages`: size of the arena."""
-        settings = {"weights": "f32", "page_tokens": 16, "max_seqs": 64} | settings
-        layout = PageLayout(model.config.head_dim, PageFormat.F32, settings["page_tokens"])
+        settings = dict[str, Any]({"weights": "f32", "max_seqs": 64}) | settings
+        layout = PageLayout(model.config.head_dim, PageFormat.F32, settings.get("page_tokens", 16))
         gib = (pages + 0.5) * layout.page_bytes / 2**30
         self.engine = Engine(EngineSettings(kv_memory_gib=gib, **settings), model, backend("cpu"))
         self.seen: dict[Choice, Seen] = defaultdict(Seen)
@@ -93,8 +93,9 @@ class Bench:
         assert not self.complaints
         return outputs
 
-    def finish(self, request_id: str, index: int = 0) -> list[StepOutput]:
-        return self._note(self.engine.finish(request_id, index))
+    def finish(self, request_id: str, index: int = 0) -> list[Output]:
+        outputs = self._note(self.engine.finish(request_id, index))
+        return [output for output in outputs if isinstance(output, Output)]
 
     def run(self, after_step: Callable[[], None] = lambda: None, most: int = 20_000) -> dict[Choice, Seen]:
         """Steps until nothing is left to do."""

@@ -34,7 +34,7 @@ ROUNDING = 1e-5
 
 # A plan that changes nothing ---------------------------------------------------------------------------------------
 
-IDLE = [
+IDLE: list[dict[str, Any]] = [
     *({"kv": {"evict": {"policy": policy, "budget": 1.0, "during": "both"}}} for policy in EVICTION),
     *({"kv": {"evict": {"policy": policy, "budget": 10_000}}} for policy in EVICTION),
     {"kv": {"format": "f32"}},

@@ -60,6 +60,7 @@ def test_finish_ends_a_choice_with_a_report(tiny: Decoder) -> None:
     held = bench.held_pages
     (last,) = bench.finish("a")
     assert (last.token_ids, last.finish_reason) == ([], "stop")
+    assert last.compression is not None
     assert last.compression.tokens_seen == 108
     assert last.compression.bytes_held == held * bench.engine.arena.layout.page_bytes
     assert bench.engine.is_idle

@@ -41,7 +41,8 @@ def default_reference() -> LlamaForCausalLM:
 
 def greedy_of(model: PreTrainedModel, prompt: Sequence[int], tokens: int) -> list[int]:
     """transformers' likeliest continuation of a prompt."""
-    new, cache, out = list(prompt), None, []
+    new, cache = list(prompt), None
+    out: list[int] = []
     with torch.no_grad():
         while len(out) < tokens:
             step = model(torch.tensor([new]), past_key_values=cache, logits_to_keep=1)
