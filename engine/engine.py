@@ -140,6 +140,8 @@ class Engine:
             if not seq.is_running:
                 continue  # lost with another choice of its request
             if sampled.bad[row]:
+                if self.cache is not None:  # whoever begins alike must not begin with these pages
+                    self.cache.drop(seq.block_keys)
                 outputs += self._lose(seq.request_id, "the model's output for this prompt is not a number")
                 continue
             seq.append(token)

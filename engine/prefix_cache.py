@@ -74,6 +74,12 @@ class PrefixCache:
             else:
                 self._blocks.move_to_end(key)  # in use: not looked at again soon
 
+    def drop(self, keys: list[bytes]) -> None:
+        """Forgets these blocks and what they hold."""
+        for key in keys:
+            if (block := self._blocks.pop(key, None)) is not None:
+                self._arena.release(block.reshape(-1))
+
     def forget(self, pages: Ints) -> None:
         """Drops the blocks that hold any of these pages, so that their holder may overwrite them."""
         marked = np.zeros(self._arena.total, bool)

@@ -12,75 +12,12 @@
 #include "kernels.h"
 #include "pages.h"
 #include "simd.h"
+#include "stored_product.h"
 
 namespace winnow {
 namespace TARGET {
 
-#if defined(__AVX512VL__)
-constexpr int MAX_ROWS = 12;  // rows of a register tile
-#else
-constexpr int MAX_ROWS = 6;
-#endif
 constexpr int GROUP_TOKENS = 128, SPAN_GROUPS = 4, BLOCK_ROWS = 48;
-
-// Columns of a stored row come in pairs of vectors; where they start (an odd last vector is computed twice).
-template <Format F> INLINE int first_column(int pair, int columns) { return F == INT4 ? 8 * pair : min_i(16 * pair, max_i(columns - 16, 0)); }
-template <Format F> INLINE int second_column(int pair, int columns) {
-  return F == INT4 ? columns / 2 + 8 * pair : first_column<F>(pair, columns) + (columns >= 16 ? 8 : 0);
-}
-template <Format F> INLINE int64_t row_bytes(int columns) {
-  return F == F32 ? 4 * (int64_t)columns : F == BF16 ? 2 * (int64_t)columns : F == INT8 ? columns : columns / 2;
-}
-template <Format F> INLINE void load_pair(const uint8_t* row, int a, int b, V& x, V& y) {
-  if constexpr (F == F32) { x = load((const float*)row + a); y = load((const float*)row + b); }
-  if constexpr (F == BF16) { x = load_bf16((const uint16_t*)row + a); y = load_bf16((const uint16_t*)row + b); }
-  if constexpr (F == INT8) { x = load_u8(row + a); y = load_u8(row + b); }
-  if constexpr (F == INT4) load_u4(row + a, x, y);
-}
-
-// c[r][columns of the pair] (+)= sum over k of a[r][k] * stored[k][column].
-template <Format F, int R>
-INLINE void pair_tile(const float* a, int64_t lda, const uint8_t* stored, int columns, int depth, int pair, float* c,
-                      int64_t ldc, bool accumulate) {
-  const int x0 = first_column<F>(pair, columns), y0 = second_column<F>(pair, columns);
-  const int64_t stride = row_bytes<F>(columns);
-  V x[R], y[R];
-#pragma GCC unroll 12
-  for (int r = 0; r < R; r++) {
-    x[r] = accumulate ? load(c + r * ldc + x0) : zero();
-    y[r] = accumulate ? load(c + r * ldc + y0) : zero();
-  }
-  for (int k = 0; k < depth; k++) {
-    V p, q;
-    load_pair<F>(stored + k * stride, x0, y0, p, q);
-#pragma GCC unroll 12
-    for (int r = 0; r < R; r++) {
-      const V s = splat(a[r * lda + k]);
-      x[r] = fma(s, p, x[r]);
-      y[r] = fma(s, q, y[r]);
-    }
-  }
-#pragma GCC unroll 12
-  for (int r = 0; r < R; r++) { store(c + r * ldc + x0, x[r]); store(c + r * ldc + y0, y[r]); }
-}
-
-template <Format F>
-static void product(const float* a, int64_t lda, int rows, const uint8_t* stored, int columns, int depth, float* c,
-                    int64_t ldc, bool accumulate) {
-  const int pairs = (columns + 15) / 16;
-  for (int r = 0; r < rows; r += MAX_ROWS) {
-    const float* x = a + r * lda;
-    float* y = c + r * ldc;
-    for (int p = 0; p < pairs; p++) switch (min_i(MAX_ROWS, rows - r)) {
-#define CASE(N) case N: pair_tile<F, N>(x, lda, stored, columns, depth, p, y, ldc, accumulate); break;
-      CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
-#if defined(__AVX512VL__)
-      CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
-#endif
-#undef CASE
-    }
-  }
-}
 
 // How a lane is cut: groups of sealed pages, then groups of open ones.
 struct Groups {
@@ -172,12 +109,6 @@ static bool group_scores(const KV& kv, const Lane& lane, const Group& g, const B
   return true;
 }
 
-template <Format F>
-static void page_values(const Block& x, const PageShape& shape, int dim, const uint8_t* page, int tokens,
-                        const float* weights, int64_t ldw) {
-  product<F>(weights, ldw, x.rows, page + shape.values, dim, tokens, x.o, dim, true);
-}
-
 // One softmax update of the block by a group.
 static bool attend_group(const KV& kv, const Lane& lane, const Group& g, const Block& x, int64_t lds) {
   if (!group_scores(kv, lane, g, x, lds)) return false;
@@ -221,16 +152,16 @@ static bool attend_group(const KV& kv, const Lane& lane, const Group& g, const B
   for (int p = 0; p < g.pages; p++) {
     const int n = min_i(g.capacity, x.last - g.first - p * g.capacity);
     if (n <= 0) break;
-    const uint8_t* page = lane.page(kv, g.column + p);
+    const uint8_t* values = lane.page(kv, g.column + p) + shape.values;
     const float* weights = x.scores + p * g.capacity;
     if (p + 1 < g.pages)
       if (const uint8_t* next = lane.page(kv, g.column + p + 1))
         for (int64_t line = 0; line < shape.values; line += 64) __builtin_prefetch(next + shape.values + line);
     switch (g.fmt) {
-      case F32: page_values<F32>(x, shape, dim, page, n, weights, lds); break;
-      case BF16: page_values<BF16>(x, shape, dim, page, n, weights, lds); break;
-      case INT8: page_values<INT8>(x, shape, dim, page, n, weights, lds); break;
-      default: page_values<INT4>(x, shape, dim, page, n, weights, lds);
+      case F32: product<F32>(weights, lds, x.rows, values, dim, n, x.o, dim, true); break;
+      case BF16: product<BF16>(weights, lds, x.rows, values, dim, n, x.o, dim, true); break;
+      case INT8: product<INT8>(weights, lds, x.rows, values, dim, n, x.o, dim, true); break;
+      default: product<INT4>(weights, lds, x.rows, values, dim, n, x.o, dim, true);
     }
   }
   return true;

@@ -63,6 +63,21 @@ def test_logits_that_are_no_numbers_fail_only_their_request(tiny: Decoder, value
     assert bench.held_pages == 0
 
 
+def test_what_led_to_no_numbers_is_not_reused(tiny: Decoder) -> None:
+    def spoil(last: Tensor, logits: Tensor) -> Tensor:
+        logits[last == POISON] = torch.nan
+        return logits
+
+    wanted = Bench(tiny).alone(prompt_of(70), 5)
+    bench = Bench(stub(tiny, spoil))
+    bench.alone(prompt_of(50), 1)
+    assert bench.alone([*prompt_of(70), POISON], 5).rejected is not None
+    assert bench.engine.stats.pages_cached == 0
+    again = bench.alone(prompt_of(70), 5)
+    assert again.last.cached_tokens == 0
+    assert_same(again, wanted)
+
+
 def test_one_bad_logit_is_enough_to_know(tiny: Decoder) -> None:
     def spoil(last: Tensor, logits: Tensor) -> Tensor:
         logits[:, 77] = torch.nan

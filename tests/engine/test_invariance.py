@@ -121,7 +121,7 @@ def test_after_preemption(requests: list[Request], tiny: Decoder) -> None:
 
 def test_where_pages_are_short(requests: list[Request], tiny: Decoder) -> None:
     """In an arena that holds one of them whole, and several that are cut."""
-    bench = Bench(tiny, pages_for(tiny, 360), max_step_tokens=128)
+    bench = Bench(tiny, pages_for(tiny, 400), max_step_tokens=128)
     submit_all(bench, requests)
     bench.run()
     check(bench, requests)

@@ -11,7 +11,7 @@ import pytest
 from winnow.engine.compression.registry import EVICTION
 from winnow.engine.models.decoder import Decoder
 from winnow.engine.models.loader import load_model
-from winnow.kernels.dispatch import Backend
+from winnow.kernels.dispatch import Backend, WeightKind
 
 from ..models.checkpoints import prompt_of, random_model
 from .bench import Bench, Seen, assert_same
@@ -51,22 +51,30 @@ def check_everywhere(model: Decoder, requests: Requests, new: int, **settings: A
 
 
 def test_default_model(default_model: Decoder) -> None:
-    requests = [(tokens_of_text(150 + 40 * i, start=50 * i), plan) for i, plan in enumerate(PLANS)]
-    check_everywhere(default_model, requests, new=12)
+    requests = [(tokens_of_text(150 + 20 * i, start=50 * i), plan) for i, plan in enumerate(PLANS)]
+    check_everywhere(default_model, requests, new=8)
 
 
 @pytest.mark.parametrize(
-    ("family", "changes"),
-    [("mistral", {"sliding_window": 50}), ("qwen3", {"head_dim": 32}), ("qwen2", {})],
-    ids=["mistral, window shorter than the prompt", "qwen3", "qwen2"],
+    ("family", "changes", "weights", "page_tokens"),
+    [
+        ("mistral", {"sliding_window": 50}, "f32", 16),
+        ("qwen3", {"head_dim": 32}, "int8", 16),
+        ("qwen2", {"num_key_value_heads": 1}, "f32", 48),
+    ],
+    ids=["mistral, window shorter than the prompt", "qwen3, int8 weights", "qwen2, one KV head, large pages"],
 )
-def test_families(family: str, changes: dict[str, Any], ops: Backend, tmp_path: Path) -> None:
+def test_families(
+    family: str, changes: dict[str, Any], weights: WeightKind, page_tokens: int, ops: Backend, tmp_path: Path
+) -> None:
     random_model(family, max_position_embeddings=1024, **changes).save_pretrained(tmp_path)
-    model = load_model(str(tmp_path), ops, "f32")
+    model = load_model(str(tmp_path), ops, weights)
     evicting = [
         {"kv": {"evict": {"policy": policy, "budget": 0.5, "during": during, **every, "head_budget": heads}}}
         for policy in EVICTION
         for during, every, heads in (("prefill", {}, "adaptive"), ("both", {"interval": 7}, "uniform"))
     ]
     plans = [*PLANS, *evicting]
-    check_everywhere(model, [(prompt_of(90 + 7 * i, i % 5), plan) for i, plan in enumerate(plans)], new=24)
+    check_everywhere(
+        model, [(prompt_of(90 + 7 * i, i % 5), plan) for i, plan in enumerate(plans)], 24, page_tokens=page_tokens
+    )
