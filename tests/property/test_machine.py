@@ -152,7 +152,7 @@ def test_any_order_of_events() -> None:
     run_state_machine_as_test(
         EngineMachine,
         settings=settings(
-            max_examples=25,
+            max_examples=20,
             stateful_step_count=40,
             derandomize=True,
             deadline=None,
