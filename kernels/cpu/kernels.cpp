@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "elementwise.h"
 #include "linear.h"
+#include "mass.h"
 #include "pages.h"
 
 #define JOIN2(a, b) a##b
