@@ -71,20 +71,16 @@ class Engine:
     def step(self) -> list[StepOutput]:
         """One pass of the model over whoever can run; returns what there is to tell."""
         began = time.perf_counter()
-        batch = self.scheduler.schedule()
-        if not batch.seqs:
-            return []
         try:
+            batch = self.scheduler.schedule()
+            if not batch.seqs:
+                return []
             logits = self.runner.run(batch)
-            self._compress(batch)
+            outputs = self._compress(batch)
             seqs, sampled = self._sample(batch, logits)
-            outputs = self._commit(seqs, sampled)
+            outputs += self._commit(seqs, sampled)
         except Exception:
-            log.exception("a step failed; its %d sequences are given up", len(batch.seqs))
-            outputs = [
-                out for seq in batch.seqs for out in self._lose(seq.request_id, "the engine failed on this batch")
-            ]
-            self.check_integrity()
+            outputs = self._give_up()
         self.totals.steps += 1
         self.totals.step_seconds += time.perf_counter() - began
         return outputs
@@ -94,8 +90,17 @@ class Engine:
         if self._has_windows:  # the kernels look positions up, where a window meets evicted lanes
             self.compressor.sync_positions(seq, seq.computed + count)
 
-    def _compress(self, batch: ScheduledBatch) -> None:
+    def _give_up(self) -> list[StepOutput]:
+        """Ends everybody who may have had a part in a step that failed; whoever only waits is not among them."""
+        suspects = self.scheduler.running[:] or list(self.scheduler.waiting)[:1]
+        log.exception("a step failed; %d sequences are given up", len(suspects))
+        outputs = [out for seq in suspects for out in self._lose(seq.request_id, "the engine failed on this batch")]
+        self.check_integrity()
+        return outputs
+
+    def _compress(self, batch: ScheduledBatch) -> list[StepOutput]:
         """Notes what was computed, publishes read prompts, and carries out the plans that are due."""
+        lost: list[StepOutput] = []
         for seq, count in zip(batch.seqs, batch.counts.tolist(), strict=True):
             before = seq.computed
             seq.computed += count
@@ -110,6 +115,10 @@ class Engine:
                 except OutOfPages:
                     others = [other for other in self.scheduler.running if other is not seq]
                     self.scheduler.preempt(others[-1] if others else seq)
+                except Exception:  # one plan's failure is its own request's
+                    log.exception("the plan of request %s failed", seq.request_id)
+                    lost += self._lose(seq.request_id, "the engine failed to compress this request")
+        return lost
 
     def _sample(self, batch: ScheduledBatch, logits: torch.Tensor) -> tuple[list[Sequence], Sampled]:
         """One token for each sequence that has read all it knows; the choices of a request share its first logits."""
@@ -169,7 +178,7 @@ class Engine:
             finish_reason=reason,
             stop_token=output.token_ids[-1] if reason == "stop" and output.token_ids else None,
             cached_tokens=seq.cached_tokens,
-            compression=self.arena.report(seq.slot, seq.computed) if seq.is_running else None,
+            compression=self.arena.report(seq.slot, seq.computed) if seq.is_running else seq.last_report,
         )
         if seq.is_running and self.cache is not None and seq.timeline.never_acts:
             # The next turn of a conversation begins with this one's tokens.

@@ -185,6 +185,8 @@ class Scheduler:
 
     def preempt(self, seq: Sequence) -> None:
         """Takes a running sequence's pages; it is the next to be admitted again."""
+        if seq.generated:  # it may end before it runs again, by a stop string
+            seq.last_report = self._arena.report(seq.slot, seq.computed)
         self._stop(seq)
         self.waiting.appendleft(seq)
         self.counters.preemptions += 1

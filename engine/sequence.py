@@ -8,7 +8,7 @@ import numpy as np
 
 from winnow.engine.compression.plan import Plan
 from winnow.engine.compression.timeline import NEVER, Timeline
-from winnow.engine.messages import SamplingParams
+from winnow.engine.messages import CompressionReport, SamplingParams
 from winnow.engine.pages import Ints
 
 NO_SLOT = -1
@@ -49,6 +49,8 @@ class Sequence:
     """Tokens whose positions are noted lane by lane, for plans that evict"""
     cached_tokens: int = 0
     """Prompt tokens that the prefix cache had when the sequence first ran"""
+    last_report: CompressionReport | None = None
+    """What it held when it was last preempted"""
     siblings: list[Sequence] = field(default_factory=list)
     """The other choices, on the first one until they are forked from it"""
 

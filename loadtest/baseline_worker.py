@@ -1,11 +1,12 @@
 """transformers in a process of its own: JSON commands on stdin, JSON answers on stdout, a line each.
 
-    {"do": "decode", "key": ..., "prompt": [...], "tokens": n}      -> {"tok_s", "tokens", "cache"}
+    {"do": "decode", "key": ..., "prompt": [...], "tokens": n}      -> {"tok_s", "tokens", "way"}
     {"do": "prefill", "prompt": [...]}                              -> {"seconds"}
-    {"do": "together", "prompts": [[...], ...], "tokens": n}        -> {"seconds", "prefill_seconds", "cache"}
+    {"do": "together", "prompts": [[...], ...], "tokens": n}        -> {"seconds", "prefill_seconds", "way"}
 
-It gets the best of what it has: sdpa or eager attention, whichever decodes faster, and for each context a cache that
-grows or one that was allocated at full length, whichever is faster there. Only wanted logits are computed.
+It gets the best of what it has: prompts are read with sdpa or eager attention, whichever reads a long one faster; each
+context is decoded with either of them and a cache that grows or one that was allocated at full length, whichever is
+fastest there. Only wanted logits are computed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
 
@@ -27,8 +28,10 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from winnow.engine.models.files import DEFAULT, resolve_model
 
+Attention = Literal["sdpa", "eager"]
+ATTENTIONS: tuple[Attention, ...] = ("sdpa", "eager")
 CacheKind = Literal["dynamic", "static"]
-TRIAL_PROMPT = 512
+TRIAL_PROMPT = 2048
 TRIAL_TOKENS = 6
 """No request asks for fewer."""
 
@@ -69,23 +72,32 @@ class Context:
     kind: CacheKind
     first: Tensor
     """[B, 1] token after each prompt"""
+    attention: Attention
 
     @classmethod
-    def read(cls, model: Any, prompts: Tensor) -> Context:
+    def read(cls, model: Any, prompts: Tensor, attention: Attention) -> Context:
         """Reads prompts [B, length] into a cache that grows."""
         cache = DynamicCache(config=model.config)
-        return cls(model, cache, "dynamic", _next(model, prompts, cache))
+        model.set_attn_implementation(attention)
+        return cls(model, cache, "dynamic", _next(model, prompts, cache), attention)
 
-    def as_static(self, room: int) -> Context:
-        """The same state in a cache that was allocated with room for so many more tokens."""
-        cache = StaticCache(self.model.config, max_cache_len=self.cache.get_seq_length() + room)
+    @property
+    def way(self) -> str:
+        return f"{self.attention} attention, {self.kind} cache"
+
+    def fastest(self, room: int) -> Context:
+        """The same state in the way that decodes fastest, with room for so many more tokens."""
+        static = StaticCache(self.model.config, max_cache_len=self.cache.get_seq_length() + room)
         for i, layer in enumerate(self.cache.layers):
-            cache.update(layer.keys, layer.values, i)
-        return Context(self.model, cache, "static", self.first)
+            static.update(layer.keys, layer.values, i)
+        ways = [replace(self, attention=attention) for attention in ATTENTIONS]
+        ways += [replace(way, cache=static, kind="static") for way in ways]
+        return min(ways, key=lambda way: min(way.decode(TRIAL_TOKENS)[0] for _ in range(2)))
 
     def decode(self, count: int) -> tuple[float, list[int]]:
         """Seconds for `count` tokens after the first, and the first sequence's tokens, the first included."""
         token, out = self.first, [self.first]
+        self.model.set_attn_implementation(self.attention)
         began = time.perf_counter()
         for _ in range(count):
             token = _next(self.model, token, self.cache)
@@ -112,44 +124,33 @@ class Worker:
     def __init__(self, name: str):
         self.model = load(name)
         self.contexts: dict[str, Context] = {}
-        self.attention = self._choose_attention()
-
-    def _choose_attention(self) -> str:
-        seconds: dict[str, float] = {}
-        for name in ("eager", "sdpa"):
-            self.model.set_attn_implementation(name)
-            context = Context.read(self.model, torch.arange(TRIAL_PROMPT)[None] + 1000)
-            seconds[name] = min(context.decode(TRIAL_TOKENS)[0] for _ in range(2))
-        best = min(seconds, key=lambda name: seconds[name])
-        self.model.set_attn_implementation(best)
-        return best
+        self.reading: Attention = "sdpa"
+        seconds = {}
+        for self.reading in ATTENTIONS:
+            seconds[self.reading] = min(self.prefill(list(range(1000, 1000 + TRIAL_PROMPT)))["seconds"] for _ in "ab")
+        self.reading = min(ATTENTIONS, key=lambda name: seconds[name])
 
     def decode(self, key: str, prompt: list[int], tokens: int) -> dict[str, Any]:
         """Decodes after a prompt, which is read only when its key is new."""
         if key not in self.contexts:
-            read = Context.read(self.model, torch.tensor([prompt]))
-            self.contexts[key] = faster(read, read.as_static(room=tokens))
+            self.contexts[key] = Context.read(self.model, torch.tensor([prompt]), self.reading).fastest(room=tokens)
         context = self.contexts[key]
         seconds, out = context.decode(tokens - 1)
-        return {"tok_s": (tokens - 1) / seconds, "tokens": out, "cache": context.kind}
+        return {"tok_s": (tokens - 1) / seconds, "tokens": out, "way": context.way}
 
     def prefill(self, prompt: list[int]) -> dict[str, Any]:
         began = time.perf_counter()
-        Context.read(self.model, torch.tensor([prompt]))
+        Context.read(self.model, torch.tensor([prompt]), self.reading)
         return {"seconds": time.perf_counter() - began}
 
     def together(self, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
         """One batch of equally long prompts, with no padding: all start and end at once."""
         began = time.perf_counter()
-        context = Context.read(self.model, torch.tensor(prompts))
+        context = Context.read(self.model, torch.tensor(prompts), self.reading)
         prefill_seconds = time.perf_counter() - began
-        context = faster(context, context.as_static(room=tokens))  # not timed
+        context = context.fastest(room=tokens)  # not timed
         seconds, _ = context.decode(tokens - 1)
-        return {"seconds": prefill_seconds + seconds, "prefill_seconds": prefill_seconds, "cache": context.kind}
-
-
-def faster(*contexts: Context) -> Context:
-    return min(contexts, key=lambda context: min(context.decode(TRIAL_TOKENS)[0] for _ in range(2)))
+        return {"seconds": prefill_seconds + seconds, "prefill_seconds": prefill_seconds, "way": context.way}
 
 
 def main() -> None:
@@ -160,7 +161,7 @@ def main() -> None:
     torch.set_num_threads(threads)
     with torch.inference_mode():
         worker = Worker(name)
-        print(json.dumps({"attention": worker.attention}), file=answers)
+        print(json.dumps({"reading": worker.reading}), file=answers)
         commands: dict[str, Callable[..., dict[str, Any]]] = {
             "decode": worker.decode,
             "prefill": worker.prefill,

@@ -83,19 +83,18 @@ class Transformers:
     def __init__(self, process: subprocess.Popen[str], detokenize: Callable[[list[int]], str]):
         self._process = process
         self._detokenize = detokenize
-        self.attention: str = self._read()["attention"]
+        self._read()  # it is loaded
 
     def decode(self, key: str, prompt: list[int], tokens: int) -> Speed:
         answer = self._ask(do="decode", key=key, prompt=prompt, tokens=tokens)
-        note = f"{self.attention} attention, {answer['cache']} cache"
-        return Speed(answer["tok_s"], note, self._detokenize(answer["tokens"]))
+        return Speed(answer["tok_s"], answer["way"], self._detokenize(answer["tokens"]))
 
     def prefill(self, prompt: list[int]) -> float:
         return float(self._ask(do="prefill", prompt=prompt)["seconds"])
 
     def together(self, prompts: Sequence[list[int]], tokens: int) -> Speed:
         answer = self._ask(do="together", prompts=prompts, tokens=tokens)
-        note = f"one batch, {answer['cache']} cache, prompts read in {answer['prefill_seconds']:.1f} s"
+        note = f"one batch, {answer['way']}, prompts read in {answer['prefill_seconds']:.1f} s"
         return Speed(len(prompts) * tokens / answer["seconds"], note)
 
     def _ask(self, **command: Any) -> dict[str, Any]:

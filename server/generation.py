@@ -126,7 +126,7 @@ class Generation:
         return Submit(
             request_id=uuid4().hex,
             prompt=prompt,
-            sampling=self.request.sampling(self.service.tokenizer.eos_token_ids, limit),
+            sampling=self.request.sampling(self.service.sampling_defaults, self.service.tokenizer.eos_token_ids, limit),
             plan={} if plan.is_off else plan.to_wire(),
             cache_salt=self.request.cache_salt,
         )

@@ -9,14 +9,17 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
 from fastapi import Request
+from pydantic import ValidationError
 
-from winnow.engine.errors import Overloaded
+from winnow.engine.errors import ModelError, Overloaded
 from winnow.engine.messages import EngineInfo
+from winnow.engine.models.files import generation_config, resolve_model
 from winnow.server.admission import Admission
 from winnow.server.client import Client
 from winnow.server.errors import ApiError
 from winnow.server.metrics import Metrics
 from winnow.server.plans import Plans
+from winnow.server.protocol.common import SAMPLING_DEFAULTS, GenerationRequest
 from winnow.server.settings import Settings
 
 if TYPE_CHECKING:
@@ -35,6 +38,7 @@ class Service:
         self.plans = Plans(settings)
         self.admission = Admission(settings)
         self.metrics = Metrics(client, settings.model_names[0])
+        self.sampling_defaults = sampling_defaults(settings)
         self.created = int(time.time())
         self._pool = ThreadPoolExecutor(settings.tokenizer_threads, "tokenizer")
 
@@ -84,6 +88,22 @@ class Service:
             message = f"this server has no such model; it has {', '.join(names)}"
             raise ApiError(404, message, param="model", code="model_not_found")
         return asked
+
+
+def sampling_defaults(settings: Settings) -> GenerationRequest:
+    """A request that names what the model's makers would have it sampled with.
+
+    Raises
+        ModelError: its generation_config.json is wrong
+    """
+    if settings.generation_config == "none":
+        return GenerationRequest()
+    stated = generation_config(resolve_model(settings.model, weights=False))
+    try:
+        return GenerationRequest.model_validate({name: stated.get(name) for name in SAMPLING_DEFAULTS})
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ModelError(f"{settings.model}: its generation_config.json cannot be used: {wrong}") from error
 
 
 async def service_of(request: Request) -> Service:

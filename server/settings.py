@@ -70,6 +70,10 @@ class Settings(BaseSettings, EngineSettings):
     max_logit_bias: int = Field(1024, ge=0, le=1 << 20, description="entries of logit_bias")
     request_timeout_s: float = Field(600.0, gt=0, le=86400, description="longest life of a request")
 
+    generation_config: Literal["auto", "none"] = Field(
+        "auto", description="auto: requests that name no sampling get that of the model's generation_config.json"
+    )
+
     # Limits on all of them. A request is queued until its first token.
     max_queue_requests: int = Field(256, ge=1, le=1 << 20, description="requests that may wait")
     max_queue_tokens: int = Field(1 << 20, ge=1, le=1 << 40, description="prompt tokens that may wait")

@@ -1,4 +1,4 @@
-"""Where a model's files are, and what they say about its end tokens. Torch-free: the server uses it too."""
+"""Where a model's files are, and what they say about how it generates. Torch-free: the server uses it too."""
 
 from __future__ import annotations
 
@@ -91,6 +91,11 @@ def directory_eos_ids(path: Path) -> tuple[int, ...]:
         if ids is not None:
             return tuple(ids) if isinstance(ids, list) else (ids,)
     return ()
+
+
+def generation_config(path: Path) -> dict[str, Any]:
+    """How a model's makers would have it generate: its generation_config.json; {} for a GGUF file."""
+    return read_json(path / "generation_config.json") if path.is_dir() else {}
 
 
 def gguf_eos_ids(file: GgufFile) -> tuple[int, ...]:

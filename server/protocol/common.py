@@ -30,6 +30,8 @@ from winnow.server.settings import Settings
 
 INT64_MAX = 2**63 - 1
 INT32_MAX = 2**31 - 1
+SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""Fields that a model's generation_config.json may have values for"""
 
 
 class Unsupported:
@@ -184,15 +186,13 @@ class GenerationRequest(Body):
             if token >= vocab_size:
                 raise RequestError(f"stop_token_ids[{i}]", f"the vocabulary has {vocab_size} tokens", "invalid_value")
 
-    def sampling(self, end_tokens: tuple[int, ...], max_tokens: int) -> SamplingParams:
-        """For the engine, with the model's end tokens and the limit that the prompt leaves."""
+    def sampling(self, defaults: GenerationRequest, end_tokens: tuple[int, ...], max_tokens: int) -> SamplingParams:
+        """For the engine, with the model's own defaults and end tokens, and the limit that the prompt leaves."""
         ends = () if self.ignore_eos else end_tokens
+        named = {name: getattr(self if name in self.model_fields_set else defaults, name) for name in SAMPLING_DEFAULTS}
+        named["top_k"] = max(named["top_k"], 0)
         return SamplingParams(
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=max(self.top_k, 0),
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
+            **named,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             logit_bias={int(key): value for key, value in self.logit_bias.items()},

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from winnow.engine.compression.registry import eviction_policy
 from winnow.engine.config import EngineSettings
 from winnow.engine.engine import Engine
 from winnow.engine.errors import ModelError
@@ -135,6 +136,48 @@ def test_compression_that_raises_loses_no_page(
         assert bench.alone(prompt_of(100), 5, plan).rejected is not None
     assert bench.held_pages == 0
     assert_same(bench.alone(prompt_of(100), 5, plan), wanted)
+
+
+def test_a_plan_that_raises_harms_only_its_request(
+    tiny: Decoder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    wanted = Bench(tiny).alone(prompt_of(50), 20, EVICTED)
+    bench = Bench(tiny)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("this policy cannot count")
+
+    monkeypatch.setattr(eviction_policy("knorm"), "score", fail, raising=False)
+    bench.submit("good", prompt_of(50), 20, EVICTED)
+    bench.submit("bad", prompt_of(60, 2), 20, {"kv": {"evict": {"policy": "knorm", "budget": 0.5}}}, n=2)
+    bench.run(bench.engine.check_integrity)
+    rejected = bench.seen["bad", 0].rejected
+    assert rejected is not None
+    assert (rejected.kind, rejected.message) == ("internal", "the engine failed to compress this request")
+    assert "this policy cannot count" in caplog.text
+    assert_same(bench.seen["good", 0], wanted)
+
+
+def test_a_scheduler_that_raises_loses_only_who_runs(
+    tiny: Decoder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The loop goes on, and whoever waits is served."""
+    wanted = Bench(tiny).alone(prompt_of(50), 20)
+    bench = Bench(tiny, max_seqs=1)
+    bench.submit("running", prompt_of(50), 20)
+    bench.submit("waiting", prompt_of(50), 20)
+    bench.step()
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("it lost count")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.engine.arena, "extend", fail)
+        bench.step()
+    assert bench.seen["running", 0].rejected is not None
+    assert "it lost count" in caplog.text
+    bench.run(bench.engine.check_integrity)
+    assert_same(bench.seen["waiting", 0], wanted)
 
 
 def test_a_plan_without_pages_to_act_makes_the_newest_give_way(tiny: Decoder) -> None:

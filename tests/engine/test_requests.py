@@ -74,9 +74,12 @@ def test_finish_of_one_that_waits_again(tiny: Decoder) -> None:
     bench.submit("a", prompt_of(100), 50)
     for _ in range(3):
         bench.step()
+    held = bench.held_pages
     bench.engine.scheduler.preempt(bench.sequence("a"))
     (last,) = bench.finish("a")
-    assert (last.finish_reason, last.compression) == ("stop", None)
+    assert (last.finish_reason, last.token_ids) == ("stop", [])
+    assert last.compression is not None  # what it held until then
+    assert last.compression.bytes_held == held * bench.engine.arena.layout.page_bytes
     assert bench.engine.is_idle
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from winnow.engine.errors import ModelError
 from winnow.engine.models.tokenizer import Tokenizer
 from winnow.server.protocol.responses import Completion
+from winnow.server.service import sampling_defaults
+from winnow.server.settings import Settings
 
+from .conftest import Connect
 from .fake_engine import FakeEngine
 
 pytestmark = pytest.mark.anyio
@@ -86,3 +91,21 @@ async def test_one_failing_prompt_fails_the_request(http: httpx.AsyncClient, eng
     answer = await http.post("/v1/completions", json={"prompt": ["a", "b"]})
     assert answer.status_code == 503
     assert answer.json()["error"]["code"] == "engine_died"
+
+
+async def test_the_model_s_own_sampling_defaults(
+    connect: Connect, engine: FakeEngine, tmp_path: Path, settings: Settings
+) -> None:
+    """As vLLM does: what generation_config.json says holds where the request says nothing."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.6, "top_k": 20, "do_sample": true}')
+    async with connect(model=str(tmp_path)) as http:
+        await ask(http, prompt="a")
+        await ask(http, prompt="a", temperature=0.0, top_k=None)
+    async with connect(model=str(tmp_path), generation_config="none") as http:
+        await ask(http, prompt="a")
+    sampled = [(submit.sampling.temperature, submit.sampling.top_k) for submit in engine.submits]
+    assert sampled == [(0.6, 20), (0.0, 20), (1.0, 0)]
+    (tmp_path / "generation_config.json").write_text('{"temperature": -1}')
+    with pytest.raises(ModelError, match=r"generation_config.json cannot be used: temperature"):
+        sampling_defaults(settings.model_copy(update={"model": str(tmp_path)}))
