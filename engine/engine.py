@@ -21,10 +21,12 @@ from winnow.engine.models.decoder import Decoder
 from winnow.engine.pages import OutOfPages, PageArena
 from winnow.engine.prefix_cache import PrefixCache
 from winnow.engine.runner import Runner
-from winnow.engine.sampler import Sampled, Sampler
+from winnow.engine.sampler import Draw, Sampler
 from winnow.engine.sampling import SamplingTable, check_sampling, choice_seed
 from winnow.engine.scheduler import ScheduledBatch, Scheduler
 from winnow.engine.sequence import Sequence, room_for
+from winnow.engine.speculation.speculation import check_combination, parse_speculation
+from winnow.engine.speculation.speculator import Speculator
 from winnow.kernels.dispatch import Backend
 from winnow.kernels.layout import PageFormat, PageLayout
 
@@ -62,6 +64,7 @@ class Engine:
         self.scheduler = Scheduler(self.arena, self.cache, self.table, settings.max_step_tokens, self._prepare)
         self.runner = Runner(model, self.arena)
         self.sampler = Sampler()
+        self.speculator = Speculator(self.arena, self.table)
         self.totals = Totals()
         self._has_windows = any(config.windows)
         self._arrivals = 0
@@ -72,13 +75,15 @@ class Engine:
         """One pass of the model over whoever can run; returns what there is to tell."""
         began = time.perf_counter()
         try:
+            self.speculator.propose(self.scheduler.running)
             batch = self.scheduler.schedule()
             if not batch.seqs:
                 return []
             logits = self.runner.run(batch)
+            draws = self.speculator.verify(batch, logits, self.sampler)
             outputs = self._compress(batch)
-            seqs, sampled = self._sample(batch, logits)
-            outputs += self._commit(seqs, sampled)
+            self._sample(batch, logits, draws)
+            outputs += self._commit(draws)
         except Exception:
             outputs = self._give_up()
         self.totals.steps += 1
@@ -120,12 +125,13 @@ class Engine:
                     lost += self._lose(seq.request_id, "the engine failed to compress this request")
         return lost
 
-    def _sample(self, batch: ScheduledBatch, logits: torch.Tensor) -> tuple[list[Sequence], Sampled]:
-        """One token for each sequence that has read all it knows; the choices of a request share its first logits."""
+    def _sample(self, batch: ScheduledBatch, logits: torch.Tensor, draws: dict[Sequence, Draw]) -> None:
+        """Adds to `draws` one token for each other sequence that has read all it knows; the choices of a request share
+        its first logits."""
         rows: list[int] = []
         seqs: list[Sequence] = []
-        for row, seq in enumerate(batch.seqs):
-            if not seq.is_running or seq.remaining:
+        for row, seq in zip(batch.logit_rows.tolist(), batch.seqs, strict=True):
+            if not seq.is_running or seq.remaining or seq in draws:
                 continue
             if seq.generated == 0:
                 self.totals.prompt_tokens += seq.prompt_tokens
@@ -133,41 +139,37 @@ class Engine:
             rows += [row] * len(group)
             seqs += group
         if not seqs:
-            return [], Sampled(np.zeros(0, np.int64), np.zeros(0, bool), {})
+            return
         if rows != list(range(len(logits))):
             logits = logits[torch.tensor(rows)]
         slots = np.array([seq.slot for seq in seqs], np.int64)
-        return seqs, self.sampler.sample(logits, self.table.batch(slots))
+        sampled = self.sampler.sample(logits, self.table.batch(slots))
+        draws |= {seq: sampled.draw(row) for row, seq in enumerate(seqs)}
 
-    def _commit(self, seqs: list[Sequence], sampled: Sampled) -> list[StepOutput]:
+    def _commit(self, draws: dict[Sequence, Draw]) -> list[StepOutput]:
         """Appends the sampled tokens, ends what is over, and says so."""
-        if not seqs:
-            return []
         outputs: list[StepOutput] = []
-        self.table.record(np.array([seq.slot for seq in seqs], np.int64), sampled.tokens)
-        for row, (seq, token) in enumerate(zip(seqs, sampled.tokens.tolist(), strict=True)):
+        slots = [seq.slot for seq, draw in draws.items() for _ in draw.tokens if seq.is_running]
+        tokens = [token for seq, draw in draws.items() for token in draw.tokens if seq.is_running]
+        self.table.record(np.array(slots, np.int64), np.array(tokens, np.int64))
+        for seq, draw in draws.items():
             if not seq.is_running:
-                continue  # lost with another choice of its request
-            if sampled.bad[row]:
+                continue  # preempted, or lost with another choice of its request
+            if draw.is_bad:
                 if self.cache is not None:  # whoever begins alike must not begin with these pages
                     self.cache.drop(seq.block_keys)
                 outputs += self._lose(seq.request_id, "the model's output for this prompt is not a number")
                 continue
-            seq.append(token)
-            self.totals.generated_tokens += 1
-            reason = self._finish_reason(seq, token)
-            logprob = sampled.logprobs.get(row)
-            output = Output(
-                request_id=seq.request_id,
-                index=seq.index,
-                token_ids=[token],
-                logprobs=None if logprob is None else [logprob],
-            )
+            seq.append(draw)
+            self.totals.generated_tokens += len(draw.tokens)
+            self.speculator.counters.count(draw)
+            output = Output(request_id=seq.request_id, index=seq.index, token_ids=draw.tokens, logprobs=draw.logprobs)
+            reason = self._finish_reason(seq)
             outputs.append(self._last(seq, output, reason) if reason else output)
         return outputs
 
-    def _finish_reason(self, seq: Sequence, token: int) -> str | None:
-        if token in seq.sampling.stop_token_ids and seq.generated >= seq.sampling.min_tokens:
+    def _finish_reason(self, seq: Sequence) -> str | None:
+        if seq.stops_at(int(seq.tokens[seq.length - 1]), seq.generated):
             return "stop"
         return "length" if seq.generated >= seq.sampling.max_tokens else None
 
@@ -178,6 +180,8 @@ class Engine:
             finish_reason=reason,
             stop_token=output.token_ids[-1] if reason == "stop" and output.token_ids else None,
             cached_tokens=seq.cached_tokens,
+            accepted_tokens=seq.accepted_tokens,
+            rejected_tokens=seq.rejected_tokens,
             compression=self.arena.report(seq.slot, seq.computed) if seq.is_running else seq.last_report,
         )
         if seq.is_running and self.cache is not None and seq.timeline.never_acts:
@@ -213,6 +217,8 @@ class Engine:
                 f"{length} prompt tokens and {sampling.max_tokens} new ones exceed the model's {self.max_model_len}",
             )
         plan = Plan.parse(request.plan)
+        speculation = parse_speculation(request.speculative)
+        check_combination(speculation, plan)
         timeline = Timeline.of(plan, length, self.arena.layout)
         seed = int.from_bytes(os.urandom(8), "little") if sampling.seed is None else sampling.seed
         self._arrivals += 1
@@ -230,6 +236,7 @@ class Engine:
                 seed=choice_seed(seed, index),
                 plan_seed=seed & (1 << 64) - 1,
                 salt=request.cache_salt,
+                speculation=speculation,
             )
             for index in range(sampling.n)
         ]
@@ -276,7 +283,7 @@ class Engine:
 
     @property
     def stats(self) -> EngineStats:
-        counters, freed = self.scheduler.counters, self.compressor.freed
+        counters, freed, drafts = self.scheduler.counters, self.compressor.freed, self.speculator.counters
         cached = 0 if self.cache is None else self.cache.reclaimable()
         return EngineStats(
             running=len(self.scheduler.running),
@@ -292,6 +299,10 @@ class Engine:
             preemptions_total=counters.preemptions,
             evicted_tokens_total=self.compressor.freed.tokens,
             freed_bytes_total=freed.bytes,
+            drafts_total=drafts.drafts,
+            draft_tokens_total=drafts.draft_tokens,
+            accepted_tokens_total=drafts.accepted_tokens,
+            accepted_tokens_by_place=drafts.accepted_at,
             steps_total=self.totals.steps,
             step_seconds_total=self.totals.step_seconds,
         )

@@ -38,6 +38,8 @@ class Submit(msgspec.Struct, frozen=True, tag="submit", omit_defaults=True):
     """A resolved `Plan` as JSON data; empty: no compression."""
     cache_salt: str = ""
     """Requests share cached prefixes only under an equal salt."""
+    speculative: dict[str, Any] = {}
+    """A `Speculation` as JSON data; empty: none"""
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -89,6 +91,9 @@ class Output(msgspec.Struct, frozen=True, tag="output", omit_defaults=True):
     """The stop token id that ended it (it is the last of token_ids)"""
     cached_tokens: int = 0
     """Prompt tokens found in the prefix cache; on the choice's last output"""
+    accepted_tokens: int = 0
+    """Guessed tokens that became part of the answer; on the choice's last output, like the next"""
+    rejected_tokens: int = 0
     compression: CompressionReport | None = None
     """On the choice's last output"""
 
@@ -136,6 +141,12 @@ class EngineStats(msgspec.Struct, frozen=True, tag="stats"):
     """Lane tokens that policies evicted"""
     freed_bytes_total: int = 0
     """Bytes that compression gave back"""
+    drafts_total: int = 0
+    """Guesses that were verified"""
+    draft_tokens_total: int = 0
+    accepted_tokens_total: int = 0
+    accepted_tokens_by_place: list[int] = []
+    """How often the first, second, ... token of a guess was right"""
     steps_total: int = 0
     step_seconds_total: float = 0.0
 

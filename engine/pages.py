@@ -53,11 +53,6 @@ class PageArena:
         self.formats: NDArray[np.uint8] = self.kv.formats.numpy()
 
     @property
-    def _side_state(self) -> tuple[dict[int, torch.Tensor], ...]:
-        """What the lanes of some sequences have beside their pages, by slot."""
-        return self.kv.mass, self.kv.positions, self.kv.log_weights
-
-    @property
     def total(self) -> int:
         return len(self.refs)
 
@@ -104,8 +99,8 @@ class PageArena:
         self.table[slot] = -1
         self.kept[slot] = self.sealed[slot] = self.columns[slot] = 0
         self._tail_shared[slot] = False
-        for side in self._side_state:
-            side.pop(slot, None)
+        self.kv.mass.pop(slot, None)
+        self.kv.positions.pop(slot, None)
         self._slots.append(slot)
         return freed
 
@@ -131,13 +126,48 @@ class PageArena:
         total = int(missing.sum())
         if total:
             pages = self.take(total)
-            flat = missing.reshape(-1)
-            lane = np.repeat(np.arange(flat.size), flat)
-            within = np.arange(total) - np.repeat(np.cumsum(flat) - flat, flat)
-            rows = np.repeat(slots.astype(np.int64), self.lanes)[lane] * self.lanes + lane % self.lanes
-            self.table.reshape(-1, self.table.shape[-1])[rows, have.reshape(-1)[lane] + within] = pages
+            self.table.reshape(-1, self.table.shape[-1])[self._cells(slots, have, missing)] = pages
             self.columns[slots] = np.maximum(wanted, have)
         self.kept[slots] += counts.reshape(-1, 1, 1)
+
+    def truncate(self, slots: Ints, counts: Ints) -> None:
+        """Drops the newest `counts` [B] tokens of every lane of some distinct sequences, and the pages left empty.
+
+        What was written is as if it had never been: a page that becomes partly filled again and that others refer to
+        is copied before the next token is written to it. ValueError, and nothing done, where a lane holds fewer tokens
+        or has them in sealed pages.
+        """
+        kept = self.kept[slots] - counts.reshape(-1, 1, 1)
+        open_tokens = kept - self.sealed[slots] * self._capacity[self.formats[slots]][:, None, None]
+        if (open_tokens < 0).any() or (counts < 0).any():
+            raise ValueError("only tokens in a lane's open pages can be dropped")
+        self.kept[slots] = kept
+        have, wanted = self.columns[slots], self._columns_for(slots, np.zeros_like(counts))
+        table = self.table.reshape(-1, self.table.shape[-1])
+        surplus = have - wanted
+        if surplus.any():
+            cells = self._cells(slots, wanted, surplus)
+            pages, times = np.unique(table[cells], return_counts=True)
+            self.refs[pages] -= (times - 1).astype(np.int32)  # of sequences that share a page several may drop it
+            self.release(pages)
+            table[cells] = -1
+            self.columns[slots] = wanted
+        lanes = slots.astype(np.int64)[:, None] * self.lanes + np.arange(self.lanes)
+        tails = table[lanes, wanted.reshape(lanes.shape) - 1].reshape(wanted.shape)
+        is_shared = (open_tokens % self.layout.page_tokens > 0) & (self.refs[tails] > 1)
+        self._tail_shared[slots] |= is_shared.any((1, 2))
+        for slot in slots:
+            if (mass := self.kv.mass.get(int(slot))) is not None:
+                mass[torch.arange(mass.shape[-1]) >= self.kv.kept[int(slot)][..., None]] = 0
+
+    def _cells(self, slots: Ints, first: Ints, count: Ints) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Row and column, in the table of all lanes one below the other, of `count` entries from `first` on in each
+        lane of the sequences; both are [B, layers, kv_heads]."""
+        flat = count.reshape(-1)
+        lane = np.repeat(np.arange(flat.size), flat)
+        within = np.arange(len(lane)) - np.repeat(np.cumsum(flat) - flat, flat)
+        rows = np.repeat(slots.astype(np.int64), self.lanes)[lane] * self.lanes + lane % self.lanes
+        return rows, first.reshape(-1)[lane] + within
 
     def _columns_for(self, slots: Ints, counts: Ints) -> Ints:
         sealed = self.sealed[slots]
@@ -172,7 +202,7 @@ class PageArena:
             rows[target] = rows[source]
         self.share(self.held(source))
         self._tail_shared[[source, target]] = True
-        for side in self._side_state:
+        for side in (self.kv.mass, self.kv.positions):
             if source in side:
                 side[target] = side[source].clone()
 

@@ -26,7 +26,12 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch) -> Tensor:
-        """Logits [B, vocab] float32 after the last new token of each sequence; K and V go to pages."""
+        """K and V of the step's tokens go to pages.
+
+        Returns:
+            [R, vocab] float32 logits after the last known token of each sequence and after each guess behind it,
+            sequence after sequence (`ScheduledBatch.logit_rows`).
+        """
         counts = batch.counts
         cu_rows = np.zeros(len(counts) + 1, np.int32)
         np.cumsum(counts, out=cu_rows[1:])
@@ -42,5 +47,7 @@ class Runner:
             positions=torch.from_numpy(positions),
             first_vote=torch.from_numpy(first_vote),
         )
-        rows = torch.from_numpy(cu_rows[1:].astype(np.int64) - 1)
+        wanted = batch.drafts + 1
+        shift = cu_rows[1:] - wanted - batch.logit_rows
+        rows = torch.from_numpy(np.arange(wanted.sum()) + np.repeat(shift, wanted))
         return self._model.forward(torch.from_numpy(tokens), lanes, self._arena.kv, rows)

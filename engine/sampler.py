@@ -29,6 +29,20 @@ FEW = 128
 
 
 @dataclass(frozen=True, slots=True)
+class Draw:
+    """What one sequence is to say after a step: one token, or several where guesses held."""
+
+    tokens: list[int]
+    is_bad: bool
+    """The last token comes from logits that are NaN or infinite, and means nothing"""
+    logprobs: list[TokenLogprob] | None
+    guessed: int = 0
+    """Tokens that had been guessed for the step"""
+    accepted: int = 0
+    """Of `tokens`, the leading ones that had been guessed"""
+
+
+@dataclass(frozen=True, slots=True)
 class Sampled:
     """What came out for each row."""
 
@@ -37,6 +51,13 @@ class Sampled:
     """Rows whose logits are NaN or infinite; their token means nothing"""
     logprobs: dict[int, TokenLogprob]
     """By row, for the rows that asked"""
+
+    def draw(self, first: int, count: int = 1, guessed: int = 0, accepted: int = 0) -> Draw:
+        """Of some neighbouring rows, the tokens of one sequence."""
+        end = first + count
+        logprobs = [self.logprobs[row] for row in range(first, end) if row in self.logprobs]
+        is_bad = bool(self.bad[end - 1])
+        return Draw(self.tokens[first:end].tolist(), is_bad, logprobs or None, guessed, accepted)
 
 
 class Sampler:

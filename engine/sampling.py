@@ -130,6 +130,14 @@ class TokenCounts:
         self._tokens[place] = token
         self._counts[place] += 1
 
+    def after(self, tokens: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """What `tokens` and `counts` would be if these had been generated too."""
+        if not len(tokens):
+            return self.tokens, self.counts
+        distinct, places = np.unique(np.concatenate([self.tokens, tokens]), return_inverse=True)
+        one_each = np.ones(len(tokens), dtype=np.float32)
+        return distinct, np.bincount(places, np.concatenate([self.counts, one_each])).astype(np.float32)
+
     @property
     def tokens(self) -> NDArray[np.int64]:
         return self._tokens[: len(self._place)]
@@ -190,8 +198,8 @@ class SamplingTable:
         self._extra.pop(slot, None)
 
     def record(self, slots: NDArray[np.int64], tokens: NDArray[np.int64]) -> None:
-        """Note one generated token for each of some distinct slots."""
-        self._step[slots] += 1
+        """Note generated tokens, in order; a slot may have several."""
+        np.add.at(self._step, slots, 1)
         for row in np.flatnonzero(self._has_extra[slots]):
             slot = int(slots[row])
             extra = self._extra[slot]
@@ -200,17 +208,32 @@ class SamplingTable:
             elif not len(extra.bias) and self._step[slot] >= extra.min_tokens:
                 self._has_extra[slot] = False  # end tokens were its only edit
 
-    def batch(self, slots: NDArray[np.int64]) -> SamplingBatch:
-        """How to sample one row for each of these slots."""
+    def batch(self, slots: NDArray[np.int64], drafts: Sequence[NDArray[np.int32]] | None = None) -> SamplingBatch:
+        """How to sample rows for these distinct slots: one for each, or, where there are drafts, one after each
+        beginning of a slot's draft: the empty one first, the whole draft last."""
+        if drafts is None:
+            rows, ahead = np.arange(len(slots)), np.zeros(len(slots), dtype=np.int64)
+        else:
+            sizes = np.array([len(draft) + 1 for draft in drafts])
+            rows = np.repeat(np.arange(len(slots)), sizes)
+            ahead = np.arange(len(rows)) - np.repeat(sizes.cumsum() - sizes, sizes)
+        slots = slots[rows]
+        step = self._step[slots] + ahead
+        edits = None
+        if self._has_extra[slots].any():
+            edited = np.flatnonzero(self._has_extra[slots])
+            nothing = np.zeros(0, dtype=np.int32)
+            after = [nothing if drafts is None else drafts[rows[row]][: ahead[row]] for row in edited]
+            edits = self._edits(edited, slots[edited], step[edited], after)
         return SamplingBatch(
             temperature=self._temperature[slots],
             top_p=self._top_p[slots],
             top_k=self._top_k[slots],
             min_p=self._min_p[slots],
             seed=self._seed[slots],
-            step=self._step[slots],
+            step=step,
             logprobs=self._logprobs[slots],
-            edits=self._edits(slots) if self._has_extra[slots].any() else None,
+            edits=edits,
         )
 
     def _extra_of(self, params: SamplingParams, prompt: Sequence[int], output: Sequence[int]) -> _Extra | None:
@@ -233,16 +256,25 @@ class SamplingTable:
             counts=TokenCounts(prompt if repeats else (), output) if has_penalty else None,
         )
 
-    def _edits(self, slots: NDArray[np.int64]) -> Edits:
-        rows = np.flatnonzero(self._has_extra[slots])
-        extras = [self._extra[int(slot)] for slot in slots[rows]]
+    def _edits(
+        self,
+        rows: NDArray[np.int64],
+        slots: NDArray[np.int64],
+        steps: NDArray[np.int64],
+        after: list[NDArray[np.int32]],
+    ) -> Edits:
+        """Of some rows of a batch; `after`: tokens that each row takes for generated beyond those recorded."""
+        extras = [self._extra[slot] for slot in slots.tolist()]
         none = np.zeros(0, dtype=np.int64)
         bans = [
             extra.stop_token if step < extra.min_tokens else none
-            for extra, step in zip(extras, self._step[slots[rows]].tolist(), strict=True)
+            for extra, step in zip(extras, steps.tolist(), strict=True)
         ]
-        seen = [none if extra.counts is None else extra.counts.tokens for extra in extras]
-        counts = [extra.counts.counts for extra in extras if extra.counts is not None]
+        counted = [
+            (none, np.zeros(0, dtype=np.float32)) if extra.counts is None else extra.counts.after(tokens)
+            for extra, tokens in zip(extras, after, strict=True)
+        ]
+        seen = [tokens for tokens, _ in counted]
         return Edits(
             rows=rows,
             bias_row=_owner([extra.bias_token for extra in extras]),
@@ -250,7 +282,7 @@ class SamplingTable:
             bias=np.concatenate([extra.bias for extra in extras]),
             seen_row=_owner(seen),
             seen_token=np.concatenate(seen),
-            seen_count=np.concatenate(counts) if counts else np.zeros(0, dtype=np.float32),
+            seen_count=np.concatenate([counts for _, counts in counted]),
             repetition=np.array([extra.repetition for extra in extras], dtype=np.float32),
             presence=np.array([extra.presence for extra in extras], dtype=np.float32),
             frequency=np.array([extra.frequency for extra in extras], dtype=np.float32),

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from winnow.engine.pages import Ints, PageArena
 from winnow.engine.prefix_cache import PrefixCache
@@ -26,6 +27,20 @@ class ScheduledBatch:
     seqs: list[Sequence]
     counts: Ints
     """[B]"""
+    drafts: Ints
+    """[B] how many of them, the last ones, were guessed"""
+
+    @property
+    def is_speculative(self) -> NDArray[np.bool_]:
+        """[B] sequences whose rows are verified: guesses, or a last token that a guess may learn from."""
+        return np.array([seq.speculation is not None and seq.is_decoding for seq in self.seqs], bool)
+
+    @property
+    def logit_rows(self) -> NDArray[np.int64]:
+        """[B] each sequence's first row in the logits of the step: it has one for its last known token and for each
+        guess."""
+        sizes = self.drafts.astype(np.int64) + 1
+        return sizes.cumsum() - sizes
 
     @property
     def slots(self) -> Ints:
@@ -82,27 +97,39 @@ class Scheduler:
             counts = np.array([count for _, count in chosen], np.int32)
             if self._make_free(int(self._arena.pages_to_extend(slots, counts).sum())):
                 break
-            self.preempt(self.running[-1])
+            if any(seq.drafted for seq, _ in chosen):
+                self._forget_drafts()
+            else:
+                self.preempt(self.running[-1])
             chosen = self._choose()
         if not chosen:
-            return ScheduledBatch([], np.zeros(0, np.int32))
+            return ScheduledBatch([], np.zeros(0, np.int32), np.zeros(0, np.int32))
         self._arena.extend(slots, counts)
         for seq, count in chosen:
             if seq.plan.evict is not None:
                 self._prepare(seq, count)
-        return ScheduledBatch([seq for seq, _ in chosen], counts)
+        drafts = np.array([seq.drafted for seq, _ in chosen], np.int32)
+        return ScheduledBatch([seq for seq, _ in chosen], counts, drafts)
 
     def _choose(self) -> list[tuple[Sequence, int]]:
         """(sequence, tokens) of the next step: no chunk crosses an event of its sequence's timeline."""
         left = self._max_step_tokens
+        unclaimed = left - sum(seq.remaining == 1 for seq in self.running)
         chosen = []
         for is_decode in (True, False):
             for seq in self.running:
                 if (seq.remaining == 1) is is_decode and left > 0:
-                    count = min(seq.remaining, left, seq.timeline.next_event(seq.computed) - seq.computed)
-                    chosen.append((seq, count))
-                    left -= count
+                    # Guesses have what nobody's known tokens need.
+                    seq.drafted = min(seq.drafted, max(0, unclaimed))
+                    unclaimed -= seq.drafted
+                    known = min(seq.remaining, left, seq.timeline.next_event(seq.computed) - seq.computed)
+                    chosen.append((seq, known + seq.drafted))
+                    left -= known + seq.drafted
         return chosen
+
+    def _forget_drafts(self) -> None:
+        for seq in self.running:
+            seq.drafted = 0
 
     def _admit(self) -> None:
         """Starts waiting sequences, oldest first, while what they will hold at their peak fits beside the others."""

@@ -10,6 +10,8 @@ from winnow.engine.compression.plan import Plan
 from winnow.engine.compression.timeline import NEVER, Timeline
 from winnow.engine.messages import CompressionReport, SamplingParams
 from winnow.engine.pages import Ints
+from winnow.engine.sampler import Draw
+from winnow.engine.speculation.speculation import Speculation
 
 NO_SLOT = -1
 
@@ -51,6 +53,12 @@ class Sequence:
     """Prompt tokens that the prefix cache had when the sequence first ran"""
     last_report: CompressionReport | None = None
     """What it held when it was last preempted"""
+    speculation: Speculation | None = None
+    drafted: int = 0
+    """Tokens behind the known ones that were guessed for the next step"""
+    accepted_tokens: int = 0
+    """Guesses that became part of the answer"""
+    rejected_tokens: int = 0
     siblings: list[Sequence] = field(default_factory=list)
     """The other choices, on the first one until they are forked from it"""
 
@@ -68,6 +76,15 @@ class Sequence:
         return self.slot != NO_SLOT
 
     @property
+    def is_decoding(self) -> bool:
+        """Reads its own last token next, and says another one."""
+        return self.is_running and self.remaining == 1 and self.computed >= self.prompt_tokens
+
+    def stops_at(self, token: int, generated: int) -> bool:
+        """Whether this token, the `generated`-th one, ends the text."""
+        return token in self.sampling.stop_token_ids and generated >= self.sampling.min_tokens
+
+    @property
     def accumulates_mass(self) -> bool:
         """Attention mass counts since the request began, through evictions (h2o)."""
         evict = self.plan.evict
@@ -76,12 +93,15 @@ class Sequence:
     def restart(self) -> None:
         """Forgets what was computed; the tokens stay."""
         self.slot = NO_SLOT
-        self.computed = self.positions_known = 0
+        self.computed = self.positions_known = self.drafted = 0
         self.vote_start = self.timeline.vote_start(0)
 
-    def append(self, token: int) -> None:
-        self.tokens[self.length] = token
-        self.length += 1
+    def append(self, draw: Draw) -> None:
+        count = len(draw.tokens)
+        self.tokens[self.length : self.length + count] = draw.tokens
+        self.length += count
+        self.accepted_tokens += draw.accepted
+        self.rejected_tokens += draw.guessed - draw.accepted
 
 
 def room_for(prompt: list[int], max_tokens: int) -> Ints:

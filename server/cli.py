@@ -49,6 +49,7 @@ def serve(
         list[str] | None, typer.Option(help="Name that requests use; repeatable, the first is shown.")
     ] = None,
     compression: Annotated[str | None, typer.Option(help="Profile of requests that name no compression.")] = None,
+    speculative: Annotated[str | None, typer.Option(help="Speculative decoding of requests that name none.")] = None,
     profiles: Annotated[Path | None, typer.Option(help="YAML file of named profiles.")] = None,
     drain_s: Annotated[float | None, typer.Option(help="Time that requests get after SIGTERM.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,

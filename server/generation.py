@@ -11,6 +11,7 @@ from uuid import uuid4
 from winnow.engine.compression.plan import Plan
 from winnow.engine.errors import EngineDied, PromptTooLong, RequestError
 from winnow.engine.messages import EngineInfo, Output, Submit
+from winnow.engine.speculation.speculation import Speculation
 from winnow.server.admission import Flight
 from winnow.server.choice import Choice, Piece
 from winnow.server.plans import described, labels
@@ -68,10 +69,12 @@ class Generation:
             info = service.engine()
             request.check_vocabulary(info.vocab_size)
             plan = service.plans.resolve(request.compression, info.compute_format)
+            speculation = service.speculations.resolve(request.speculative, plan)
+            self.usage.speculates = speculation is not None
             self.has_plan = not plan.is_off
             self.usage.plan = described(plan) if self.has_plan else None
             tokens = [await flight.wait(service.in_thread(tokenize)) for tokenize in self.prompts]
-            submits = [self._submit(prompt, info, plan) for prompt in tokens]
+            submits = [self._submit(prompt, info, plan, speculation) for prompt in tokens]
             flight.take(sum(map(len, tokens)))
             self.usage.prompt_tokens = sum(map(len, tokens))
             self._observe_request(submits)
@@ -118,7 +121,7 @@ class Generation:
             heard[choice.index] = now
             yield piece
 
-    def _submit(self, prompt: list[int], info: EngineInfo, plan: Plan) -> Submit:
+    def _submit(self, prompt: list[int], info: EngineInfo, plan: Plan, speculation: Speculation | None) -> Submit:
         limit = self._output_tokens(len(prompt), info)
         if self.request.min_tokens > limit:
             message = f"min_tokens is {self.request.min_tokens}, and at most {limit} tokens can be generated"
@@ -129,6 +132,7 @@ class Generation:
             sampling=self.request.sampling(self.service.sampling_defaults, self.service.tokenizer.eos_token_ids, limit),
             plan={} if plan.is_off else plan.to_wire(),
             cache_salt=self.request.cache_salt,
+            speculative={} if speculation is None else speculation.model_dump(),
         )
 
     def _output_tokens(self, prompt: int, info: EngineInfo) -> int:
@@ -171,6 +175,8 @@ class Generation:
     def _end(self, choice: Choice, output: Output, reason: str, plan_labels: tuple[str, str]) -> None:
         metrics, usage = self.service.metrics, self.usage
         usage.completion_tokens += choice.tokens
+        usage.accepted_tokens += output.accepted_tokens
+        usage.rejected_tokens += output.rejected_tokens
         if output.index == 0:  # the other choices share the first one's prompt
             usage.cached_tokens += output.cached_tokens
         if output.compression is not None:

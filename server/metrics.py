@@ -128,6 +128,9 @@ class EngineCollector(Collector):
             ("num_preemptions", "Sequences put back for want of pages", stats.preemptions_total),
             ("kv_evicted_tokens", "Lane tokens that policies evicted", stats.evicted_tokens_total),
             ("kv_freed_bytes", "Bytes that compression gave back", stats.freed_bytes_total),
+            ("spec_decode_num_drafts", "Guesses that were verified", stats.drafts_total),
+            ("spec_decode_num_draft_tokens", "Tokens of these guesses", stats.draft_tokens_total),
+            ("spec_decode_num_accepted_tokens", "Those that were right", stats.accepted_tokens_total),
             ("engine_steps", "Steps of the engine", stats.steps_total),
             ("engine_step_seconds", "Time spent in steps", stats.step_seconds_total),
             ("engine_restarts", "Times the engine was started again", self.client.restarts),
@@ -140,3 +143,11 @@ class EngineCollector(Collector):
             counter = CounterMetricFamily(PREFIX + name, text, labels=self.names)
             counter.add_metric(self.values, value)
             yield counter
+        by_place = CounterMetricFamily(
+            PREFIX + "spec_decode_num_accepted_tokens_per_pos",
+            "Right guesses by their place",
+            labels=(*self.names, "position"),
+        )
+        for place, times in enumerate(stats.accepted_tokens_by_place):
+            by_place.add_metric((*self.values, str(place)), times)
+        yield by_place

@@ -21,6 +21,7 @@ from winnow.server.metrics import Metrics
 from winnow.server.plans import Plans
 from winnow.server.protocol.common import SAMPLING_DEFAULTS, GenerationRequest
 from winnow.server.settings import Settings
+from winnow.server.speculation import Speculations
 
 if TYPE_CHECKING:
     from winnow.engine.models.tokenizer import Tokenizer
@@ -36,6 +37,7 @@ class Service:
         self.client = client
         self.tokenizer = tokenizer
         self.plans = Plans(settings)
+        self.speculations = Speculations(settings)
         self.admission = Admission(settings)
         self.metrics = Metrics(client, settings.model_names[0])
         self.sampling_defaults = sampling_defaults(settings)

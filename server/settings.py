@@ -56,6 +56,11 @@ class Settings(BaseSettings, EngineSettings):
     max_compression: Maximum | None = Field(None, description="the most that a request may hold: budget, format")
     profiles: Path | None = Field(None, description="YAML file of named profiles; the packaged ones if unset")
 
+    # Speed
+    speculative: str | dict[str, Any] | None = Field(
+        None, description="method, or method and knobs, of requests that name none; `{}` in a request turns it off"
+    )
+
     # Limits on one request
     max_body_bytes: int = Field(4 << 20, ge=1024, le=1 << 30, description="request body, counted while it is read")
     body_timeout_s: float = Field(30.0, gt=0, le=3600, description="time for a client to send its body")

@@ -21,6 +21,10 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    speculates: bool = False
+    accepted_tokens: int = 0
+    rejected_tokens: int = 0
+    """Guessed and not said; unlike OpenAI's they are no part of completion_tokens"""
     reports: list[CompressionReport] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -30,6 +34,11 @@ class Usage:
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
+        if self.speculates:
+            usage["completion_tokens_details"] = {
+                "accepted_prediction_tokens": self.accepted_tokens,
+                "rejected_prediction_tokens": self.rejected_tokens,
+            }
         if self.reports:
             usage["compression"] = compression(self.plan, self.reports)
         return usage

@@ -26,6 +26,7 @@ from pydantic_core import CoreSchema, core_schema
 from winnow.engine.compression.plan import Plan
 from winnow.engine.errors import RequestError
 from winnow.engine.messages import SamplingParams
+from winnow.engine.speculation.speculation import SPECULATION
 from winnow.server.settings import Settings
 
 INT64_MAX = 2**63 - 1
@@ -82,6 +83,15 @@ class PlanSchema:
         return {"anyOf": [{"type": "string"}, handler(Plan.__pydantic_core_schema__)]}
 
 
+class SpeculationSchema:
+    """As `PlanSchema`, for what `parse_speculation` checks."""
+
+    @staticmethod
+    def __get_pydantic_json_schema__(schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        none = {"type": "object", "additionalProperties": False, "description": "No speculation"}
+        return {"anyOf": [none, handler(SPECULATION.core_schema)]}
+
+
 _STOP = {"type": "string", "minLength": 1}
 Stops = Annotated[
     list[Annotated[str, Field(min_length=1)]],
@@ -127,6 +137,11 @@ class GenerationRequest(Body):
         None, description="a plan, or the name of a profile that /v1/models lists"
     )
     cache_salt: str = Field("", max_length=256, description="prefixes are shared under an equal salt only")
+
+    # Speed
+    speculative: Annotated[dict[str, Any] | None, SpeculationSchema] = Field(
+        None, description="how to guess tokens ahead; answers stay the same, token for token. `{}`: not at all"
+    )
 
     # Accepted, without effect on the answer
     user: str | None = None

@@ -45,11 +45,19 @@ class PromptTokensDetails(Part):
     cached_tokens: int
 
 
+class CompletionTokensDetails(Part):
+    """Of speculative decoding: guesses that are part of the completion, and others, which are not."""
+
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+
+
 class Usage(Part):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | None = None
     compression: Compression | None = None
 
 

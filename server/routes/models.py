@@ -44,4 +44,5 @@ def _card(service: Service, name: str) -> dict[str, Any]:
             "total_pages": info.total_pages,
         },
         "compression": service.plans.catalogue,
+        "speculative": service.speculations.catalogue,
     }

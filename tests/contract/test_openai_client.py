@@ -146,6 +146,25 @@ def test_a_streams_last_chunk_reports(client: OpenAI) -> None:
     assert report["bytes_held"] < report["bytes_uncompressed"]
 
 
+@pytest.mark.parametrize("method", ["prompt_lookup", "token_recycling"])
+@pytest.mark.parametrize("fields", [{}, {"temperature": 0.7, "seed": 3, "n": 2}], ids=["greedy", "sampled"])
+def test_speculation_changes_no_answer(client: OpenAI, method: str, fields: dict[str, Any]) -> None:
+    messages = [{"role": "user", "content": f"Repeat this:\n{STORY[:400]}"}]
+    for plan in (None, {"kv": {"format": "int8", "residual": 0}}):
+        plain = ask(client, messages, plan, max_tokens=40, **fields)
+        extra = {"speculative": {"method": method, "tokens": 6}} | ({"compression": plan} if plan else {})
+        quick = client.chat.completions.create(
+            **{"model": MODEL, "messages": messages, "max_tokens": 40, "temperature": 0, "extra_body": extra} | fields
+        )
+        assert [c.message.content for c in quick.choices] == [c.message.content for c in plain.choices]
+        assert compression_of(quick.usage)["bytes_held"] == compression_of(plain.usage)["bytes_held"]
+        details = quick.usage.completion_tokens_details
+        assert plain.usage.completion_tokens_details is None
+        if method == "prompt_lookup" and not fields:
+            assert details.accepted_prediction_tokens > 10
+            assert details.accepted_prediction_tokens + details.rejected_prediction_tokens < 3 * 40
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -161,6 +180,7 @@ def test_a_streams_last_chunk_reports(client: OpenAI) -> None:
             {"extra_body": {"compression": {"kv": {"evict": {"policy": "h2o", "budget": -1}}}}},
             "compression.kv.evict.budget",
         ),
+        ({"extra_body": {"speculative": {"method": "magic"}}}, "speculative.method"),
         ({"extra_body": {"no_such_field": 1}}, "no_such_field"),
     ],
 )

@@ -73,6 +73,8 @@ class Bench:
         """Who took part in each step, with how many tokens"""
         self.complaints: list[str] = []
         """What is wrong with a step: the engine would catch what is raised within"""
+        self._rows: list[tuple[Choice, int, int, list[int], Tensor]] = []
+        """What a step computed: (choice, prompt tokens, tokens computed, guess behind them, logits after each)"""
         self._watch_logits()
         self._watch_keep_sets()
 
@@ -83,10 +85,11 @@ class Bench:
         tokens: int = 8,
         plan: dict[str, Any] | None = None,
         salt: str = "",
+        speculative: dict[str, Any] | None = None,
         **sampling: Any,
     ) -> None:
         params = SamplingParams(**({"temperature": 0.0, "max_tokens": tokens, "seed": 7} | sampling))
-        self.engine.submit(Submit(request_id, list(prompt), params, plan or {}, salt))
+        self.engine.submit(Submit(request_id, list(prompt), params, plan or {}, salt, speculative or {}))
 
     def step(self) -> list[StepOutput]:
         outputs = self._note(self.engine.step())
@@ -130,7 +133,8 @@ class Bench:
         return stats.pages_total - stats.pages_free - stats.pages_cached
 
     def _note(self, outputs: Iterable[StepOutput]) -> list[StepOutput]:
-        for output in (outputs := list(outputs)):
+        outputs = list(outputs)
+        for output in outputs:
             if isinstance(output, Rejected):
                 self.seen[output.request_id, 0].rejected = output
             else:
@@ -138,6 +142,7 @@ class Bench:
                 assert not seen.is_over, "an output after the last one"
                 seen.outputs.append(output)
                 seen.tokens += output.token_ids
+        self._note_logits()
         return outputs
 
     def _watch_logits(self) -> None:
@@ -146,16 +151,28 @@ class Bench:
         def watched(batch: ScheduledBatch) -> Tensor:
             logits = run(batch)
             self.batches.append([])
-            for row, (seq, count) in enumerate(zip(batch.seqs, batch.counts.tolist(), strict=True)):
-                choice, computed = (seq.request_id, seq.index), seq.computed + count
+            parts = (part.tolist() for part in (batch.counts, batch.logit_rows, batch.drafts))
+            for seq, count, first, drafts in zip(batch.seqs, *parts, strict=True):
+                choice, computed = (seq.request_id, seq.index), seq.computed + count - drafts
                 self.batches[-1].append((choice, count))
                 if computed >= seq.prompt_tokens:
-                    known = self.seen[choice].logits.setdefault(computed, logits[row].clone())
-                    if not same_bits(known, logits[row]):
-                        self.complaints.append(f"{choice} read {computed} tokens again: other logits")
+                    guess = seq.tokens[seq.length : seq.length + drafts].tolist()
+                    rows = logits[first : first + drafts + 1].clone()
+                    self._rows.append((choice, seq.prompt_tokens, computed, guess, rows))
             return logits
 
         self.engine.runner.run = watched  # type: ignore[method-assign]
+
+    def _note_logits(self) -> None:
+        """Of the rows behind a guess those count whose guess was said."""
+        for choice, prompt, computed, guess, rows in self._rows:
+            seen, first = self.seen[choice], computed - prompt
+            for ahead, row in enumerate(rows):
+                if ahead and seen.tokens[first : first + ahead] != guess[:ahead]:
+                    break
+                if not same_bits(seen.logits.setdefault(computed + ahead, row), row):
+                    self.complaints.append(f"{choice} read {computed + ahead} tokens again: other logits")
+        self._rows.clear()
 
     def _watch_keep_sets(self) -> None:
         apply, arena = self.engine.compressor.apply, self.engine.arena

@@ -30,6 +30,14 @@ def tiny(ops: Backend, tmp_path_factory: pytest.TempPathFactory) -> Decoder:
 
 
 @pytest.fixture(scope="session")
+def windowed(ops: Backend, tmp_path_factory: pytest.TempPathFactory) -> Decoder:
+    """A mistral of two layers whose window is shorter than most prompts."""
+    path: Path = tmp_path_factory.mktemp("windowed")
+    random_model("mistral", num_hidden_layers=2, sliding_window=60, max_position_embeddings=256).save_pretrained(path)
+    return load_model(str(path), ops, "f32")
+
+
+@pytest.fixture(scope="session")
 def default_model(ops: Backend) -> Decoder:
     """SmolLM2-135M-Instruct with f32 weights."""
     return load_model("default", ops, "f32")

@@ -202,3 +202,68 @@ def test_integrity_is_checked(arena: PageArena, damage: str) -> None:
         arena.columns[slot, 0, 1] -= 1
     with pytest.raises(AssertionError):
         arena.check_integrity(NONE)
+
+
+# Truncation --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 33, 40])
+@pytest.mark.parametrize("dropped", [0, 1, 15, 16, 17, 33])
+def test_truncate_is_as_if_never_extended(arena: PageArena, tokens: int, dropped: int) -> None:
+    slots = ints(opened(arena, tokens), opened(arena, 20))
+    before = [rows[slots].copy() for rows in (arena.columns, arena.kept)]
+    free = arena.free_count
+    arena.extend(slots, ints(dropped, 3))
+    arena.truncate(slots, ints(dropped, 3))
+    for rows, wanted in zip((arena.columns, arena.kept), before, strict=True):
+        assert np.array_equal(rows[slots], wanted)
+    assert arena.free_count == free
+    assert held(arena) == arena.total - free
+    assert ((arena.table[slots] >= 0).sum(-1) == arena.columns[slots]).all()
+
+
+def test_truncate_of_ragged_lanes(arena: PageArena) -> None:
+    slot = opened(arena, 40)
+    arena.replace(slot, arena.table[slot].copy(), lanes(1, 1, 2, 3), lanes(5, 16, 17, 40), lanes(0, 0, 0, 0))
+    arena.truncate(ints(slot), ints(5))
+    assert arena.kept[slot].tolist() == [[0, 11], [12, 35]]
+    assert arena.columns[slot].tolist() == [[0, 1], [1, 3]]
+    assert held(arena) == 5
+
+
+def test_truncate_leaves_sealed_tokens_alone(arena: PageArena) -> None:
+    packed = arena.layout.capacity(PageFormat.INT4)
+    slot = opened(arena, packed + 3, PageFormat.INT4)
+    arena.replace(slot, arena.table[slot].copy(), lanes(2, 2, 2, 2), lanes(*[packed + 3] * 4), lanes(1, 1, 1, 1))
+    for count in (4, -1):
+        with pytest.raises(ValueError, match="open pages"):
+            arena.truncate(ints(slot), ints(count))
+    assert (arena.kept[slot] == packed + 3).all()
+    arena.truncate(ints(slot), ints(3))
+    assert (arena.kept[slot] == packed).all()
+    assert held(arena) == 4
+
+
+def test_what_is_written_after_a_truncation_leaves_others_alone(arena: PageArena) -> None:
+    """The page that is partly filled again is another sequence's full one."""
+    first = opened(arena, 48)
+    second = arena.open_slot(PageFormat.F32)
+    arena.fork(first, second)
+    both = ints(first, second)
+    arena.truncate(both, ints(20, 40))
+    assert arena.kept[both].max((1, 2)).tolist() == [28, 8]
+    assert held(arena) == 4 * 2  # the third page is nobody's, the second the first one's
+    arena.kv.data.zero_()
+    shared = arena.table[second, ..., 0].copy()
+    assert arena.pages_to_extend(both, ints(1, 1)).tolist() == [4, 4]  # room for a copy is asked for
+    arena.extend(both, ints(1, 1))
+    assert np.array_equal(arena.table[first, ..., 0], shared)
+    assert not np.isin(arena.table[second, ..., 0], shared).any()
+    assert held(arena) == 4 * 3
+
+
+def test_truncate_forgets_attention_mass(arena: PageArena) -> None:
+    slot = opened(arena, 10)
+    arena.kv.mass[slot] = torch.ones(LAYERS, HEADS, 16)
+    arena.truncate(ints(slot), ints(4))
+    assert arena.kv.mass[slot].sum(-1).tolist() == [[6, 6], [6, 6]]

@@ -11,7 +11,7 @@ import pytest
 
 from winnow.engine.errors import RequestError
 from winnow.engine.messages import SamplingParams
-from winnow.engine.sampling import SamplingTable, TokenCounts, check_sampling, choice_seed
+from winnow.engine.sampling import SamplingBatch, SamplingTable, TokenCounts, check_sampling, choice_seed
 
 VOCAB = 100
 
@@ -181,3 +181,49 @@ def test_what_the_sampler_cannot_do_is_refused(field: str, value: Any, param: st
 def test_usual_parameters_pass() -> None:
     check_sampling(SamplingParams(), VOCAB)
     check_sampling(SamplingParams(temperature=0, top_p=0.0, top_k=10**9, logit_bias={0: -100, 99: 100}), VOCAB)
+
+
+def test_rows_behind_a_guess_are_those_of_the_guess_recorded() -> None:
+    """Rows of a batch with guesses are what batches without would be, had the guessed tokens been generated."""
+    knobs: list[dict[str, Any]] = [
+        {"frequency_penalty": 0.5, "min_tokens": 3, "stop_token_ids": (7,)},
+        {},
+        {"repetition_penalty": 1.2, "logit_bias": {4: 1.0}},
+        {"min_tokens": 2, "stop_token_ids": (7, 8)},
+    ]
+    drafts = [np.array(draft, np.int32) for draft in ([5, 5, 9], [1], [], [3, 4])]
+
+    def admitted() -> SamplingTable:
+        table = SamplingTable(4, VOCAB)
+        for slot, extra in enumerate(knobs):
+            table.admit(slot, SamplingParams(temperature=0.5, **extra), slot, [5, 6], [9])
+        return table
+
+    together = admitted().batch(slots(0, 1, 2, 3), drafts)
+    assert len(together) == 4 + 2 + 1 + 3
+    row = 0
+    for slot, draft in enumerate(drafts):
+        table = admitted()
+        for ahead in range(len(draft) + 1):
+            alone = table.batch(slots(slot))
+            assert together.step[row] == alone.step[0] == 1 + ahead
+            assert together.uniform[row] == alone.uniform[0]
+            assert edits_of(together, row) == edits_of(alone, 0)
+            table.record(slots(slot), slots(*draft[ahead : ahead + 1])) if ahead < len(draft) else None
+            row += 1
+
+
+def edits_of(batch: SamplingBatch, row: int) -> dict[str, Any]:
+    """What changes a row's logits; nothing where it has no edits or edits without effect."""
+    edits = batch.edits
+    if edits is None or row not in edits.rows:
+        return {"bias": {}, "seen": {}, "banned": set()}
+    at = int(np.flatnonzero(edits.rows == row)[0])
+    penalties = (float(edits.repetition[at]), float(edits.presence[at]), float(edits.frequency[at]))
+    seen = zip(edits.seen_token[edits.seen_row == at], edits.seen_count[edits.seen_row == at], strict=True)
+    bias = zip(edits.bias_token[edits.bias_row == at], edits.bias[edits.bias_row == at], strict=True)
+    return {
+        "bias": {int(token): float(value) for token, value in bias},
+        "seen": {int(token): (float(count), *penalties) for token, count in seen},
+        "banned": set(edits.banned_token[edits.banned_row == at].tolist()),
+    }

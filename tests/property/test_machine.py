@@ -16,6 +16,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from winnow.engine.compression.plan import Plan
+from winnow.engine.speculation.registry import METHODS
+from winnow.engine.speculation.speculation import obstacle
+
 from ..engine.bench import Bench, Choice, pages_for
 from .world import MOST_CHOICES, MOST_NEW, PLANS, PROMPTS, answers, model
 
@@ -61,11 +65,17 @@ class EngineMachine(RuleBasedStateMachine):
         tokens=st.integers(1, MOST_NEW),
         n=st.integers(1, MOST_CHOICES),
         salt=st.sampled_from(["", "", "other"]),
+        method=st.sampled_from([None, *METHODS]),
     )
-    def submit(self, prompt: int, plan: int, temperature: float, tokens: int, n: int, salt: str) -> None:
+    def submit(
+        self, prompt: int, plan: int, temperature: float, tokens: int, n: int, salt: str, method: str | None
+    ) -> None:
         name = str(self.count)
         self.count += 1
-        self.bench.submit(name, PROMPTS[prompt], tokens, {"kv": PLANS[plan]}, salt=salt, n=n, temperature=temperature)
+        chosen = Plan.parse({"kv": PLANS[plan]})
+        speculative = {"method": method} if method is not None and obstacle(chosen) is None else {}
+        sampling = {"n": n, "temperature": temperature}
+        self.bench.submit(name, PROMPTS[prompt], tokens, chosen.to_wire(), salt, speculative, **sampling)
         self.asked[name] = Asked(prompt, plan, temperature, tokens, n)
 
     @rule(steps=st.integers(1, 12))

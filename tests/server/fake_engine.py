@@ -50,6 +50,7 @@ class FakeEngine:
         self.pause_after: int | None = None
         self.tokens_per_output = 1
         self.cached_tokens = 0
+        self.accepted_tokens = self.rejected_tokens = 0
         self.submits: list[Submit] = []
         self.finished: list[tuple[str, int]] = []
         self.aborted: list[str] = []
@@ -114,6 +115,8 @@ class FakeEngine:
             finish_reason=reason,
             stop_token=stop_token,
             cached_tokens=self.cached_tokens if reason else 0,
+            accepted_tokens=self.accepted_tokens if reason else 0,
+            rejected_tokens=self.rejected_tokens if reason else 0,
             compression=REPORT if reason else None,
         )
 

@@ -1,0 +1,48 @@
+"""Speculative decoding as this server offers it: its default, and what it says of the methods."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+from winnow.engine.compression.plan import Plan
+from winnow.engine.errors import RequestError
+from winnow.engine.speculation.speculation import (
+    Speculation,
+    check_combination,
+    obstacle,
+    parse_speculation,
+    speculation_schema,
+)
+from winnow.server.settings import Settings, SettingsError
+
+
+class Speculations:
+    """
+    Raises
+        SettingsError: the default is wrong
+    """
+
+    def __init__(self, settings: Settings):
+        default = settings.speculative or {}
+        try:
+            self.default = parse_speculation({"method": default} if isinstance(default, str) else default)
+        except RequestError as error:
+            raise SettingsError(error.message) from error
+
+    def resolve(self, asked: dict[str, Any] | None, plan: Plan) -> Speculation | None:
+        """Of a request whose `speculative` is `asked`; the server's default holds where the plan leaves room for it.
+
+        Raises
+            RequestError
+        """
+        if asked is None:
+            return self.default if obstacle(plan) is None else None
+        speculation = parse_speculation(asked)
+        check_combination(speculation, plan)
+        return speculation
+
+    @cached_property
+    def catalogue(self) -> dict[str, Any]:
+        """For /v1/models: everything that a request can write under `speculative`."""
+        return {"methods": speculation_schema(), "default": self.default and self.default.model_dump(mode="json")}
