@@ -53,6 +53,11 @@ class PageArena:
         self.formats: NDArray[np.uint8] = self.kv.formats.numpy()
 
     @property
+    def _side_state(self) -> tuple[dict[int, torch.Tensor], ...]:
+        """What the lanes of some sequences have beside their pages, by slot."""
+        return self.kv.mass, self.kv.positions, self.kv.log_weights
+
+    @property
     def total(self) -> int:
         return len(self.refs)
 
@@ -99,8 +104,8 @@ class PageArena:
         self.table[slot] = -1
         self.kept[slot] = self.sealed[slot] = self.columns[slot] = 0
         self._tail_shared[slot] = False
-        self.kv.mass.pop(slot, None)
-        self.kv.positions.pop(slot, None)
+        for side in self._side_state:
+            side.pop(slot, None)
         self._slots.append(slot)
         return freed
 
@@ -202,7 +207,7 @@ class PageArena:
             rows[target] = rows[source]
         self.share(self.held(source))
         self._tail_shared[[source, target]] = True
-        for side in (self.kv.mass, self.kv.positions):
+        for side in self._side_state:
             if source in side:
                 side[target] = side[source].clone()
 

@@ -72,6 +72,25 @@ class Backend(Protocol):
     def read_lanes(self, kv: PagedKV, slot: int, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a sequence's layer, each [Hkv, n, D] f32; zeros beyond a lane's kept length."""
 
+    def write_lanes(
+        self,
+        kv: PagedKV,
+        slot: int,
+        layer: int,
+        keys: Tensor,
+        values: Tensor,
+        counts: Tensor,
+        start: Tensor,
+        dst_table: Tensor,
+        dst_sealed: Tensor,
+        fmt: PageFormat,
+    ) -> None:
+        """Writes keys and values [Hkv, n, D] f32 to a sequence's layer from page `start` on, laid out as by `repack`.
+
+        The first `counts` tokens of each lane are written; `counts`, `start`, `dst_sealed` [Hkv] and `dst_table`
+        [Hkv, W] int32 say what they say there. The tables of `kv` are not changed.
+        """
+
     def repack(
         self,
         kv: PagedKV,

@@ -40,6 +40,9 @@ class PagedKV:
     positions: dict[int, Tensor] = field(default_factory=dict)
     """slot -> [layers, kv_heads, capacity] int32: positions by lane index, for plans that evict; otherwise position
     and lane index are the same"""
+    log_weights: dict[int, Tensor] = field(default_factory=dict)
+    """slot -> [layers, kv_heads, capacity] f32, finite: added to the scores of a lane's tokens, by lane index. The log
+    of how many tokens a token stands for; a slot without any counts each token once"""
     native: Any = field(default=None, repr=False, compare=False)
     """A backend's own handle"""
 

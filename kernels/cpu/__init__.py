@@ -178,6 +178,44 @@ def read_lanes(kv: PagedKV, slot: int, layer: int) -> tuple[Tensor, Tensor]:
     return keys, values
 
 
+def write_lanes(
+    kv: PagedKV,
+    slot: int,
+    layer: int,
+    keys: Tensor,
+    values: Tensor,
+    counts: Tensor,
+    start: Tensor,
+    dst_table: Tensor,
+    dst_sealed: Tensor,
+    fmt: PageFormat,
+) -> None:
+    heads, dim = kv.table.shape[2], kv.layout.head_dim
+    if keys.shape != values.shape or keys.dim() != 3 or (keys.shape[0], keys.shape[2]) != (heads, dim):
+        raise ValueError(f"write_lanes: keys {list(keys.shape)} and values {list(values.shape)} do not fit the lanes")
+    keys, values = _floats(keys), _floats(values)
+    counts, start, dst_table, dst_sealed = _ints(counts), _ints(start), _ints(dst_table), _ints(dst_sealed)
+    for tensor in (counts, start, dst_sealed):
+        if tuple(tensor.shape) != (heads,):
+            raise ValueError(f"write_lanes: a tensor of shape {tuple(tensor.shape)} does not fit {heads} lanes")
+    if dst_table.dim() != 2 or dst_table.shape[0] != heads:
+        raise ValueError("write_lanes: the table does not fit the lanes")
+    _cpu.write_lanes(
+        _native_kv(kv),
+        slot,
+        layer,
+        keys.shape[1],
+        keys.data_ptr(),
+        values.data_ptr(),
+        counts.data_ptr(),
+        start.data_ptr(),
+        dst_table.data_ptr(),
+        dst_table.shape[1],
+        dst_sealed.data_ptr(),
+        int(fmt),
+    )
+
+
 def repack(
     kv: PagedKV,
     slot: int,
@@ -242,7 +280,7 @@ def _native_kv(kv: PagedKV) -> Any:
 
 
 def _native_batch(batch: LaneBatch, kv: PagedKV) -> Any:
-    """The step's addresses; made once a step, so mass and positions must be in place before its first layer."""
+    """The step's addresses; made once a step, so the lanes' side state must be in place before its first layer."""
     if batch.native is None:
         for tensor in (batch.slots, batch.cu_rows, batch.positions, batch.first_vote):
             if tensor.dtype != torch.int32 or not tensor.is_contiguous():
@@ -258,12 +296,14 @@ def _native_batch(batch: LaneBatch, kv: PagedKV) -> Any:
             batch.positions.data_ptr(),
             batch.first_vote.data_ptr(),
         )
-        if kv.mass or kv.positions:
+        if kv.mass or kv.positions or kv.log_weights:
             for b, slot in enumerate(batch.slots.tolist()):
                 if (mass := kv.mass.get(slot)) is not None:
                     native.set_mass(b, mass.data_ptr(), mass.shape[2])
                 if (positions := kv.positions.get(slot)) is not None:
                     native.set_positions(b, positions.data_ptr(), positions.shape[2])
+                if (weights := kv.log_weights.get(slot)) is not None:
+                    native.set_log_weights(b, weights.data_ptr(), weights.shape[2])
         batch.native = native
     return batch.native
 

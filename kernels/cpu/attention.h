@@ -57,6 +57,7 @@ struct Block {
   float *m, *l, *o;
   int *low, *high;
   int first, last;  // min low, max high
+  const float* log_weights;  // of the lane's tokens, or null
 };
 
 template <Format F>
@@ -101,6 +102,11 @@ static bool group_scores(const KV& kv, const Lane& lane, const Group& g, const B
     }
   }
   const int tokens = g.pages * g.capacity;
+  if (x.log_weights) {
+    const int held = min_i(tokens, lane.kept - g.first);
+    for (int r = 0; r < x.rows; r++)
+      for (int t = 0; t < held; t++) x.scores[r * lds + t] += x.log_weights[g.first + t];
+  }
   for (int r = 0; r < x.rows; r++) {
     const int low = max_i(0, min_i(tokens, x.low[r] - g.first)), high = max_i(low, min_i(tokens, x.high[r] - g.first));
     for (int t = 0; t < low; t++) x.scores[r * lds + t] = NEG_INF;
@@ -238,6 +244,8 @@ static bool make_block(const KV& kv, const Batch& batch, const Lane& lane, const
   x->high = x->low + rows;
   x->first = lane.kept;
   x->last = 0;
+  x->log_weights = batch.log_weights[it.b];
+  if (x->log_weights) x->log_weights += ((int64_t)layer * kv.heads + it.head) * batch.log_weights_capacity[it.b];
   for (int j = 0; j < it.rows; j++) {
     const int row = batch.cu_rows[it.b] + it.row + j, index = lane.kept - n + it.row + j;
     const int low = window_start(batch, kv, it.b, layer, it.head, index, batch.positions[row], window);

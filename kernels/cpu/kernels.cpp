@@ -15,6 +15,7 @@
 namespace winnow {
 extern const Kernels JOIN(kernels_, TARGET) = {
     TEXT(TARGET),       TARGET::pack,      TARGET::linear,         TARGET::embed,      TARGET::rms_norm, TARGET::silu_mul,
-    TARGET::rope_write, TARGET::attention, TARGET::attention_mass, TARGET::read_lanes, TARGET::repack,
+    TARGET::rope_write, TARGET::attention, TARGET::attention_mass, TARGET::read_lanes, TARGET::write_lanes,
+    TARGET::repack,
 };
 }

@@ -27,11 +27,12 @@ struct KV {  // PagedKV in kv.py
 struct Batch {  // LaneBatch in kv.py
   int size, rows;
   const int32_t *slots, *cu_rows, *positions;
-  // Per sequence, null where it has none: attention mass to add to, and logical positions of its lanes' tokens, both
-  // [layers, heads, capacity]; and the first row that votes.
+  // Per sequence, null where it has none: attention mass to add to, logical positions of its lanes' tokens, and log
+  // weights that are added to their scores, all [layers, heads, capacity]; and the first row that votes.
   float* const* mass;
   const int32_t* const* lane_positions;
-  const int32_t *mass_capacity, *positions_capacity, *first_vote;
+  const float* const* log_weights;
+  const int32_t *mass_capacity, *positions_capacity, *log_weights_capacity, *first_vote;
 };
 
 struct Matrix {  // packed by pack(): panels of 16 output rows, [panels][cols][16]
@@ -57,6 +58,9 @@ struct Kernels {
   bool (*attention_mass)(const KV& kv, const Batch& batch, int layer, const float* q, int q_heads, float scale,
                          int window, const float* lse);
   bool (*read_lanes)(const KV& kv, int slot, int layer, int count, float* keys, float* values);
+  bool (*write_lanes)(const KV& kv, int slot, int layer, int count, const float* keys, const float* values,
+                      const int32_t* counts, const int32_t* start, const int32_t* dst_table, int dst_width,
+                      const int32_t* dst_sealed, Format fmt);
   bool (*repack)(const KV& kv, int slot, const int32_t* keep, int keep_width, const int32_t* counts,
                  const int32_t* start, const int32_t* dst_table, int dst_width, const int32_t* dst_sealed, Format fmt);
 };

@@ -63,9 +63,11 @@ struct PyKV : KV {
 struct PyBatch : Batch {
   std::vector<float*> mass_;
   std::vector<const int32_t*> positions_;
-  std::vector<int32_t> mass_capacity_, positions_capacity_;
+  std::vector<const float*> log_weights_;
+  std::vector<int32_t> mass_capacity_, positions_capacity_, log_weights_capacity_;
   PyBatch(int size_, int rows_, uintptr_t slots_, uintptr_t cu_rows_, uintptr_t rows_positions, uintptr_t first_vote_)
-      : mass_(size_), positions_(size_), mass_capacity_(size_), positions_capacity_(size_) {
+      : mass_(size_), positions_(size_), log_weights_(size_), mass_capacity_(size_), positions_capacity_(size_),
+        log_weights_capacity_(size_) {
     size = size_;
     rows = rows_;
     slots = at<const int32_t>(slots_);
@@ -76,10 +78,13 @@ struct PyBatch : Batch {
     lane_positions = positions_.data();
     mass_capacity = mass_capacity_.data();
     positions_capacity = positions_capacity_.data();
+    log_weights = log_weights_.data();
+    log_weights_capacity = log_weights_capacity_.data();
   }
   PyBatch(const PyBatch&) = delete;
   void set_mass(int b, uintptr_t p, int capacity) { mass_.at(b) = at<float>(p); mass_capacity_.at(b) = capacity; }
   void set_positions(int b, uintptr_t p, int capacity) { positions_.at(b) = at<const int32_t>(p); positions_capacity_.at(b) = capacity; }
+  void set_log_weights(int b, uintptr_t p, int capacity) { log_weights_.at(b) = at<const float>(p); log_weights_capacity_.at(b) = capacity; }
 };
 
 struct PyMatrix : Matrix {
@@ -106,7 +111,8 @@ NB_MODULE(_cpu, m) {
   nb::class_<PyBatch>(m, "Batch")
       .def(nb::init<int, int, uintptr_t, uintptr_t, uintptr_t, uintptr_t>())
       .def("set_mass", &PyBatch::set_mass)
-      .def("set_positions", &PyBatch::set_positions);
+      .def("set_positions", &PyBatch::set_positions)
+      .def("set_log_weights", &PyBatch::set_log_weights);
   nb::class_<PyMatrix>(m, "Matrix").def(nb::init<uintptr_t, uintptr_t, uintptr_t, int, int, bool>());
   m.def("target", [] { return std::string(active->name); });
   m.def("use", [](const std::string& name) {
@@ -143,6 +149,12 @@ NB_MODULE(_cpu, m) {
   }, release());
   m.def("read_lanes", [](const PyKV& kv, int slot, int layer, int count, uintptr_t keys, uintptr_t values) {
     check(active->read_lanes(kv, slot, layer, count, at<float>(keys), at<float>(values)), "read_lanes");
+  }, release());
+  m.def("write_lanes", [](const PyKV& kv, int slot, int layer, int count, uintptr_t keys, uintptr_t values, uintptr_t counts,
+                          uintptr_t start, uintptr_t dst_table, int dst_width, uintptr_t dst_sealed, int fmt) {
+    check(active->write_lanes(kv, slot, layer, count, at<const float>(keys), at<const float>(values), at<const int32_t>(counts),
+                              at<const int32_t>(start), at<const int32_t>(dst_table), dst_width, at<const int32_t>(dst_sealed),
+                              (Format)fmt), "write_lanes");
   }, release());
   m.def("repack", [](const PyKV& kv, int slot, uintptr_t keep, int keep_width, uintptr_t counts, uintptr_t start, uintptr_t dst_table,
                      int dst_width, uintptr_t dst_sealed, int fmt) {

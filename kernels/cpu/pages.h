@@ -47,6 +47,7 @@ INLINE bool valid_batch(const KV& kv, const Batch& batch, int layer, int q_heads
       if (lane.sealed < 0 || lane.kept < lane.sealed_tokens || lane.kept < rows) return false;
       const int open = kv.shapes[kv.compute].capacity;
       if (window > 0 && batch.lane_positions[b] && lane.kept > batch.positions_capacity[b]) return false;
+      if (batch.log_weights[b] && lane.kept > batch.log_weights_capacity[b]) return false;
       if (lane.sealed + (lane.kept - lane.sealed_tokens + open - 1) / open > kv.width) return false;
     }
   }
@@ -202,6 +203,61 @@ static bool read_lanes(const KV& kv, int slot, int layer, int count, float* keys
   return ok;
 }
 
+// Writes a lane's tokens, keys [dim][n] and values [n][dim], to the pages of `table` from column `first` on: up to
+// column `sealed` in `fmt`, all full, then in the compute format. False where the pages do not hold them.
+static bool write_lane(const KV& kv, int n, const float* keys, const float* values, int first, const int32_t* table,
+                       int width, int sealed, Format fmt) {
+  const int dim = kv.dim;
+  const PageShape &packed = kv.shapes[fmt], &open = kv.shapes[kv.compute];
+  const int64_t sealed_tokens = (int64_t)(sealed - first) * packed.capacity;
+  const int64_t columns = sealed + (n - sealed_tokens + open.capacity - 1) / open.capacity;
+  if (n < 0 || first < 0 || sealed < first || sealed_tokens > n || columns > width) return false;
+  for (int c = first; c < columns; c++) {
+    const int64_t id = table[c];
+    if (id < 0 || id >= kv.pages) return false;
+    uint8_t* page = kv.data + id * kv.page_bytes;
+    if (c < sealed) {
+      const int64_t t = (int64_t)(c - first) * packed.capacity;
+      seal_page(fmt, packed, dim, page, keys + t, n, values + t * dim);
+      continue;
+    }
+    const int64_t t0 = sealed_tokens + (int64_t)(c - sealed) * open.capacity;
+    float key[256];
+    for (int64_t t = t0; t < n && t < t0 + open.capacity; t++) {
+      for (int d = 0; d < dim; d++) key[d] = keys[d * (int64_t)n + t];
+      put_token(kv.compute, open, dim, page, (int)(t - t0), key, values + t * dim);
+    }
+  }
+  return true;
+}
+
+// See write_lanes in kernels/reference/pages.py. keys and values [heads][count][dim].
+static bool write_lanes(const KV& kv, int slot, int layer, int count, const float* keys, const float* values,
+                        const int32_t* counts, const int32_t* start, const int32_t* dst_table, int dst_width,
+                        const int32_t* dst_sealed, Format fmt) {
+  if (slot < 0 || slot >= kv.slots || layer < 0 || layer >= kv.layers || fmt >= FORMATS) return false;
+  const int dim = kv.dim;
+  bool ok = true;
+#pragma omp parallel for schedule(dynamic, 1) reduction(&& : ok)
+  for (int h = 0; h < kv.heads; h++) {
+    const int n = counts[h];
+    if (n < 0 || n > count) { ok = false; continue; }
+    if (n == 0) {
+      ok = dst_sealed[h] == start[h] && ok;
+      continue;
+    }
+    float* channels = (float*)std::malloc(sizeof(float) * (int64_t)n * dim);
+    if (!channels) { ok = false; continue; }
+    const int64_t lane = (int64_t)h * count * dim;
+    for (int t = 0; t < n; t++)
+      for (int d = 0; d < dim; d++) channels[d * (int64_t)n + t] = keys[lane + (int64_t)t * dim + d];
+    ok = write_lane(kv, n, channels, values + lane, start[h], dst_table + (int64_t)h * dst_width, dst_width,
+                    dst_sealed[h], fmt) && ok;
+    std::free(channels);
+  }
+  return ok;
+}
+
 // See repack in kernels/reference/pages.py. A lane's survivors are all read before the first page is written, so
 // a destination may be any of the lane's own pages.
 static bool repack(const KV& kv, int slot, const int32_t* keep, int keep_width, const int32_t* counts,
@@ -209,44 +265,25 @@ static bool repack(const KV& kv, int slot, const int32_t* keep, int keep_width, 
                    Format fmt) {
   if (slot < 0 || slot >= kv.slots || fmt >= FORMATS) return false;
   const int lanes = kv.layers * kv.heads, dim = kv.dim;
-  const PageShape &packed = kv.shapes[fmt], &open = kv.shapes[kv.compute];
   bool ok = true;
 #pragma omp parallel for schedule(dynamic, 1) reduction(&& : ok)
   for (int i = 0; i < lanes; i++) {
     const Lane lane = lane_of(kv, slot, i / kv.heads, i % kv.heads);
-    const int n = counts[i], first = start[i], sealed = dst_sealed[i] - first;
-    const int64_t sealed_tokens = (int64_t)sealed * packed.capacity;
-    const int columns = dst_sealed[i] + (int)((n - sealed_tokens + open.capacity - 1) / open.capacity);
-    if (n < 0 || first < 0 || sealed < 0 || sealed_tokens > n || columns > dst_width || (keep && n > keep_width)) {
-      ok = false;
+    const int n = counts[i], first = start[i];
+    if (n < 0 || first < 0 || (keep && n > keep_width)) { ok = false; continue; }
+    if (n == 0) {
+      ok = dst_sealed[i] == first && ok;
       continue;
     }
-    if (n == 0) continue;
     float* keys = (float*)std::malloc(sizeof(float) * 2 * (int64_t)n * dim);
     float* values = keys + (int64_t)n * dim;
     bool good = keys != nullptr;
     for (int t = 0; good && t < n; t++) {
-      const int source = keep ? keep[(int64_t)i * keep_width + t] : first * packed.capacity + t;
+      const int source = keep ? keep[(int64_t)i * keep_width + t] : first * kv.shapes[fmt].capacity + t;
       good = read_token(kv, lane, source, keys + t, n, values + (int64_t)t * dim);
     }
-    for (int c = first; good && c < columns; c++) {
-      const int64_t id = dst_table[(int64_t)i * dst_width + c];
-      if (id < 0 || id >= kv.pages) { good = false; break; }
-      uint8_t* page = kv.data + id * kv.page_bytes;
-      if (c < dst_sealed[i]) {
-        const int64_t t = (int64_t)(c - first) * packed.capacity;
-        seal_page(fmt, packed, dim, page, keys + t, n, values + t * dim);
-      } else {
-        const int64_t t0 = sealed_tokens + (int64_t)(c - dst_sealed[i]) * open.capacity;
-        float key[256];
-        for (int64_t t = t0; t < n && t < t0 + open.capacity; t++) {
-          for (int d = 0; d < dim; d++) key[d] = keys[d * (int64_t)n + t];
-          put_token(kv.compute, open, dim, page, (int)(t - t0), key, values + t * dim);
-        }
-      }
-    }
+    ok = good && write_lane(kv, n, keys, values, first, dst_table + (int64_t)i * dst_width, dst_width, dst_sealed[i], fmt) && ok;
     std::free(keys);
-    ok = ok && good;
   }
   return ok;
 }

@@ -3,7 +3,7 @@
 from winnow.kernels.reference.attention import attention
 from winnow.kernels.reference.linear import embed, linear, pack
 from winnow.kernels.reference.norm import rms_norm, silu_mul
-from winnow.kernels.reference.pages import copy_pages, read_lanes, repack
+from winnow.kernels.reference.pages import copy_pages, read_lanes, repack, write_lanes
 from winnow.kernels.reference.rope_write import rope_write
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "rms_norm",
     "rope_write",
     "silu_mul",
+    "write_lanes",
 ]

@@ -3,11 +3,11 @@
     row r of a sequence's R rows, at position p, sees the lane's token j, at position pos(j), if
         j <= kept - R + r                   rows are the newest tokens; none sees a later one
         pos(j) > p - window                 when window > 0
-    P = softmax over the tokens seen of scale · q·K      o = P · V
+    P = softmax over the tokens seen of scale · q·K + w      o = P · V
     mass[j] += Σ P[j]  over the query heads of the lane's group, for one row r >= first_vote after the other
 
-pos(j) is kv.positions[slot][layer, head, j], or j itself for a slot without positions. Computed in float64 and
-rounded once.
+pos(j) is kv.positions[slot][layer, head, j], or j itself for a slot without positions; w(j) likewise the token's log
+weight, or 0. Computed in float64 and rounded once.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ def attention(q: Tensor, batch: LaneBatch, kv: PagedKV, layer: int, scale: float
             keys, values = read_lane(kv, sequence.slot, layer, head)
             seen = _seen(kv, sequence, layer, head, positions, window)
             scores = torch.einsum("rgd,nd->rgn", groups[sequence.rows, head], keys.double()) * scale
+            if sequence.slot in kv.log_weights:
+                scores = scores + lane_part(kv.log_weights[sequence.slot], layer, head, keys.shape[0])
             weights = scores.masked_fill(~seen[:, None], -torch.inf).softmax(dim=-1)
             out[sequence.rows, head] = torch.einsum("rgn,nd->rgd", weights, values.double())
             _vote(kv, sequence, layer, head, weights)

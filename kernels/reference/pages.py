@@ -42,6 +42,41 @@ def read_lanes(kv: PagedKV, slot: int, layer: int) -> tuple[Tensor, Tensor]:
     return keys, values
 
 
+def write_lanes(
+    kv: PagedKV,
+    slot: int,
+    layer: int,
+    keys: Tensor,
+    values: Tensor,
+    counts: Tensor,
+    start: Tensor,
+    dst_table: Tensor,
+    dst_sealed: Tensor,
+    fmt: PageFormat,
+) -> None:
+    """Writes given tokens to a sequence's layer from page `start` on, laid out as by `repack`.
+
+    Args:
+        keys, values: [Hkv, n, D] f32, of which each lane takes the first `counts`.
+        counts, start, dst_table, dst_sealed: of the layer, [Hkv] and [Hkv, W] int32, as in `repack`.
+    """
+    check_slot(kv, slot)
+    check_layer(kv, layer)
+    heads, dim = kv.table.shape[2], kv.layout.head_dim
+    if keys.shape != values.shape or keys.dim() != 3 or (keys.shape[0], keys.shape[2]) != (heads, dim):
+        raise ValueError(f"keys {list(keys.shape)} and values {list(values.shape)} do not fit {heads} lanes of {dim}")
+    for part in (counts, start, dst_sealed):
+        if tuple(part.shape) != (heads,):
+            raise ValueError(f"numbers of {heads} lanes must be [{heads}], not {list(part.shape)}")
+    if dst_table.dim() != 2 or dst_table.shape[0] != heads:
+        raise ValueError(f"a table {list(dst_table.shape)} does not fit {heads} lanes")
+    for head in range(heads):
+        count, columns = int(counts[head]), (int(start[head]), int(dst_sealed[head]))
+        if not 0 <= count <= keys.shape[1] or columns[0] < 0:
+            raise ValueError(f"{count} tokens from page {columns[0]} on, but {keys.shape[1]} are given")
+        _write_lane(kv, keys[head, :count], values[head, :count], dst_table[head], *columns, fmt)
+
+
 def repack(
     kv: PagedKV,
     slot: int,

@@ -28,6 +28,8 @@ class Held:
     """positions have gaps, and are written down, as they are anyway where lanes differ in kept length"""
     first_vote: int | None = None
     """with a number the slot has mass"""
+    weighted: bool = False
+    """its tokens have log weights, as if some stood for many"""
 
     def kept(self, layout: PageLayout, lanes: int) -> list[int]:
         """Tokens of each lane."""
@@ -62,7 +64,8 @@ def copy_kv(kv: PagedKV) -> PagedKV:
     tables = {name: getattr(kv, name).clone() for name in ("data", "table", "kept", "sealed", "formats")}
     mass = {slot: part.clone() for slot, part in kv.mass.items()}
     positions = {slot: part.clone() for slot, part in kv.positions.items()}
-    return PagedKV(kv.layout, **tables, mass=mass, positions=positions)
+    log_weights = {slot: part.clone() for slot, part in kv.log_weights.items()}
+    return PagedKV(kv.layout, **tables, mass=mass, positions=positions, log_weights=log_weights)
 
 
 def build(
@@ -96,6 +99,8 @@ def build(
             kv.positions[slot] = gapped_positions(kv, slot, one.rows, seen, rng)
         if one.first_vote is not None:
             kv.mass[slot] = torch.rand(layers, kv_heads, longest + 5, generator=rng)
+        if one.weighted:
+            kv.log_weights[slot] = 4 * torch.rand(layers, kv_heads, max(kept) + 1, generator=rng)
         bounds.append(bounds[-1] + one.rows)
         positions.append(torch.arange(seen - one.rows, seen))
     votes = [h.rows if h.first_vote is None else h.first_vote for h in held]

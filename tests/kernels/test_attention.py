@@ -20,7 +20,7 @@ MIXED = [
     Held((12,), fmt=INT8, sealed=(0, 1)),
     Held((33,), rows=33, first_vote=20),
     Held((50, 24), rows=7, sealed=(2, 1), first_vote=0),
-    Held((17, 2), rows=2),
+    Held((17, 2), rows=2, weighted=True),
     Held((20,), fmt=BF16, sealed=(2, 1)),
 ]
 CASES = {
@@ -45,6 +45,8 @@ CASES = {
     "every row of a long chunk votes": [Held((150,), rows=150, first_vote=0)],
     "a vote of the last row alone": [Held((80,), rows=30, first_vote=29)],
     "a decode row that votes over sealed pages": [Held((50, 20), sealed=(2, 1), first_vote=0)],
+    "tokens that stand for many": [Held((50, 20), rows=4, sealed=(2, 1), first_vote=0, weighted=True), Held((40,))],
+    "a long chunk over tokens that stand for many": [Held((180,), rows=130, sealed=(1,), weighted=True)],
     "mass, but no voter": [Held((80,), rows=30, first_vote=30), Held((9,), first_vote=1)],
 }
 cases = pytest.mark.parametrize("held", CASES.values(), ids=CASES.keys())
@@ -144,13 +146,15 @@ def test_attention_is_dense_attention(ops: Backend, held: list[Held], window: in
                 lane = state.kv.positions[slot][0, head, :kept] if slot in state.kv.positions else torch.arange(kept)
                 mask &= lane > batch.positions[:, None] - window
             queries = q[rows, 3 * head : 3 * head + 3].transpose(0, 1).double()
+            weights = state.kv.log_weights[slot][0, head, :kept] if slot in state.kv.log_weights else torch.zeros(kept)
+            bias = weights.double().expand(count, -1).masked_fill(~mask, -torch.inf)
             dense = torch.nn.functional.scaled_dot_product_attention(
-                queries, keys.double().expand(3, -1, -1), values.double().expand(3, -1, -1), attn_mask=mask
+                queries, keys.double().expand(3, -1, -1), values.double().expand(3, -1, -1), attn_mask=bias
             )
             actual = out[rows, 3 * head : 3 * head + 3].transpose(0, 1).double()
             torch.testing.assert_close(actual, dense, atol=2e-5, rtol=1e-5)
             if slot in state.kv.mass:
-                scores = (queries @ keys.double().T / 8).masked_fill(~mask, -torch.inf)
+                scores = queries @ keys.double().T / 8 + bias
                 added = scores.softmax(-1)[:, vote:].sum((0, 1))
                 mass = before.kv.mass[slot][0, head].double()
                 mass[:kept] += added

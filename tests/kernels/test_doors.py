@@ -122,7 +122,7 @@ def test_a_position_without_cos_and_sin(ops: Backend, position: int) -> None:
         _write(ops, state)
 
 
-def test_positions_and_mass_that_are_shorter_than_a_lane(ops: Backend) -> None:
+def test_side_state_that_is_shorter_than_a_lane(ops: Backend) -> None:
     state = _state()
     slot = int(state.batch.slots[1])
     state.kv.mass[slot] = torch.zeros(2, 2, 19)
@@ -132,6 +132,10 @@ def test_positions_and_mass_that_are_shorter_than_a_lane(ops: Backend) -> None:
     state.kv.positions[slot] = torch.zeros(2, 2, 19, dtype=torch.int32)
     with refused:
         _attend(ops, state, window=8)
+    state = _state()
+    state.kv.log_weights[slot] = torch.zeros(2, 2, 19)
+    with refused:
+        _attend(ops, state)
 
 
 def test_a_sealed_page_is_not_written_to(ops: Backend) -> None:
