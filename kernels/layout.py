@@ -6,12 +6,24 @@ in one format. Inside a page, for head dimension D and capacity C tokens of the 
     keys     [D, C]    channel-major, so that q.K is a row-by-row multiply-add over channels and a channel's
                        quantization scale applies to one contiguous row
     values   [C, D]    token-major, so that p.V is a row-by-row multiply-add over tokens
-    quantized formats add, all float16:
-    k_scale  [D], k_zero [D]     one per channel, over the page's tokens   (KIVI, arXiv:2402.02750)
+    int8, int4 add, all float16:                                           (KIVI, arXiv:2402.02750)
+    k_scale  [D], k_zero [D]     one per channel, over the page's tokens
     v_scale  [C], v_zero [C]     one per token
 
-A quantized number is ``code * scale + zero`` with unsigned codes. Four-bit codes hold two numbers a byte:
-in a key row, token t (low nibble) and token t + C/2 (high); in a value row, channel d (low) and d + D/2 (high).
+A number is ``code * scale + zero`` with unsigned codes. Four-bit codes hold two numbers a byte: in a key row, token t
+(low nibble) and token t + C/2 (high); in a value row, channel d (low) and d + D/2 (high).
+
+With four levels a channel's spread over a whole page is too much for one scale. int2 therefore cuts both sides into
+blocks, as KIVI does: G = 32 tokens of keys, H = 32 (or 16) channels of values, each block as above with its own scales:
+
+    keys     [C/G, D, G]         k_scale, k_zero  [C/G, D]
+    values   [D/H, C, H]         v_scale, v_zero  [D/H, C]
+
+Two-bit codes lie four a byte in their order, the first in the lowest bits.
+
+fp8 is e4m3 (four bits of exponent, three of fraction) with one scale a page and side, float16, and no zero: an exponent
+of its own lets each number span what a page's channels and tokens span, so finer scales would buy nothing. Pages are
+sealed whole, so their largest number is known and becomes 448: nothing is calibrated, nothing clipped.
 """
 
 from __future__ import annotations
@@ -23,14 +35,19 @@ from functools import cache
 VECTOR = 8
 """Capacities are multiples of this, so that a key row is whole vectors on every target."""
 
+BLOCK = 32
+"""Tokens, or channels where they divide so, of a block of int2"""
+
 
 class PageFormat(IntEnum):
-    """How a page stores tokens. The values are those of `Format` in kernels/cpu/page.h."""
+    """How a page stores tokens. The values are those of `Format` in kernels/cpu/kernels.h."""
 
     F32 = 0
     BF16 = 1
     INT8 = 2
     INT4 = 3
+    INT2 = 4
+    FP8 = 5
 
     @property
     def label(self) -> str:
@@ -39,11 +56,17 @@ class PageFormat(IntEnum):
     @property
     def bits(self) -> int:
         """Bits of one stored number, scales aside."""
-        return {PageFormat.F32: 32, PageFormat.BF16: 16, PageFormat.INT8: 8, PageFormat.INT4: 4}[self]
+        return (32, 16, 8, 4, 2, 8)[self]
+
+    @property
+    def is_integer(self) -> bool:
+        """Codes with a scale and a zero."""
+        return self in (PageFormat.INT8, PageFormat.INT4, PageFormat.INT2)
 
     @property
     def is_quantized(self) -> bool:
-        return self in (PageFormat.INT8, PageFormat.INT4)
+        """Numbers share scales, so that a page is written whole or not at all."""
+        return self.is_integer or self is PageFormat.FP8
 
     @classmethod
     def parse(cls, label: str) -> PageFormat:
@@ -52,7 +75,8 @@ class PageFormat(IntEnum):
 
 @dataclass(frozen=True)
 class Offsets:
-    """Byte offsets of a page's parts; `k_scale` and what follows are meaningful for quantized formats."""
+    """Byte offsets of a page's parts; `k_scale` and what follows are meaningful for quantized formats, and a zero is
+    empty where there is none."""
 
     keys: int
     values: int
@@ -88,27 +112,42 @@ class PageLayout:
 
     def token_bytes(self, fmt: PageFormat) -> int:
         """Bytes that one more token costs in a page: its key, its value and its own scales."""
-        per_token_scales = 4 if fmt.is_quantized else 0
-        return 2 * self.head_dim * fmt.bits // 8 + per_token_scales
+        codes = 2 * self.head_dim * fmt.bits // 8
+        if fmt is PageFormat.INT2:
+            return codes + 4 * self.head_dim // BLOCK + 4 * self.head_dim // self.value_block(fmt)
+        return codes + 4 if fmt.is_integer else codes
+
+    def key_block(self, fmt: PageFormat) -> int:
+        """Tokens of a page that share the scale of a key channel."""
+        return BLOCK if fmt is PageFormat.INT2 else self.capacity(fmt)
+
+    def value_block(self, fmt: PageFormat) -> int:
+        """Channels that share the scale of a token's value."""
+        if fmt is not PageFormat.INT2:
+            return self.head_dim
+        return BLOCK if self.head_dim % BLOCK == 0 else BLOCK // 2
 
     @cache  # noqa: B019 - layouts are few and live as long as the process
     def capacity(self, fmt: PageFormat) -> int:
         """Tokens that fit a page of this format."""
-        per_page_scales = 4 * self.head_dim if fmt.is_quantized else 0
+        per_page = {PageFormat.INT8: 4 * self.head_dim, PageFormat.INT4: 4 * self.head_dim, PageFormat.FP8: 4}
         # Four-bit key rows split into halves of whole vectors.
-        multiple = 2 * VECTOR if fmt is PageFormat.INT4 else VECTOR
-        fit = (self.page_bytes - per_page_scales) // self.token_bytes(fmt)
+        multiple = {PageFormat.INT4: 2 * VECTOR, PageFormat.INT2: BLOCK}.get(fmt, VECTOR)
+        fit = (self.page_bytes - per_page.get(fmt, 0)) // self.token_bytes(fmt)
         return fit // multiple * multiple
 
     @cache  # noqa: B019
     def offsets(self, fmt: PageFormat) -> Offsets:
         tokens, dim = self.capacity(fmt), self.head_dim
         side = tokens * dim * fmt.bits // 8
+        k_scales = v_scales = int(fmt is PageFormat.FP8)
+        if fmt.is_integer:
+            k_scales, v_scales = dim * tokens // self.key_block(fmt), tokens * dim // self.value_block(fmt)
         k_scale = 2 * side
-        k_zero = k_scale + 2 * dim
-        v_scale = k_zero + 2 * dim
-        v_zero = v_scale + 2 * tokens
-        end = v_zero + 2 * tokens if fmt.is_quantized else 2 * side
+        k_zero = k_scale + 2 * k_scales
+        v_scale = k_zero + (2 * k_scales if fmt.is_integer else 0)
+        v_zero = v_scale + 2 * v_scales
+        end = v_zero + (2 * v_scales if fmt.is_integer else 0)
         return Offsets(0, side, k_scale, k_zero, v_scale, v_zero, end)
 
     def pages(self, tokens: int, fmt: PageFormat | None = None) -> int:

@@ -37,7 +37,7 @@ from winnow.kernels.layout import PageFormat
 MAX_TOKENS = 10_000_000
 """Largest count in a plan; longer contexts do not exist."""
 
-FormatName = Literal["f32", "bf16", "int8", "int4"]
+FormatName = Literal["f32", "bf16", "int8", "int4", "int2", "fp8"]
 """Labels of `PageFormat`"""
 
 

@@ -266,7 +266,8 @@ def _native_kv(kv: PagedKV) -> Any:
         shapes = []
         for fmt in PageFormat:
             o = layout.offsets(fmt)
-            shapes.append([layout.capacity(fmt), o.values, o.k_scale, o.k_zero, o.v_scale, o.v_zero])
+            blocks = [layout.key_block(fmt), layout.value_block(fmt)]
+            shapes.append([layout.capacity(fmt), *blocks, o.values, o.k_scale, o.k_zero, o.v_scale, o.v_zero])
         handle = _cpu.KV(
             kv.data.data_ptr(), kv.data.shape[0], layout.page_bytes, layout.head_dim, int(layout.compute), shapes
         )

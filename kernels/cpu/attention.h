@@ -17,7 +17,7 @@
 namespace winnow {
 namespace TARGET {
 
-constexpr int GROUP_TOKENS = 128, SPAN_GROUPS = 4, BLOCK_ROWS = 48;
+constexpr int GROUP_TOKENS = 128, SPAN_GROUPS = 4;
 
 // How a lane is cut: groups of sealed pages, then groups of open ones.
 struct Groups {
@@ -52,36 +52,13 @@ INLINE Group group_at(const KV& kv, const Lane& lane, const Groups& g, int i) {
 struct Block {
   int rows;
   float* q;       // [rows][dim], scaled
-  float* folded;  // [rows][dim] scratch
+  float* folded;  // [rows][max of dim and max_tokens] scratch
   float* scores;  // [rows][max_tokens]
   float *m, *l, *o;
   int *low, *high;
   int first, last;  // min low, max high
   const float* log_weights;  // of the lane's tokens, or null
 };
-
-template <Format F>
-static void page_scores(const Block& x, const PageShape& shape, int dim, const uint8_t* page, float* scores, int64_t lds) {
-  const float* q = x.q;
-  float bias[BLOCK_ROWS];
-  if constexpr (F == INT8 || F == INT4) {  // q.(code * scale + zero) = (q * scale).code + q.zero
-    const uint16_t *ks = (const uint16_t*)(page + shape.k_scale), *kz = (const uint16_t*)(page + shape.k_zero);
-    for (int r = 0; r < x.rows; r++) {
-      V sum = zero();
-      for (int d = 0; d < dim; d += LANES) {
-        const V v = load(q + r * dim + d);
-        store(x.folded + r * dim + d, v * load_f16(ks + d));
-        sum = fma(v, load_f16(kz + d), sum);
-      }
-      bias[r] = hsum(sum);
-    }
-    q = x.folded;
-  }
-  product<F>(q, dim, x.rows, page, shape.capacity, dim, scores, lds, false);
-  if constexpr (F == INT8 || F == INT4)
-    for (int r = 0; r < x.rows; r++)
-      for (int t = 0; t < shape.capacity; t += LANES) store(scores + r * lds + t, load(scores + r * lds + t) + splat(bias[r]));
-}
 
 // Scores of a group for every row, -inf where a row may not look. False where a page lies outside the arena.
 static bool group_scores(const KV& kv, const Lane& lane, const Group& g, const Block& x, int64_t lds) {
@@ -94,12 +71,7 @@ static bool group_scores(const KV& kv, const Lane& lane, const Group& g, const B
       if (const uint8_t* next = lane.page(kv, g.column + p + 1))
         for (int64_t line = 0; line < shape.values; line += 64) __builtin_prefetch(next + line);
     float* scores = x.scores + p * g.capacity;
-    switch (g.fmt) {
-      case F32: page_scores<F32>(x, shape, kv.dim, page, scores, lds); break;
-      case BF16: page_scores<BF16>(x, shape, kv.dim, page, scores, lds); break;
-      case INT8: page_scores<INT8>(x, shape, kv.dim, page, scores, lds); break;
-      default: page_scores<INT4>(x, shape, kv.dim, page, scores, lds);
-    }
+    page_scores(g.fmt, shape, kv.dim, page, x.q, x.rows, x.folded, scores, lds);
   }
   const int tokens = g.pages * g.capacity;
   if (x.log_weights) {
@@ -120,7 +92,6 @@ static bool attend_group(const KV& kv, const Lane& lane, const Group& g, const B
   if (!group_scores(kv, lane, g, x, lds)) return false;
   const PageShape& shape = kv.shapes[g.fmt];
   const int tokens = g.pages * g.capacity, dim = kv.dim;
-  const bool quantized = g.fmt == INT8 || g.fmt == INT4;
   for (int r = 0; r < x.rows; r++) {
     float* s = x.scores + r * lds;
     V top = splat(x.m[r]);
@@ -131,44 +102,25 @@ static bool attend_group(const KV& kv, const Lane& lane, const Group& g, const B
       continue;
     }
     const float fade = exp1(x.m[r] - m);
-    V sum = zero(), offset = zero();
-    for (int p = 0; p < g.pages; p++) {
-      const uint8_t* page = lane.page(kv, g.column + p);
-      const uint16_t *vs = (const uint16_t*)(page + shape.v_scale), *vz = (const uint16_t*)(page + shape.v_zero);
-      // Beyond the lane's last token a page holds anything; only sealed pages, which are full, have scales.
-      for (int t = 0; t < g.capacity; t += LANES) {
-        float* at = s + p * g.capacity + t;
-        V w = vexp(load(at) - splat(m));
-        sum += w;
-        if (quantized) {  // p.(code * scale + zero): the scale folds into p, the zero adds alike to every channel
-          offset = fma(w, load_f16(vz + t), offset);
-          w *= load_f16(vs + t);
-        }
-        store(at, w);
-      }
+    V sum = zero();
+    for (int t = 0; t < tokens; t += LANES) {
+      const V w = vexp(load(s + t) - splat(m));
+      sum += w;
+      store(s + t, w);
     }
     x.l[r] = x.l[r] * fade + hsum(sum);
     x.m[r] = m;
-    const V f = splat(fade), z = splat(quantized ? hsum(offset) : 0.f);
-    for (int d = 0; d < dim; d += LANES) {
-      const V o = load(x.o + r * dim + d) * f;
-      store(x.o + r * dim + d, quantized ? o + z : o);
-    }
+    const V f = splat(fade);
+    for (int d = 0; d < dim; d += LANES) store(x.o + r * dim + d, load(x.o + r * dim + d) * f);
   }
   for (int p = 0; p < g.pages; p++) {
     const int n = min_i(g.capacity, x.last - g.first - p * g.capacity);
     if (n <= 0) break;
-    const uint8_t* values = lane.page(kv, g.column + p) + shape.values;
-    const float* weights = x.scores + p * g.capacity;
+    const uint8_t* page = lane.page(kv, g.column + p);
     if (p + 1 < g.pages)
       if (const uint8_t* next = lane.page(kv, g.column + p + 1))
         for (int64_t line = 0; line < shape.values; line += 64) __builtin_prefetch(next + shape.values + line);
-    switch (g.fmt) {
-      case F32: product<F32>(weights, lds, x.rows, values, dim, n, x.o, dim, true); break;
-      case BF16: product<BF16>(weights, lds, x.rows, values, dim, n, x.o, dim, true); break;
-      case INT8: product<INT8>(weights, lds, x.rows, values, dim, n, x.o, dim, true); break;
-      default: product<INT4>(weights, lds, x.rows, values, dim, n, x.o, dim, true);
-    }
+    page_values(g.fmt, shape, dim, page, x.scores + p * g.capacity, lds, x.rows, n, x.folded, x.o);
   }
   return true;
 }
@@ -229,12 +181,12 @@ static bool make_block(const KV& kv, const Batch& batch, const Lane& lane, const
                        float** total) {
   const int group = q_heads / kv.heads, dim = kv.dim, rows = it.rows * group;
   const int n = batch.cu_rows[it.b + 1] - batch.cu_rows[it.b];
-  const size_t floats = (size_t)rows * (4 * dim + groups.max_tokens + 4);
+  const size_t wide = max_i(dim, groups.max_tokens), floats = rows * (3 * dim + groups.max_tokens + wide + 4);
   float* f = (float*)scratch.need(floats * sizeof(float) + 2 * rows * sizeof(int));
   if (!f) return false;
   x->rows = rows;
   x->q = f; f += rows * dim;
-  x->folded = f; f += rows * dim;
+  x->folded = f; f += rows * wide;
   x->o = f; f += rows * dim;
   *total = f; f += rows * (dim + 2);
   x->scores = f; f += (size_t)rows * groups.max_tokens;

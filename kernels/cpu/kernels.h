@@ -5,10 +5,10 @@
 
 namespace winnow {
 
-enum Format : uint8_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3, FORMATS = 4 };  // PageFormat in layout.py
+enum Format : uint8_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3, INT2 = 4, FP8 = 5, FORMATS = 6 };  // PageFormat in layout.py
 
 struct PageShape {  // of one format; from layout.py, bytes
-  int capacity;
+  int capacity, key_block, value_block;
   int64_t values, k_scale, k_zero, v_scale, v_zero;
 };
 

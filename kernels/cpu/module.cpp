@@ -34,7 +34,9 @@ static void check(bool ok, const char* kernel) {
   if (!ok) throw std::out_of_range(std::string(kernel) + ": an index lies outside its array");
 }
 
-static PageShape shape_of(const std::vector<int64_t>& v) { return {(int)v.at(0), v.at(1), v.at(2), v.at(3), v.at(4), v.at(5)}; }
+static PageShape shape_of(const std::vector<int64_t>& v) {
+  return {(int)v.at(0), (int)v.at(1), (int)v.at(2), v.at(3), v.at(4), v.at(5), v.at(6), v.at(7)};
+}
 
 struct PyKV : KV {
   PyKV(uintptr_t data_, int64_t pages_, int64_t page_bytes_, int dim_, int compute_, std::vector<std::vector<int64_t>> s) {

@@ -1,7 +1,8 @@
-// Reading and writing tokens in pages, and rewriting lanes: the layout is that of kernels/layout.py.
+// Where the tokens of a lane lie, reading them, and rewriting lanes.
 #pragma once
 #include <cstdlib>
 
+#include "codec.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -52,121 +53,6 @@ INLINE bool valid_batch(const KV& kv, const Batch& batch, int layer, int q_heads
     }
   }
   return true;
-}
-
-// Writes one token in a float format: key channel d to [d][at], value to [at].
-INLINE void put_token(Format fmt, const PageShape& shape, int dim, uint8_t* page, int at, const float* key,
-                      const float* value) {
-  if (fmt == F32) {
-    float *k = (float*)page + at, *v = (float*)(page + shape.values) + (int64_t)at * dim;
-    for (int d = 0; d < dim; d++) k[(int64_t)d * shape.capacity] = key[d];
-    std::memcpy(v, value, sizeof(float) * dim);
-  } else {
-    uint16_t *k = (uint16_t*)page + at, *v = (uint16_t*)(page + shape.values) + (int64_t)at * dim;
-    for (int d = 0; d < dim; d++) k[(int64_t)d * shape.capacity] = to_bf16(key[d]);
-    for (int d = 0; d < dim; d++) v[d] = to_bf16(value[d]);
-  }
-}
-
-INLINE float widen_bf16(uint16_t h) { const uint32_t b = (uint32_t)h << 16; float f; std::memcpy(&f, &b, 4); return f; }
-
-// Reads one token of any format: its key channels to key[d * stride], its value to value[d].
-static void get_token(Format fmt, const PageShape& shape, int dim, const uint8_t* page, int at, float* key,
-                      int64_t stride, float* value) {
-  const int capacity = shape.capacity;
-  const uint8_t* values = page + shape.values;
-  if (fmt == F32) {
-    for (int d = 0; d < dim; d++) key[d * stride] = ((const float*)page)[(int64_t)d * capacity + at];
-    std::memcpy(value, (const float*)values + (int64_t)at * dim, sizeof(float) * dim);
-    return;
-  }
-  if (fmt == BF16) {
-    for (int d = 0; d < dim; d++) key[d * stride] = widen_bf16(((const uint16_t*)page)[(int64_t)d * capacity + at]);
-    for (int d = 0; d < dim; d++) value[d] = widen_bf16(((const uint16_t*)values)[(int64_t)at * dim + d]);
-    return;
-  }
-  const uint16_t *ks = (const uint16_t*)(page + shape.k_scale), *kz = (const uint16_t*)(page + shape.k_zero);
-  const float vs = from_f16(((const uint16_t*)(page + shape.v_scale))[at]);
-  const float vz = from_f16(((const uint16_t*)(page + shape.v_zero))[at]);
-  const int half = capacity / 2, half_dim = dim / 2;
-  for (int d = 0; d < dim; d++) {
-    int k, v;
-    if (fmt == INT8) {
-      k = page[(int64_t)d * capacity + at];
-      v = values[(int64_t)at * dim + d];
-    } else {
-      const uint8_t kb = page[(int64_t)d * half + at % half];
-      const uint8_t vb = values[(int64_t)at * half_dim + d % half_dim];
-      k = at < half ? kb & 15 : kb >> 4;
-      v = d < half_dim ? vb & 15 : vb >> 4;
-    }
-    key[d * stride] = (float)k * from_f16(ks[d]) + from_f16(kz[d]);
-    value[d] = (float)v * vs + vz;
-  }
-}
-
-struct Grid { float scale, zero; uint16_t scale16, zero16; };
-INLINE float clamp_f16(float x) { return x > 65504.f ? 65504.f : x < -65504.f ? -65504.f : x; }
-INLINE Grid grid_of(float low, float high, float levels) {
-  const float step = (high - low) / levels;
-  Grid g;
-  g.scale16 = to_f16(clamp_f16(step > 1e-6f ? step : 1e-6f));
-  g.zero16 = to_f16(clamp_f16(low));
-  g.scale = from_f16(g.scale16);
-  g.zero = from_f16(g.zero16);
-  return g;
-}
-INLINE uint8_t code_of(float x, const Grid& g, float levels) {
-  const float c = __builtin_floorf((x - g.zero) / g.scale + 0.5f);
-  return (uint8_t)(c < 0.f ? 0.f : c > levels ? levels : c);
-}
-
-// Packs a full page: keys [dim][stride] and values [capacity][dim] in f32.
-static void seal_page(Format fmt, const PageShape& shape, int dim, uint8_t* page, const float* keys, int64_t stride,
-                      const float* values) {
-  const int capacity = shape.capacity, half = capacity / 2, half_dim = dim / 2;
-  uint8_t* vpart = page + shape.values;
-  if (fmt == F32 || fmt == BF16) {
-    for (int d = 0; d < dim; d++)
-      for (int t = 0; t < capacity; t++) {
-        if (fmt == F32) ((float*)page)[(int64_t)d * capacity + t] = keys[d * stride + t];
-        else ((uint16_t*)page)[(int64_t)d * capacity + t] = to_bf16(keys[d * stride + t]);
-      }
-    for (int64_t i = 0; i < (int64_t)capacity * dim; i++) {
-      if (fmt == F32) ((float*)vpart)[i] = values[i];
-      else ((uint16_t*)vpart)[i] = to_bf16(values[i]);
-    }
-    return;
-  }
-  const float levels = fmt == INT8 ? 255.f : 15.f;
-  uint16_t *ks = (uint16_t*)(page + shape.k_scale), *kz = (uint16_t*)(page + shape.k_zero);
-  uint16_t *vs = (uint16_t*)(page + shape.v_scale), *vz = (uint16_t*)(page + shape.v_zero);
-  for (int d = 0; d < dim; d++) {
-    const float* row = keys + d * stride;
-    float low = row[0], high = row[0];
-    for (int t = 1; t < capacity; t++) { low = row[t] < low ? row[t] : low; high = row[t] > high ? row[t] : high; }
-    const Grid g = grid_of(low, high, levels);
-    ks[d] = g.scale16;
-    kz[d] = g.zero16;
-    if (fmt == INT8)
-      for (int t = 0; t < capacity; t++) page[(int64_t)d * capacity + t] = code_of(row[t], g, levels);
-    else
-      for (int t = 0; t < half; t++)
-        page[(int64_t)d * half + t] = code_of(row[t], g, levels) | code_of(row[t + half], g, levels) << 4;
-  }
-  for (int t = 0; t < capacity; t++) {
-    const float* row = values + (int64_t)t * dim;
-    float low = row[0], high = row[0];
-    for (int d = 1; d < dim; d++) { low = row[d] < low ? row[d] : low; high = row[d] > high ? row[d] : high; }
-    const Grid g = grid_of(low, high, levels);
-    vs[t] = g.scale16;
-    vz[t] = g.zero16;
-    if (fmt == INT8)
-      for (int d = 0; d < dim; d++) vpart[(int64_t)t * dim + d] = code_of(row[d], g, levels);
-    else
-      for (int d = 0; d < half_dim; d++)
-        vpart[(int64_t)t * half_dim + d] = code_of(row[d], g, levels) | code_of(row[d + half_dim], g, levels) << 4;
-  }
 }
 
 // Token `index` of a lane, dequantized; false where it lies outside the lane or its pages outside the arena.

@@ -44,7 +44,19 @@ INLINE void load_u4(const uint8_t* p, V& low, V& high) {
 INLINE V load_bf16(const uint16_t* p) {
   return (V)_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
 }
+INLINE void load_u2(const uint8_t* p, V& first, V& second) {  // 16 numbers of four bytes
+  int32_t word; std::memcpy(&word, p, 4);
+  const __m256i x = _mm256_set1_epi32(word), three = _mm256_set1_epi32(3);
+  const __m256i low = _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14), high = _mm256_setr_epi32(16, 18, 20, 22, 24, 26, 28, 30);
+  first = (V)_mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srlv_epi32(x, low), three));
+  second = (V)_mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srlv_epi32(x, high), three));
+}
 INLINE V load_f16(const uint16_t* p) { return (V)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+// E4M3_UNIT times the number: e4m3's sign, exponent and fraction, each in its place of a half.
+INLINE V load_e4m3(const uint8_t* p) {
+  const __m128i wide = _mm_slli_epi16(_mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i*)p)), 8);
+  return (V)_mm256_cvtph_ps(_mm_and_si128(_mm_srai_epi16(wide, 1), _mm_set1_epi16((short)0xbfff)));
+}
 INLINE uint16_t to_f16(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
 INLINE float from_f16(uint16_t h) { return _cvtsh_ss(h); }
 INLINE V round_near(V x) { return (V)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -56,6 +68,9 @@ INLINE V load_u8(const uint8_t* p) { V r; for (int i = 0; i < LANES; i++) r[i] =
 INLINE V load_i8(const int8_t* p) { V r; for (int i = 0; i < LANES; i++) r[i] = p[i]; return r; }
 INLINE void load_u4(const uint8_t* p, V& low, V& high) {
   for (int i = 0; i < LANES; i++) { low[i] = p[i] & 15; high[i] = p[i] >> 4; }
+}
+INLINE void load_u2(const uint8_t* p, V& first, V& second) {
+  for (int i = 0; i < LANES; i++) { first[i] = p[i / 4] >> 2 * (i % 4) & 3; second[i] = p[2 + i / 4] >> 2 * (i % 4) & 3; }
 }
 INLINE V load_bf16(const uint16_t* p) {
   VI r; for (int i = 0; i < LANES; i++) r[i] = (int32_t)((uint32_t)p[i] << 16); return (V)r;
@@ -85,6 +100,9 @@ INLINE uint16_t to_f16(float x) {
   return bits >= 0x47800000 ? sign | 0x7c00 : sign | (uint16_t)((bits - 0x38000000) >> 13);
 }
 INLINE V load_f16(const uint16_t* p) { V r; for (int i = 0; i < LANES; i++) r[i] = from_f16(p[i]); return r; }
+INLINE V load_e4m3(const uint8_t* p) {
+  V r; for (int i = 0; i < LANES; i++) r[i] = from_f16((p[i] & 0x80) << 8 | (p[i] & 0x7f) << 7); return r;
+}
 INLINE V round_near(V x) { V r; for (int i = 0; i < LANES; i++) r[i] = __builtin_rintf(x[i]); return r; }
 INLINE VI to_int(V x) { VI r; for (int i = 0; i < LANES; i++) r[i] = (int32_t)x[i]; return r; }
 #endif
@@ -95,6 +113,17 @@ INLINE uint16_t to_bf16(float x) {  // round to nearest even
   uint32_t b; std::memcpy(&b, &x, 4);
   if ((b & 0x7fffffff) > 0x7f800000) return (uint16_t)(b >> 16 | 64);
   return (uint16_t)((b + 0x7fff + ((b >> 16) & 1)) >> 16);
+}
+constexpr float E4M3_UNIT = 1.f / 256;  // a half's exponent counts from 15, that of e4m3 from 7
+INLINE float from_e4m3(uint8_t x) { return from_f16((uint16_t)((x & 0x80) << 8 | (x & 0x7f) << 7)) * 256.f; }
+INLINE uint8_t to_e4m3(float x) {  // round to nearest even, no further than 448
+  uint32_t b; std::memcpy(&b, &x, 4);
+  const uint8_t sign = b >> 24 & 0x80;
+  float size = __builtin_fabsf(x);
+  if (!(size < 448.f)) return sign | 0x7e;
+  if (size < 0.015625f) return sign | (uint8_t)__builtin_rintf(size * 512.f);  // subnormal; 8 is the least normal
+  std::memcpy(&b, &size, 4);
+  return sign | (uint8_t)((b + 0x7ffff + (b >> 20 & 1) - 0x3c000000) >> 20);
 }
 
 // e^x for x <= 0 within 2 ulp (Cephes' polynomial); exactly 0 at -inf.

@@ -2,14 +2,18 @@
 
     f32     as it is
     bf16    round to nearest even
-    int8, int4, in float32, with levels = 255 or 15:
-            lo, hi = min, max of the group           keys: a channel over the page's tokens
-                                                     values: a token over its channels
+    int8, int4, int2, in float32, with levels = 255, 15 or 3:
+            lo, hi = min, max of the group           keys: a channel over the page's (int2: a block's) tokens
+                                                     values: a token over its (int2: a block's) channels
             scale = f16(max((hi - lo) / levels, 1e-6))    zero = f16(lo)        both clamped to ±65504
             code  = clamp(⌊(x - zero) / scale + 0.5⌋, 0, levels)                 scale and zero as stored
             x'    = code · scale + zero
+    fp8, in float32:
+            scale = f16(max(max |x| / 448, 1e-6)), clamped to 65504              over one side of the page
+            code  = e4m3(clamp(x / scale, ±448)), round to nearest even
+            x'    = code · scale
 
-Quantized pages are always full: a key channel's scale needs all its tokens.
+Quantized pages are always full: their scales need all of their tokens.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from torch import Tensor
 from winnow.kernels.layout import PageFormat, PageLayout
 
 F16_MAX = 65504.0
+E4M3_MAX = 448.0
 MIN_SCALE = 1e-6
 
 _FLOAT = {PageFormat.F32: torch.float32, PageFormat.BF16: torch.bfloat16}
@@ -27,8 +32,10 @@ _FLOAT = {PageFormat.F32: torch.float32, PageFormat.BF16: torch.bfloat16}
 
 def decode_pages(raw: Tensor, layout: PageLayout, fmt: PageFormat) -> tuple[Tensor, Tensor]:
     """raw [n, page_bytes] uint8 -> keys and values, each [n * capacity, D] f32, in the order of the tokens."""
-    if fmt.is_quantized:
-        keys, values = _decode_quantized(raw, layout, fmt)
+    if fmt.is_integer:
+        keys, values = _decode_integers(raw, layout, fmt)
+    elif fmt is PageFormat.FP8:
+        keys, values = _decode_fp8(raw, layout)
     else:
         channels, tokens = float_views(raw, layout, fmt)
         keys, values = channels.transpose(1, 2), tokens
@@ -39,13 +46,16 @@ def encode_pages(keys: Tensor, values: Tensor, layout: PageLayout, fmt: PageForm
     """keys and values [n * capacity, D] f32 -> [n, offsets.end] uint8: whole pages, all full."""
     capacity = layout.capacity(fmt)
     keys, values = keys.unflatten(0, (-1, capacity)).transpose(1, 2), values.unflatten(0, (-1, capacity))
-    if not fmt.is_quantized:
-        return torch.cat([_as_bytes(part.to(_FLOAT[fmt])) for part in (keys, values)], dim=1)
-    k_codes, k_scale, k_zero = quantize(keys, fmt)
-    v_codes, v_scale, v_zero = quantize(values, fmt)
-    if fmt is PageFormat.INT4:
-        k_codes, v_codes = _pack_nibbles(k_codes), _pack_nibbles(v_codes)
-    return torch.cat([_as_bytes(part) for part in (k_codes, v_codes, k_scale, k_zero, v_scale, v_zero)], dim=1)
+    if fmt.is_integer:
+        k_codes, k_scale, k_zero = quantize(_blocks(keys, layout.key_block(fmt)), fmt)
+        v_codes, v_scale, v_zero = quantize(_blocks(values, layout.value_block(fmt)), fmt)
+        parts = [_pack(k_codes, fmt), _pack(v_codes, fmt), k_scale, k_zero, v_scale, v_zero]
+    elif fmt is PageFormat.FP8:
+        (k_codes, k_scale), (v_codes, v_scale) = quantize_fp8(keys), quantize_fp8(values)
+        parts = [k_codes, v_codes, k_scale, v_scale]
+    else:
+        parts = [part.to(_FLOAT[fmt]) for part in (keys, values)]
+    return torch.cat([_as_bytes(part) for part in parts], dim=1)
 
 
 def float_views(raw: Tensor, layout: PageLayout, fmt: PageFormat) -> tuple[Tensor, Tensor]:
@@ -66,28 +76,62 @@ def quantize(x: Tensor, fmt: PageFormat) -> tuple[Tensor, Tensor, Tensor]:
     return codes.to(torch.uint8), scale, zero
 
 
-def _decode_quantized(raw: Tensor, layout: PageLayout, fmt: PageFormat) -> tuple[Tensor, Tensor]:
+def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [n, rows, columns] f32 -> codes of the same shape, e4m3; scale [n, 1] f16."""
+    scale = (x.abs().amax(dim=(1, 2)) / E4M3_MAX).clamp(MIN_SCALE, F16_MAX).half()
+    codes = (x / scale.float()[:, None, None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return codes, scale[:, None]
+
+
+def _decode_integers(raw: Tensor, layout: PageLayout, fmt: PageFormat) -> tuple[Tensor, Tensor]:
     at, dim, capacity = layout.offsets(fmt), layout.head_dim, layout.capacity(fmt)
-    k_codes = raw[:, at.keys : at.values].unflatten(1, (dim, -1))
-    v_codes = raw[:, at.values : at.k_scale].unflatten(1, (capacity, -1))
-    if fmt is PageFormat.INT4:
-        k_codes, v_codes = _unpack_nibbles(k_codes), _unpack_nibbles(v_codes)
 
-    def halves(start: int, end: int) -> Tensor:
-        return raw[:, start:end].view(torch.float16).float()[..., None]
+    def side(codes: int, end: int, scale: int, zero: int, last: int, rows: int, block: int) -> Tensor:
+        """[n, rows, columns] of keys or values, whose blocks of columns lie one after the other."""
+        packed = raw[:, codes:end].unflatten(1, (-1, rows, block * fmt.bits // 8))
+        scales, zeros = (
+            raw[:, first:until].view(torch.float16).float().unflatten(1, (-1, rows, 1))
+            for first, until in ((scale, zero), (zero, last))
+        )
+        return (_unpack(packed, fmt).float() * scales + zeros).transpose(1, 2).flatten(2)
 
-    keys = k_codes.float() * halves(at.k_scale, at.k_zero) + halves(at.k_zero, at.v_scale)
-    values = v_codes.float() * halves(at.v_scale, at.v_zero) + halves(at.v_zero, at.end)
+    keys = side(at.keys, at.values, at.k_scale, at.k_zero, at.v_scale, dim, layout.key_block(fmt))
+    values = side(at.values, at.k_scale, at.v_scale, at.v_zero, at.end, capacity, layout.value_block(fmt))
     return keys.transpose(1, 2), values
 
 
-def _pack_nibbles(codes: Tensor) -> Tensor:
-    low, high = codes.chunk(2, dim=-1)
-    return low | (high << 4)
+def _decode_fp8(raw: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor]:
+    at, size = layout.offsets(PageFormat.FP8), (layout.head_dim, layout.capacity(PageFormat.FP8))
+
+    def side(start: int, end: int, scale: int, size: tuple[int, ...]) -> Tensor:
+        codes = raw[:, start:end].view(torch.float8_e4m3fn).float().unflatten(1, size)
+        return codes * raw[:, scale : scale + 2].view(torch.float16).float()[..., None]
+
+    keys = side(at.keys, at.values, at.k_scale, size)
+    return keys.transpose(1, 2), side(at.values, at.k_scale, at.v_scale, size[::-1])
 
 
-def _unpack_nibbles(packed: Tensor) -> Tensor:
-    return torch.cat([packed & 15, packed >> 4], dim=-1)
+def _blocks(x: Tensor, block: int) -> Tensor:
+    """[n, rows, columns] -> [n, columns / block, rows, block]"""
+    return x.unflatten(2, (-1, block)).transpose(1, 2)
+
+
+def _pack(codes: Tensor, fmt: PageFormat) -> Tensor:
+    if fmt is PageFormat.INT4:
+        low, high = codes.chunk(2, dim=-1)
+        return low | (high << 4)
+    if fmt is PageFormat.INT2:
+        first, second, third, fourth = codes.unflatten(-1, (-1, 4)).unbind(-1)
+        return first | (second << 2) | (third << 4) | (fourth << 6)
+    return codes
+
+
+def _unpack(packed: Tensor, fmt: PageFormat) -> Tensor:
+    if fmt is PageFormat.INT4:
+        return torch.cat([packed & 15, packed >> 4], dim=-1)
+    if fmt is PageFormat.INT2:
+        return torch.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], dim=-1).flatten(-2)
+    return packed
 
 
 def _as_bytes(part: Tensor) -> Tensor:

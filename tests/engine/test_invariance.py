@@ -24,7 +24,7 @@ CHOICES = [
     for i, (during, heads, layers) in enumerate(
         product(("prefill", "decode", "both"), ("uniform", "adaptive"), ("uniform", "pyramid"))
     )
-    for fmt in ((None, "int4"), ("int8", "int4"), (None, "int8"), ("bf16", "int4"))[i % 4]
+    for fmt in ((None, "int4"), ("int8", "int2"), ("fp8", "int8"), ("bf16", "int4"))[i % 4]
 ]
 
 
@@ -57,7 +57,10 @@ def plans_of(policy: str) -> list[dict[str, Any]]:
 def requests(request: pytest.FixtureRequest, tiny: Decoder) -> list[Request]:
     """Requests with every plan of a policy; their prompts begin alike, so that they meet in the prefix cache."""
     if request.param == "formats only":
-        plans = [{}, *({"kv": {"format": fmt, "residual": 8}} for fmt in ("f32", "bf16", "int8", "int4"))]
+        plans = [
+            {},
+            *({"kv": {"format": fmt, "residual": 8}} for fmt in ("f32", "bf16", "int8", "int4", "int2", "fp8")),
+        ]
     else:
         plans = plans_of(request.param)
     bench = Bench(tiny, max_step_tokens=1024, prefix_caching=False)

@@ -14,7 +14,7 @@ from winnow.kernels.layout import PageFormat, PageLayout
 
 from .build import Held, State, build, one_sequence, randn
 
-F32, BF16, INT8, INT4 = PageFormat
+F32, BF16, INT8, INT4, INT2, FP8 = PageFormat
 
 MIXED = [
     Held((12,), fmt=INT8, sealed=(0, 1)),
@@ -22,6 +22,8 @@ MIXED = [
     Held((50, 24), rows=7, sealed=(2, 1), first_vote=0),
     Held((17, 2), rows=2, weighted=True),
     Held((20,), fmt=BF16, sealed=(2, 1)),
+    Held((60, 20), fmt=INT2, sealed=(1, 2), first_vote=0),
+    Held((20,), rows=3, fmt=FP8, sealed=(0, 3)),
 ]
 CASES = {
     "one token": [Held((1,))],
@@ -39,6 +41,8 @@ CASES = {
     "ragged sealed counts": [Held((24, 150, 7), rows=2, sealed=(2, 0, 1))],
     "a long chunk over sealed and open pages": [Held((180,), rows=130, sealed=(1,))],
     "int8 sealed pages": [Held((30, 4), rows=4, fmt=INT8, sealed=(3, 1))],
+    "int2 sealed pages": [Held((30, 4), rows=4, fmt=INT2, sealed=(3, 1))],
+    "fp8 sealed pages": [Held((30, 4), rows=4, fmt=FP8, sealed=(3, 1))],
     "sealed pages in a float format": [Held((30, 4), rows=4, fmt=BF16, sealed=(3, 1))],
     "decode and prefill in one batch, of different formats": MIXED,
     "a vote that starts inside a chunk": [Held((80,), rows=30, first_vote=11)],
@@ -85,6 +89,8 @@ def test_head_shapes(native: Backend, reference: Backend, group: int, dim: int, 
     held = [
         Held((20, 40), rows=9, sealed=(2, 1), evicted=True, first_vote=4),
         Held((30,), fmt=INT8, sealed=(0, 1)),
+        Held((5,), fmt=INT2, sealed=(1, 2)),
+        Held((5,), fmt=FP8, sealed=(2, 1)),
         Held((20,), rows=20),
     ]
     _assert_parity(native, reference, build(PageLayout(dim, compute), held, seed=dim + group), group)
@@ -92,7 +98,13 @@ def test_head_shapes(native: Backend, reference: Backend, group: int, dim: int, 
 
 @pytest.mark.parametrize("page_tokens", [32, 64, 256])
 def test_page_sizes(native: Backend, reference: Backend, page_tokens: int) -> None:
-    held = [Held((40, 300), rows=5, sealed=(2, 0), fmt=INT8), Held((300,), rows=300, first_vote=250), Held((1,))]
+    held = [
+        Held((40, 300), rows=5, sealed=(2, 0), fmt=INT8),
+        Held((300,), rows=300, first_vote=250),
+        Held((1,)),
+        Held((9,), sealed=(1, 2), fmt=INT2),
+        Held((9,), sealed=(1, 2), fmt=FP8),
+    ]
     _assert_parity(native, reference, build(PageLayout(64, F32, page_tokens), held), group=2)
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from winnow.kernels.layout import PageFormat, PageLayout
-from winnow.kernels.reference.codec import decode_pages, encode_pages, quantize
+from winnow.kernels.reference.codec import decode_pages, encode_pages, quantize, quantize_fp8
 
 from .build import randn
 
-QUANTIZED = [PageFormat.INT8, PageFormat.INT4]
+INTEGERS = [PageFormat.INT8, PageFormat.INT4, PageFormat.INT2]
 LAYOUTS = [PageLayout(16), PageLayout(80, PageFormat.BF16), PageLayout(64, PageFormat.F32, 32)]
 
 
@@ -20,7 +20,7 @@ def _whole_page(layout: PageLayout, raw: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("fmt", QUANTIZED)
+@pytest.mark.parametrize("fmt", INTEGERS)
 def test_a_number_lies_where_the_layout_says(layout: PageLayout, fmt: PageFormat) -> None:
     capacity, dim, at = layout.capacity(fmt), layout.head_dim, layout.offsets(fmt)
     keys, values = randn(capacity, dim, seed=1), 3 * randn(capacity, dim, seed=2)
@@ -30,19 +30,25 @@ def test_a_number_lies_where_the_layout_says(layout: PageLayout, fmt: PageFormat
     def half(start: int, i: int) -> np.float32:
         return np.float32(page[start + 2 * i : start + 2 * i + 2].view(np.float16)[0])
 
-    def nibble(byte: int, high: bool) -> int:
-        return byte >> 4 if high else byte & 15
-
-    for t, d in [(0, 0), (1, dim - 1), (capacity // 2 - 1, 3), (capacity // 2, dim // 2), (capacity - 1, dim // 2 - 1)]:
+    def code_of(row: int, column: int, columns: int) -> int:
+        """The code at a column of the packed row that begins at byte `row`."""
         if fmt is PageFormat.INT8:
-            k_code, v_code = page[at.keys + d * capacity + t], page[at.values + t * dim + d]
-        else:
-            k_byte = page[at.keys + d * (capacity // 2) + t % (capacity // 2)]
-            v_byte = page[at.values + t * (dim // 2) + d % (dim // 2)]
-            k_code, v_code = nibble(k_byte, t >= capacity // 2), nibble(v_byte, d >= dim // 2)
+            return int(page[row + column])
+        if fmt is PageFormat.INT4:
+            byte = int(page[row + column % (columns // 2)])
+            return byte >> 4 if column >= columns // 2 else byte & 15
+        return int(page[row + column // 4]) >> 2 * (column % 4) & 3
+
+    tokens, channels = layout.key_block(fmt), layout.value_block(fmt)
+    for t, d in [(0, 0), (1, dim - 1), (capacity // 2 - 1, 3), (capacity // 2, dim // 2), (capacity - 1, dim // 2 - 1)]:
+        k_row, v_row = t // tokens * dim + d, d // channels * capacity + t
+        k_group = keys[t // tokens * tokens :][:tokens, d].numpy()
+        v_group = values[t, d // channels * channels :][:channels].numpy()
+        k_code = code_of(at.keys + k_row * tokens * fmt.bits // 8, t % tokens, tokens)
+        v_code = code_of(at.values + v_row * channels * fmt.bits // 8, d % channels, channels)
         for code, scale, zero, group, x in [
-            (k_code, half(at.k_scale, d), half(at.k_zero, d), keys[:, d].numpy(), keys[t, d].numpy()),
-            (v_code, half(at.v_scale, t), half(at.v_zero, t), values[t].numpy(), values[t, d].numpy()),
+            (k_code, half(at.k_scale, k_row), half(at.k_zero, k_row), k_group, keys[t, d].numpy()),
+            (v_code, half(at.v_scale, v_row), half(at.v_zero, v_row), v_group, values[t, d].numpy()),
         ]:
             levels = 2**fmt.bits - 1
             assert zero == np.float32(np.float16(group.min()))
@@ -51,17 +57,57 @@ def test_a_number_lies_where_the_layout_says(layout: PageLayout, fmt: PageFormat
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("fmt", QUANTIZED)
+@pytest.mark.parametrize("fmt", INTEGERS)
 def test_a_quantized_number_comes_back_within_half_a_step(layout: PageLayout, fmt: PageFormat) -> None:
     pages, capacity, dim = 3, layout.capacity(fmt), layout.head_dim
     keys, values = (randn(pages * capacity, dim, seed=seed) for seed in (1, 2))
     raw = _whole_page(layout, encode_pages(keys, values, layout, fmt))
-    for decoded, x, group in zip(decode_pages(raw, layout, fmt), (keys, values), (0, 1), strict=True):
-        paged = x.view(pages, capacity, dim)
-        spread = paged.amax(group + 1, keepdim=True) - paged.amin(group + 1, keepdim=True)
-        # Half a step, and what half precision takes from the zero point and from 255 or 15 steps.
-        bound = spread / (2**fmt.bits - 1) / 2 + (spread + paged.abs().amax(group + 1, keepdim=True)) * 2**-10
-        assert bool(((decoded - x).view_as(paged).abs() <= bound).all())
+    k_groups = (pages * capacity // layout.key_block(fmt), layout.key_block(fmt), dim)
+    v_groups = (pages * capacity, dim // layout.value_block(fmt), layout.value_block(fmt))
+    for decoded, x, shape, group in zip(
+        decode_pages(raw, layout, fmt), (keys, values), (k_groups, v_groups), (1, 2), strict=True
+    ):
+        x = x.view(shape)
+        spread = x.amax(group, keepdim=True) - x.amin(group, keepdim=True)
+        # Half a step, and what half precision takes from the zero point and from all the steps.
+        bound = spread / (2**fmt.bits - 1) / 2 + (spread + x.abs().amax(group, keepdim=True)) * 2**-10
+        assert bool(((decoded.view(shape) - x).abs() <= bound).all())
+
+
+def _e4m3(code: int) -> float:
+    """The number that eight bits of e4m3 mean, by its definition (arXiv:2209.05433)."""
+    sign, exponent, fraction = -1 if code >> 7 else 1, code >> 3 & 15, code & 7
+    return sign * (fraction / 8 * 2**-6 if exponent == 0 else (1 + fraction / 8) * 2.0 ** (exponent - 7))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_fp8_is_the_nearest_number_under_one_scale_a_side(layout: PageLayout) -> None:
+    fmt = PageFormat.FP8
+    capacity, dim, at = layout.capacity(fmt), layout.head_dim, layout.offsets(fmt)
+    parts = [randn(capacity, dim, seed=1) * 5, randn(capacity, dim, seed=2) ** 9 / 1000]  # values down to subnormals
+    page = encode_pages(*parts, layout, fmt)[0].numpy()
+    assert page.nbytes == at.end
+    table = np.array(sorted((_e4m3(code), code) for code in range(256) if code & 127 != 127))
+    for x, codes, where in [
+        (parts[0].T, page[at.keys : at.values], at.k_scale),
+        (parts[1], page[at.values : at.k_scale], at.v_scale),
+    ]:
+        numbers = x.numpy()
+        scale = page[where : where + 2].view(np.float16)[0]
+        assert scale == np.float16(np.abs(numbers).max() / np.float32(448))
+        wanted = np.clip(numbers / np.float32(scale), -448, 448).astype(np.float64).ravel()
+        stored = np.array([_e4m3(int(code)) for code in codes])
+        places = np.searchsorted(table[:, 0], wanted).clip(1, len(table) - 1)
+        nearest = np.minimum(np.abs(table[places - 1, 0] - wanted), np.abs(table[places, 0] - wanted))
+        assert np.array_equal(np.abs(stored - wanted), nearest)
+    raw = _whole_page(layout, torch.from_numpy(page)[None])
+    assert torch.equal(decode_pages(raw, layout, fmt)[1].flatten(), torch.from_numpy(stored * float(scale)).float())
+
+
+def test_fp8_of_nothing_and_of_too_much_is_finite() -> None:
+    for x in (torch.zeros(1, 2, 8), torch.full((1, 2, 8), 1e-9), torch.full((1, 2, 8), 1e9)):
+        codes, scale = quantize_fp8(x)
+        assert bool((codes.float() * scale.float()).isfinite().all())
 
 
 @pytest.mark.parametrize("fmt", [PageFormat.F32, PageFormat.BF16])
@@ -74,7 +120,7 @@ def test_a_float_page_is_the_rounded_number(fmt: PageFormat) -> None:
         assert torch.equal(decoded, x.to(dtype).float())
 
 
-@pytest.mark.parametrize("fmt", QUANTIZED)
+@pytest.mark.parametrize("fmt", INTEGERS)
 @pytest.mark.parametrize(
     ("x", "expected"),
     [

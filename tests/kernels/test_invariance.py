@@ -15,7 +15,7 @@ from winnow.kernels.layout import PageFormat, PageLayout
 from .build import Held, assert_same_bits, build, chunk_of, one_sequence, randn
 from .test_attention import MIXED
 
-F32, BF16, INT8, INT4 = PageFormat
+F32, BF16, INT8, INT4, INT2, FP8 = PageFormat
 windows = pytest.mark.parametrize("window", [0, 20])
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from winnow.kernels.kv import PagedKV
-from winnow.kernels.layout import VECTOR, PageFormat, PageLayout
+from winnow.kernels.layout import BLOCK, VECTOR, PageFormat, PageLayout
 
 from .build import fixed
 
@@ -25,9 +25,13 @@ formats = st.sampled_from(PageFormat)
 def test_parts_follow_each_other_and_fit_the_page(layout: PageLayout, fmt: PageFormat) -> None:
     at, tokens, dim = layout.offsets(fmt), layout.capacity(fmt), layout.head_dim
     side = tokens * dim * fmt.bits // 8
+    k_scales, v_scales = 2 * dim * tokens // layout.key_block(fmt), 2 * tokens * dim // layout.value_block(fmt)
     parts = [(at.keys, side), (at.values, side)]
-    if fmt.is_quantized:
-        parts += [(at.k_scale, 2 * dim), (at.k_zero, 2 * dim), (at.v_scale, 2 * tokens), (at.v_zero, 2 * tokens)]
+    if fmt.is_integer:
+        parts += [(at.k_scale, k_scales), (at.k_zero, k_scales), (at.v_scale, v_scales), (at.v_zero, v_scales)]
+    elif fmt is PageFormat.FP8:
+        parts += [(at.k_scale, 2), (at.v_scale, 2)]
+    assert tokens % layout.key_block(fmt) == dim % layout.value_block(fmt) == 0
     for (start, size), (following, _) in zip(parts, [*parts[1:], (at.end, 0)], strict=True):
         assert start + size == following
     assert at.keys == 0
@@ -39,7 +43,7 @@ def test_parts_follow_each_other_and_fit_the_page(layout: PageLayout, fmt: PageF
 @fixed()
 @given(layouts, formats)
 def test_a_page_wastes_less_than_one_step_of_its_capacity(layout: PageLayout, fmt: PageFormat) -> None:
-    step = 2 * VECTOR if fmt is PageFormat.INT4 else VECTOR
+    step = {PageFormat.INT4: 2 * VECTOR, PageFormat.INT2: BLOCK}.get(fmt, VECTOR)
     tokens = layout.capacity(fmt)
     assert tokens > 0
     assert tokens % step == 0

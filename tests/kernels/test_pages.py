@@ -11,7 +11,7 @@ from winnow.kernels.layout import PageFormat, PageLayout
 from .build import Held, assert_same_bits, build, int32
 from .repacking import stored
 
-F32, BF16, INT8, INT4 = PageFormat
+F32, BF16, INT8, INT4, INT2, FP8 = PageFormat
 
 CASES = {
     "one token": [Held((1,))],
@@ -20,6 +20,8 @@ CASES = {
     "no token": [Held((0,), rows=0)],
     "int4 pages and an open part": [Held((5, 20), sealed=(2, 1))],
     "int8 pages and no open part": [Held((0,), rows=0, sealed=(2, 3), fmt=INT8)],
+    "int2 pages": [Held((5, 20), sealed=(2, 1), fmt=INT2)],
+    "fp8 pages": [Held((5, 20), sealed=(2, 1), fmt=FP8)],
     "bf16 pages and ragged sealed counts": [Held((5,), sealed=(2, 0, 1), fmt=BF16)],
     "f32 pages": [Held((5,), sealed=(2, 0, 1), fmt=F32)],
 }

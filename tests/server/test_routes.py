@@ -29,7 +29,7 @@ async def test_models(http: httpx.AsyncClient) -> None:
     compression = model["compression"]
     assert set(compression["policies"]) == set(EVICTION)
     assert compression["policies"]["snapkv"]["properties"]["window"]["maximum"] == 1024
-    assert compression["formats"] == ["f32", "bf16", "int8", "int4"]
+    assert compression["formats"] == ["f32", "bf16", "int8", "int4", "int2", "fp8"]
     assert compression["profiles"]["light"]["kv"]["format"] == "int8"
     assert compression["schema"]["properties"]["kv"]
 

@@ -1,0 +1,142 @@
+// How a page stores numbers: one token in and out of a page of any format, and sealing a full page. The layout is that
+// of kernels/layout.py, the arithmetic that of kernels/reference/codec.py, bit for bit.
+#pragma once
+#include "kernels.h"
+#include "simd.h"
+
+namespace winnow {
+namespace TARGET {
+
+constexpr bool is_integer(Format fmt) { return fmt == INT8 || fmt == INT4 || fmt == INT2; }
+constexpr bool is_quantized(Format fmt) { return is_integer(fmt) || fmt == FP8; }
+constexpr int bits_of(Format fmt) { return fmt == F32 ? 32 : fmt == BF16 ? 16 : fmt == INT4 ? 4 : fmt == INT2 ? 2 : 8; }
+constexpr int64_t row_bytes(Format fmt, int columns) { return (int64_t)columns * bits_of(fmt) / 8; }
+
+// Writes one token in a float format: key channel d to [d][at], value to [at].
+INLINE void put_token(Format fmt, const PageShape& shape, int dim, uint8_t* page, int at, const float* key,
+                      const float* value) {
+  if (fmt == F32) {
+    float *k = (float*)page + at, *v = (float*)(page + shape.values) + (int64_t)at * dim;
+    for (int d = 0; d < dim; d++) k[(int64_t)d * shape.capacity] = key[d];
+    std::memcpy(v, value, sizeof(float) * dim);
+  } else {
+    uint16_t *k = (uint16_t*)page + at, *v = (uint16_t*)(page + shape.values) + (int64_t)at * dim;
+    for (int d = 0; d < dim; d++) k[(int64_t)d * shape.capacity] = to_bf16(key[d]);
+    for (int d = 0; d < dim; d++) v[d] = to_bf16(value[d]);
+  }
+}
+
+INLINE float widen_bf16(uint16_t h) { const uint32_t b = (uint32_t)h << 16; float f; std::memcpy(&f, &b, 4); return f; }
+
+// The code of column `at` of a packed row.
+INLINE int code_at(Format fmt, const uint8_t* row, int columns, int at) {
+  if (fmt == INT8) return row[at];
+  if (fmt == INT2) return row[at / 4] >> 2 * (at % 4) & 3;
+  const int half = columns / 2;
+  return at < half ? row[at] & 15 : row[at - half] >> 4;
+}
+
+// Reads one token of any format: its key channels to key[d * stride], its value to value[d].
+static void get_token(Format fmt, const PageShape& shape, int dim, const uint8_t* page, int at, float* key,
+                      int64_t stride, float* value) {
+  const int capacity = shape.capacity;
+  const uint8_t* values = page + shape.values;
+  const uint16_t *ks = (const uint16_t*)(page + shape.k_scale), *kz = (const uint16_t*)(page + shape.k_zero);
+  const uint16_t *vs = (const uint16_t*)(page + shape.v_scale), *vz = (const uint16_t*)(page + shape.v_zero);
+  if (fmt == F32) {
+    for (int d = 0; d < dim; d++) key[d * stride] = ((const float*)page)[(int64_t)d * capacity + at];
+    std::memcpy(value, (const float*)values + (int64_t)at * dim, sizeof(float) * dim);
+  } else if (fmt == BF16) {
+    for (int d = 0; d < dim; d++) key[d * stride] = widen_bf16(((const uint16_t*)page)[(int64_t)d * capacity + at]);
+    for (int d = 0; d < dim; d++) value[d] = widen_bf16(((const uint16_t*)values)[(int64_t)at * dim + d]);
+  } else if (fmt == FP8) {
+    const float k = from_f16(*ks), v = from_f16(*vs);
+    for (int d = 0; d < dim; d++) key[d * stride] = from_e4m3(page[(int64_t)d * capacity + at]) * k;
+    for (int d = 0; d < dim; d++) value[d] = from_e4m3(values[(int64_t)at * dim + d]) * v;
+  } else {
+    const int tokens = shape.key_block, channels = shape.value_block, block = at / tokens;
+    const int64_t key_row = row_bytes(fmt, tokens), value_row = row_bytes(fmt, channels);
+    for (int d = 0; d < dim; d++) {
+      const int64_t row = (int64_t)block * dim + d;
+      key[d * stride] = (float)code_at(fmt, page + row * key_row, tokens, at % tokens) * from_f16(ks[row]) + from_f16(kz[row]);
+    }
+    for (int first = 0; first < dim; first += channels) {
+      const int64_t row = (int64_t)(first / channels) * capacity + at;
+      const float scale = from_f16(vs[row]), zero = from_f16(vz[row]);
+      for (int d = 0; d < channels; d++)
+        value[first + d] = (float)code_at(fmt, values + row * value_row, channels, d) * scale + zero;
+    }
+  }
+}
+
+INLINE float clamp_f16(float x) { return x > 65504.f ? 65504.f : x < -65504.f ? -65504.f : x; }
+
+// One row of integer codes, with its scale and zero.
+INLINE void seal_row(Format fmt, const float* x, int columns, uint8_t* out, uint16_t* scale16, uint16_t* zero16) {
+  const float levels = fmt == INT8 ? 255.f : fmt == INT4 ? 15.f : 3.f;
+  float low = x[0], high = x[0];
+  for (int i = 1; i < columns; i++) { low = x[i] < low ? x[i] : low; high = x[i] > high ? x[i] : high; }
+  const float step = (high - low) / levels;
+  *scale16 = to_f16(clamp_f16(step > 1e-6f ? step : 1e-6f));
+  *zero16 = to_f16(clamp_f16(low));
+  const float scale = from_f16(*scale16), zero = from_f16(*zero16);
+  auto code = [&](int i) {
+    const float c = __builtin_floorf((x[i] - zero) / scale + 0.5f);
+    return (uint8_t)(c < 0.f ? 0.f : c > levels ? levels : c);
+  };
+  if (fmt == INT8)
+    for (int i = 0; i < columns; i++) out[i] = code(i);
+  else if (fmt == INT4)
+    for (int i = 0; i < columns / 2; i++) out[i] = code(i) | code(i + columns / 2) << 4;
+  else
+    for (int i = 0; i < columns / 4; i++)
+      out[i] = code(4 * i) | code(4 * i + 1) << 2 | code(4 * i + 2) << 4 | code(4 * i + 3) << 6;
+}
+
+// One side of an fp8 page: `rows` rows of `columns` numbers, `stride` apart.
+static void seal_fp8(const float* x, int rows, int columns, int64_t stride, uint8_t* out, uint16_t* scale16) {
+  float peak = 0;
+  for (int r = 0; r < rows; r++)
+    for (int i = 0; i < columns; i++) {
+      const float size = __builtin_fabsf(x[r * stride + i]);
+      peak = size > peak ? size : peak;
+    }
+  const float step = peak / 448.f;
+  *scale16 = to_f16(clamp_f16(step > 1e-6f ? step : 1e-6f));
+  const float scale = from_f16(*scale16);
+  for (int r = 0; r < rows; r++)
+    for (int i = 0; i < columns; i++) out[(int64_t)r * columns + i] = to_e4m3(x[r * stride + i] / scale);
+}
+
+// Packs a full page: keys [dim][stride] and values [capacity][dim] in f32.
+static void seal_page(Format fmt, const PageShape& shape, int dim, uint8_t* page, const float* keys, int64_t stride,
+                      const float* values) {
+  const int capacity = shape.capacity;
+  uint8_t* vpart = page + shape.values;
+  uint16_t *ks = (uint16_t*)(page + shape.k_scale), *kz = (uint16_t*)(page + shape.k_zero);
+  uint16_t *vs = (uint16_t*)(page + shape.v_scale), *vz = (uint16_t*)(page + shape.v_zero);
+  if (fmt == FP8) {
+    seal_fp8(keys, dim, capacity, stride, page, ks);
+    seal_fp8(values, capacity, dim, dim, vpart, vs);
+  } else if (fmt == F32) {
+    for (int d = 0; d < dim; d++) std::memcpy((float*)page + (int64_t)d * capacity, keys + d * stride, sizeof(float) * capacity);
+    std::memcpy(vpart, values, sizeof(float) * (int64_t)capacity * dim);
+  } else if (fmt == BF16) {
+    for (int d = 0; d < dim; d++)
+      for (int t = 0; t < capacity; t++) ((uint16_t*)page)[(int64_t)d * capacity + t] = to_bf16(keys[d * stride + t]);
+    for (int64_t i = 0; i < (int64_t)capacity * dim; i++) ((uint16_t*)vpart)[i] = to_bf16(values[i]);
+  } else {
+    const int tokens = shape.key_block, channels = shape.value_block;
+    int64_t row = 0;
+    for (int first = 0; first < capacity; first += tokens)
+      for (int d = 0; d < dim; d++, row++)
+        seal_row(fmt, keys + d * stride + first, tokens, page + row * row_bytes(fmt, tokens), ks + row, kz + row);
+    row = 0;
+    for (int first = 0; first < dim; first += channels)
+      for (int t = 0; t < capacity; t++, row++)
+        seal_row(fmt, values + (int64_t)t * dim + first, channels, vpart + row * row_bytes(fmt, channels), vs + row, vz + row);
+  }
+}
+
+}  // namespace TARGET
+}  // namespace winnow
