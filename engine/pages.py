@@ -1,6 +1,6 @@
 """The arena: who holds which page, and what every lane's table says.
 
-    lane:  [ shared prefix | sealed | open ]        one row of `table` for each sequence, layer and KV head
+    lane:  [ shared prefix | sealed | rest | open ]     one row of `table` for each sequence, layer and KV head
 
 A page is free, or referenced by lanes and by the prefix cache; it returns to the free list when the last reference is
 dropped. Every operation is vectorised over lanes; nothing here reads or writes page contents except copy-on-write.
@@ -51,6 +51,8 @@ class PageArena:
         self.kept: Ints = self.kv.kept.numpy()
         self.sealed: Ints = self.kv.sealed.numpy()
         self.formats: NDArray[np.uint8] = self.kv.formats.numpy()
+        self.rest: Ints = self.kv.rest.numpy()
+        self.rest_formats: NDArray[np.uint8] = self.kv.rest_formats.numpy()
 
     @property
     def _side_state(self) -> tuple[dict[int, torch.Tensor], ...]:
@@ -92,17 +94,18 @@ class PageArena:
 
     # Sequences -------------------------------------------------------------------------------------------------------
 
-    def open_slot(self, fmt: PageFormat) -> int:
-        """A row of empty lanes whose sealed pages will be in `fmt`."""
+    def open_slot(self, fmt: PageFormat, rest: PageFormat | None = None) -> int:
+        """A row of empty lanes whose sealed pages will be in `fmt`, those behind them in `rest`."""
         slot = self._slots.pop()
         self.formats[slot] = fmt
+        self.rest_formats[slot] = self.layout.compute if rest is None else rest
         return slot
 
     def close_slot(self, slot: int) -> int:
         """Drops everything the sequence holds; returns the pages that became free."""
         freed = self.release(self.held(slot))
         self.table[slot] = -1
-        self.kept[slot] = self.sealed[slot] = self.columns[slot] = 0
+        self.kept[slot] = self.sealed[slot] = self.rest[slot] = self.columns[slot] = 0
         self._tail_shared[slot] = False
         for side in self._side_state:
             side.pop(slot, None)
@@ -175,11 +178,14 @@ class PageArena:
         return rows, first.reshape(-1)[lane] + within
 
     def _columns_for(self, slots: Ints, counts: Ints) -> Ints:
-        sealed = self.sealed[slots]
-        packed = sealed * self._capacity[self.formats[slots]][:, None, None]
-        open_tokens = self.kept[slots] - packed + counts.reshape(-1, 1, 1)
-        columns: Ints = sealed + -(-open_tokens // np.int32(self.layout.page_tokens))
+        open_tokens = self.kept[slots] - self.sealed_tokens(slots) + counts.reshape(-1, 1, 1)
+        columns: Ints = self.sealed[slots] + self.rest[slots] + -(-open_tokens // np.int32(self.layout.page_tokens))
         return columns
+
+    def sealed_tokens(self, slots: Ints) -> Ints:
+        """[B, layers, kv_heads] tokens in the full pages of both formats."""
+        sealed, rest = self._capacity[self.formats[slots]], self._capacity[self.rest_formats[slots]]
+        return self.sealed[slots] * sealed[:, None, None] + self.rest[slots] * rest[:, None, None]
 
     def _reserve_width(self, width: int) -> None:
         """Grows the table to at least `width` columns, in steps of a quarter."""
@@ -203,7 +209,8 @@ class PageArena:
 
     def fork(self, source: int, target: int) -> None:
         """Gives the empty sequence `target` all that `source` holds; the next token of either copies its open page."""
-        for rows in (self.table, self.columns, self.kept, self.sealed, self.formats):
+        lanes = (self.table, self.columns, self.kept, self.sealed, self.rest)
+        for rows in (*lanes, self.formats, self.rest_formats):
             rows[target] = rows[source]
         self.share(self.held(source))
         self._tail_shared[[source, target]] = True
@@ -213,8 +220,8 @@ class PageArena:
 
     def _unshare_tail(self, slot: int) -> None:
         """Copies the partly filled last page of each lane where others refer to it too."""
-        packed = self.sealed[slot] * self._capacity[self.formats[slot]]
-        partial = (self.kept[slot] - packed) % self.layout.page_tokens > 0
+        open_tokens = self.kept[slot] - self.sealed_tokens(np.array([slot], np.int32))[0]
+        partial = open_tokens % self.layout.page_tokens > 0
         layer, head = np.nonzero(partial)
         column = self.columns[slot][layer, head] - 1
         pages = self.table[slot][layer, head, column]
@@ -226,7 +233,7 @@ class PageArena:
             self.release(pages[shared])
         self._tail_shared[slot] = False
 
-    def replace(self, slot: int, table: Ints, columns: Ints, kept: Ints, sealed: Ints) -> int:
+    def replace(self, slot: int, table: Ints, columns: Ints, kept: Ints, sealed: Ints, rest: Ints | None = None) -> int:
         """Gives the lanes new tables [layers, kv_heads, n]; drops the pages that they no longer name.
 
         The new pages must have been taken already. Returns the pages that became free.
@@ -238,6 +245,7 @@ class PageArena:
         self.table[slot] = -1
         self.table[slot, :, :, :width] = np.where(in_use, table, -1)
         self.columns[slot], self.kept[slot], self.sealed[slot] = columns, kept, sealed
+        self.rest[slot] = 0 if rest is None else rest
         return self.release(dropped)
 
     # What it looks like ----------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Literal, Protocol, cast
 
 from torch import Tensor
 
-from winnow.kernels.kv import LaneBatch, PagedKV
+from winnow.kernels.kv import LaneBatch, PagedKV, Rest
 from winnow.kernels.layout import PageFormat
 
 BackendName = Literal["cpu", "reference"]
@@ -101,12 +101,14 @@ class Backend(Protocol):
         dst_table: Tensor,
         dst_sealed: Tensor,
         fmt: PageFormat,
+        rest: Rest | None = None,
     ) -> None:
         """Rewrites all lanes of a sequence from page `start` on; `keep` [L, Hkv, K], the others [L, Hkv(, W)] int32.
 
-        The tokens `keep` (lane indices, ascending, `counts` of them; None: all from page `start` on) go to the
-        pages of `dst_table`: up to page `dst_sealed` in `fmt`, all full, then in the compute format. A destination
-        page is fresh, or the lane's own of the same column. The tables of `kv` are not changed.
+        The tokens `keep` (lane indices in their new order, `counts` of them; None: all from page `start` on) go to the
+        pages of `dst_table` that do not stay: up to page `dst_sealed` in `fmt`, all full, then those of `rest`, then in
+        the compute format. A destination page is fresh, or any of the lane's own that does not stay. The tables of
+        `kv` are not changed.
         """
 
     def copy_pages(self, kv: PagedKV, src: Tensor, dst: Tensor) -> None:

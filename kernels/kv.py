@@ -1,10 +1,14 @@
 """The two structures that every kernel reads: the paged KV memory and the rows of one step.
 
-A lane's tokens lie in its pages in order. Its first `sealed` pages are full and in the slot's sealed format;
-the pages after them are in the compute format, and the last of those may be partly filled:
+A lane's tokens lie in its pages in order. Its first `sealed` pages are full and in the slot's sealed format, the next
+`rest` pages are full and in its second one; the pages after them are in the compute format, and the last of those may
+be partly filled:
 
-    table[slot, layer, head] -> [ sealed | sealed | ... | open | open | -1 ... ]
-                                  formats[slot]           layout.compute
+    table[slot, layer, head] -> [ sealed | sealed | ... | rest | ... | open | open | -1 ... ]
+                                  formats[slot]           rest_formats[slot]  layout.compute
+
+The order of a lane's tokens is that of their positions, but for plans that mix formats: there important tokens come
+first, and `positions` says which they are. The newest tokens are last in any lane.
 
 Kernels never allocate pages and never change `kept`, `sealed` or `table`: the engine does, before and after.
 """
@@ -17,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from winnow.kernels.layout import PageLayout
+from winnow.kernels.layout import PageFormat, PageLayout
 
 
 @dataclass(slots=True)
@@ -35,6 +39,10 @@ class PagedKV:
     """[slots, layers, kv_heads] int32: leading pages in the slot's sealed format; the rest is in the compute format"""
     formats: Tensor
     """[slots] uint8: the sealed PageFormat"""
+    rest: Tensor
+    """[slots, layers, kv_heads] int32: full pages in the slot's second sealed format, behind the `sealed` ones"""
+    rest_formats: Tensor
+    """[slots] uint8: the second sealed PageFormat"""
     mass: dict[int, Tensor] = field(default_factory=dict)
     """slot -> [layers, kv_heads, capacity] f32: attention mass by lane index, for plans that score with it"""
     positions: dict[int, Tensor] = field(default_factory=dict)
@@ -57,7 +65,21 @@ class PagedKV:
             kept=torch.zeros(lanes, dtype=torch.int32),
             sealed=torch.zeros(lanes, dtype=torch.int32),
             formats=torch.full((slots,), int(layout.compute), dtype=torch.uint8),
+            rest=torch.zeros(lanes, dtype=torch.int32),
+            rest_formats=torch.full((slots,), int(layout.compute), dtype=torch.uint8),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """The second sealed part of the lanes that `repack` writes."""
+
+    start: Tensor
+    """[layers, kv_heads] int32: its leading pages that stay as they are; they are in `fmt` already, and may have stood
+    in other columns"""
+    pages: Tensor
+    """[layers, kv_heads] int32: its pages, `start` included"""
+    fmt: PageFormat
 
 
 @dataclass(slots=True)

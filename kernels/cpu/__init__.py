@@ -15,7 +15,7 @@ from torch import Tensor
 
 from winnow.kernels import _cpu
 from winnow.kernels.dispatch import WeightKind
-from winnow.kernels.kv import LaneBatch, PagedKV
+from winnow.kernels.kv import LaneBatch, PagedKV, Rest
 from winnow.kernels.layout import PageFormat
 
 _PANEL, _GROUP = 16, 64
@@ -225,11 +225,13 @@ def repack(
     dst_table: Tensor,
     dst_sealed: Tensor,
     fmt: PageFormat,
+    rest: Rest | None = None,
 ) -> None:
     lanes = tuple(kv.table.shape[1:3])
     keep = None if keep is None else _ints(keep)
     counts, start, dst_table, dst_sealed = _ints(counts), _ints(start), _ints(dst_table), _ints(dst_sealed)
-    for tensor in (counts, start, dst_sealed):
+    rest_start, rest_pages = (None, None) if rest is None else (_ints(rest.start), _ints(rest.pages))
+    for tensor in (counts, start, dst_sealed, *(() if rest is None else (rest.start, rest.pages))):
         if tuple(tensor.shape) != lanes:
             raise ValueError(f"repack: a tensor of shape {tuple(tensor.shape)} does not fit the lanes {lanes}")
     if tuple(dst_table.shape[:2]) != lanes or (keep is not None and tuple(keep.shape[:2]) != lanes):
@@ -245,6 +247,9 @@ def repack(
         dst_table.shape[2],
         dst_sealed.data_ptr(),
         int(fmt),
+        _address(rest_start),
+        _address(rest_pages),
+        int(kv.layout.compute if rest is None else rest.fmt),
     )
 
 
@@ -259,8 +264,9 @@ def copy_pages(kv: PagedKV, src: Tensor, dst: Tensor) -> None:
 
 def _native_kv(kv: PagedKV) -> Any:
     """The arena's addresses, bound again where the engine has replaced a table."""
-    table, kept, sealed, formats = (t.data_ptr() for t in (kv.table, kv.kept, kv.sealed, kv.formats))
-    key = (table, kept, sealed, formats, kv.data.data_ptr(), kv.table.shape)
+    tables = (kv.table, kv.kept, kv.sealed, kv.formats, kv.rest, kv.rest_formats)
+    addresses = [tensor.data_ptr() for tensor in tables]
+    key = (*addresses, kv.data.data_ptr(), kv.table.shape)
     if kv.native is None or kv.native[0] != key:
         layout = kv.layout
         shapes = []
@@ -271,11 +277,11 @@ def _native_kv(kv: PagedKV) -> Any:
         handle = _cpu.KV(
             kv.data.data_ptr(), kv.data.shape[0], layout.page_bytes, layout.head_dim, int(layout.compute), shapes
         )
-        for tensor in (kv.table, kv.kept, kv.sealed):
+        for tensor in (kv.table, kv.kept, kv.sealed, kv.rest):
             if tensor.dtype != torch.int32 or not tensor.is_contiguous():
                 raise ValueError("lane tables must be contiguous int32")
         slots, layers, heads, width = kv.table.shape
-        handle.bind(table, kept, sealed, formats, slots, layers, heads, width)
+        handle.bind(*addresses, slots, layers, heads, width)
         kv.native = (key, handle)
     return kv.native[1]
 

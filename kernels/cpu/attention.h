@@ -19,33 +19,32 @@ namespace TARGET {
 
 constexpr int GROUP_TOKENS = 128, SPAN_GROUPS = 4;
 
-// How a lane is cut: groups of sealed pages, then groups of open ones.
-struct Groups {
-  int sealed_capacity, open_capacity, sealed_pages, open_pages, sealed_step, open_step, sealed_groups, count;
-  int max_tokens;
-};
+// How a lane is cut: groups of sealed pages, of those in the second format, and of open ones.
+struct Part { Format fmt; int column, pages, first, capacity, step, groups; };
+struct Groups { Part parts[3]; int count, max_tokens; };
+INLINE Part part_of(const KV& kv, Format fmt, int column, int pages, int first) {
+  const int capacity = kv.shapes[fmt].capacity, step = max_i(1, GROUP_TOKENS / capacity);
+  return {fmt, column, pages, first, capacity, step, (pages + step - 1) / step};
+}
 INLINE Groups groups_of(const KV& kv, const Lane& lane) {
-  Groups g;
-  g.sealed_capacity = kv.shapes[lane.fmt].capacity;
-  g.open_capacity = kv.shapes[kv.compute].capacity;
-  g.sealed_pages = lane.sealed;
-  g.open_pages = (lane.kept - lane.sealed_tokens + g.open_capacity - 1) / g.open_capacity;
-  g.sealed_step = max_i(1, GROUP_TOKENS / g.sealed_capacity);
-  g.open_step = max_i(1, GROUP_TOKENS / g.open_capacity);
-  g.sealed_groups = (g.sealed_pages + g.sealed_step - 1) / g.sealed_step;
-  g.count = g.sealed_groups + (g.open_pages + g.open_step - 1) / g.open_step;
-  g.max_tokens = max_i(g.sealed_step * g.sealed_capacity, g.open_step * g.open_capacity);
+  const int open = kv.shapes[kv.compute].capacity;
+  Groups g = {{part_of(kv, lane.fmt, 0, lane.sealed, 0),
+               part_of(kv, lane.rest_fmt, lane.sealed, lane.rest, lane.sealed_tokens),
+               part_of(kv, kv.compute, lane.sealed + lane.rest, (lane.kept - lane.closed_tokens + open - 1) / open,
+                       lane.closed_tokens)}, 0, 0};
+  for (const Part& part : g.parts) {
+    g.count += part.groups;
+    g.max_tokens = max_i(g.max_tokens, part.step * part.capacity);
+  }
   return g;
 }
 struct Group { Format fmt; int column, pages, first, capacity; };  // `first`: lane index of its first token
-INLINE Group group_at(const KV& kv, const Lane& lane, const Groups& g, int i) {
-  if (i < g.sealed_groups) {
-    const int column = i * g.sealed_step;
-    return {lane.fmt, column, min_i(g.sealed_step, g.sealed_pages - column), column * g.sealed_capacity, g.sealed_capacity};
-  }
-  const int column = (i - g.sealed_groups) * g.open_step;
-  return {kv.compute, g.sealed_pages + column, min_i(g.open_step, g.open_pages - column),
-          lane.sealed_tokens + column * g.open_capacity, g.open_capacity};
+INLINE Group group_at(const Groups& g, int i) {
+  const Part* part = g.parts;
+  while (i >= part->groups && part < g.parts + 2) i -= part++->groups;
+  const int page = i * part->step;
+  return {part->fmt, part->column + page, min_i(part->step, part->pages - page), part->first + page * part->capacity,
+          part->capacity};
 }
 
 // Query rows of one KV head: `rows` times its query heads, with the lane tokens [low, high) each may see.
@@ -131,7 +130,7 @@ static bool attend_span(const KV& kv, const Lane& lane, const Groups& groups, in
   std::memset(x.o, 0, sizeof(float) * x.rows * kv.dim);
   const int end = min_i(groups.count, (span + 1) * SPAN_GROUPS);
   for (int i = span * SPAN_GROUPS; i < end; i++) {
-    const Group g = group_at(kv, lane, groups, i);
+    const Group g = group_at(groups, i);
     if (g.first >= x.last) break;
     if (g.first + g.pages * g.capacity <= x.first) continue;
     if (!attend_group(kv, lane, g, x, groups.max_tokens)) return false;
@@ -273,7 +272,7 @@ static bool attention(const KV& kv, const Batch& batch, int layer, const float* 
     std::memset(total, 0, sizeof(float) * x.rows * dim);
     for (int r = 0; r < x.rows; r++) { tm[r] = NEG_INF; tl[r] = 0; }
     for (int s = 0; s * SPAN_GROUPS < groups.count; s++) {
-      if (group_at(kv, lane, groups, s * SPAN_GROUPS).first >= x.last) break;
+      if (group_at(groups, s * SPAN_GROUPS).first >= x.last) break;
       ok = attend_span(kv, lane, groups, s, x) && ok;
       for (int r = 0; r < x.rows; r++) merge(tm[r], tl[r], total + r * dim, x.m[r], x.l[r], x.o + r * dim, dim);
     }

@@ -19,6 +19,8 @@ struct KV {  // PagedKV in kv.py
   const int32_t* kept;    // [slots, layers, heads]
   const int32_t* sealed;  // [slots, layers, heads]
   const uint8_t* formats; // [slots]
+  const int32_t* rest;    // [slots, layers, heads]
+  const uint8_t* rest_formats;  // [slots]
   int slots, layers, heads, width, dim;
   Format compute;
   PageShape shapes[FORMATS];
@@ -33,6 +35,11 @@ struct Batch {  // LaneBatch in kv.py
   const int32_t* const* lane_positions;
   const float* const* log_weights;
   const int32_t *mass_capacity, *positions_capacity, *log_weights_capacity, *first_vote;
+};
+
+struct Rest {  // the second sealed part of lanes to write, Rest in kv.py; null arrays where there is none
+  const int32_t *start, *pages;  // [layers, heads]
+  Format fmt;
 };
 
 struct Matrix {  // packed by pack(): panels of 16 output rows, [panels][cols][16]
@@ -62,7 +69,8 @@ struct Kernels {
                       const int32_t* counts, const int32_t* start, const int32_t* dst_table, int dst_width,
                       const int32_t* dst_sealed, Format fmt);
   bool (*repack)(const KV& kv, int slot, const int32_t* keep, int keep_width, const int32_t* counts,
-                 const int32_t* start, const int32_t* dst_table, int dst_width, const int32_t* dst_sealed, Format fmt);
+                 const int32_t* start, const int32_t* dst_table, int dst_width, const int32_t* dst_sealed, Format fmt,
+                 const Rest& rest);
 };
 
 extern const Kernels kernels_generic;

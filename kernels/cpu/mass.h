@@ -33,7 +33,7 @@ static bool attention_mass(const KV& kv, const Batch& batch, int layer, const fl
         float* total;
         if (!make_block(kv, batch, lane, groups, it, layer, q, q_heads, scale, window, scratch, &x, &total)) { ok = false; break; }
         for (int k = span * SPAN_GROUPS; k < min_i(groups.count, (span + 1) * SPAN_GROUPS); k++) {
-          const Group g = group_at(kv, lane, groups, k);
+          const Group g = group_at(groups, k);
           if (g.first >= x.last) break;
           if (!group_scores(kv, lane, g, x, groups.max_tokens)) { ok = false; break; }
           const int tokens = min_i(g.pages * g.capacity, lane.kept - g.first);

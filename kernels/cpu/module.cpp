@@ -46,15 +46,18 @@ struct PyKV : KV {
     dim = dim_;
     compute = (Format)compute_;
     for (int f = 0; f < FORMATS; f++) shapes[f] = shape_of(s.at(f));
-    table = kept = sealed = nullptr;
-    formats = nullptr;
+    table = kept = sealed = rest = nullptr;
+    formats = rest_formats = nullptr;
     slots = layers = heads = width = 0;
   }
-  void bind(uintptr_t table_, uintptr_t kept_, uintptr_t sealed_, uintptr_t formats_, int slots_, int layers_, int heads_, int width_) {
+  void bind(uintptr_t table_, uintptr_t kept_, uintptr_t sealed_, uintptr_t formats_, uintptr_t rest_,
+            uintptr_t rest_formats_, int slots_, int layers_, int heads_, int width_) {
     table = at<const int32_t>(table_);
     kept = at<const int32_t>(kept_);
     sealed = at<const int32_t>(sealed_);
     formats = at<const uint8_t>(formats_);
+    rest = at<const int32_t>(rest_);
+    rest_formats = at<const uint8_t>(rest_formats_);
     slots = slots_;
     layers = layers_;
     heads = heads_;
@@ -159,8 +162,9 @@ NB_MODULE(_cpu, m) {
                               (Format)fmt), "write_lanes");
   }, release());
   m.def("repack", [](const PyKV& kv, int slot, uintptr_t keep, int keep_width, uintptr_t counts, uintptr_t start, uintptr_t dst_table,
-                     int dst_width, uintptr_t dst_sealed, int fmt) {
+                     int dst_width, uintptr_t dst_sealed, int fmt, uintptr_t rest_start, uintptr_t rest_pages, int rest_fmt) {
+    const Rest rest = {at<const int32_t>(rest_start), at<const int32_t>(rest_pages), (Format)rest_fmt};
     check(active->repack(kv, slot, at<const int32_t>(keep), keep_width, at<const int32_t>(counts), at<const int32_t>(start),
-                         at<const int32_t>(dst_table), dst_width, at<const int32_t>(dst_sealed), (Format)fmt), "repack");
+                         at<const int32_t>(dst_table), dst_width, at<const int32_t>(dst_sealed), (Format)fmt, rest), "repack");
   }, release());
 }

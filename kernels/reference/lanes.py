@@ -2,9 +2,11 @@
 
 Every index that comes in from outside is checked here, before it meets memory.
 
-    token i of a lane, with S sealed pages of capacity C and open pages of capacity P:
-        i <  S·C    page i // C              place i % C
-        i >= S·C    page S + (i - S·C) // P  place (i - S·C) % P
+    token i of a lane, with S sealed pages of capacity C, R pages of capacity B in the second format, and open pages of
+    capacity P:
+        i < S·C                page i // C                      place i % C
+        i - S·C = j < R·B      page S + j // B                  place j % B
+        j - R·B = k >= 0       page S + R + k // P              place k % P
 """
 
 from __future__ import annotations
@@ -68,26 +70,28 @@ def check_pages(kv: PagedKV, pages: Tensor) -> Tensor:
     return pages.long()
 
 
-def sealed_format(kv: PagedKV, slot: int) -> PageFormat:
-    return PageFormat(int(kv.formats[slot]))
+def sealed_formats(kv: PagedKV, slot: int) -> tuple[PageFormat, PageFormat]:
+    """Of the sealed pages and of those behind them."""
+    return PageFormat(int(kv.formats[slot])), PageFormat(int(kv.rest_formats[slot]))
 
 
 def sealed_tokens(kv: PagedKV, slot: int) -> Tensor:
-    """[layers, kv_heads] int64: tokens in the sealed pages of each lane of a slot."""
-    return kv.sealed[slot].long() * kv.layout.capacity(sealed_format(kv, slot))
+    """[layers, kv_heads] int64: tokens in the full pages of both formats of each lane of a slot."""
+    first, second = (kv.layout.capacity(fmt) for fmt in sealed_formats(kv, slot))
+    return kv.sealed[slot].long() * first + kv.rest[slot].long() * second
 
 
-def lane_pages(kv: PagedKV, slot: int, layer: int, head: int) -> tuple[Tensor, Tensor]:
-    """Page ids of a lane's sealed and of its open pages, int64."""
-    sealed = int(kv.sealed[slot, layer, head])
+def lane_pages(kv: PagedKV, slot: int, layer: int, head: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Page ids of a lane's sealed pages, of those in its second format and of its open ones, int64."""
+    sealed, rest = int(kv.sealed[slot, layer, head]), int(kv.rest[slot, layer, head])
     open_tokens = int(kv.kept[slot, layer, head]) - int(sealed_tokens(kv, slot)[layer, head])
-    if sealed < 0 or open_tokens < 0:
-        raise ValueError(f"slot {slot}, layer {layer}, head {head}: {sealed} sealed pages hold more than is kept")
-    count = sealed + kv.layout.pages(open_tokens)
+    if sealed < 0 or rest < 0 or open_tokens < 0:
+        raise ValueError(f"slot {slot}, layer {layer}, head {head}: {sealed} + {rest} pages hold more than is kept")
+    count = sealed + rest + kv.layout.pages(open_tokens)
     if count > kv.table.shape[3]:
         raise IndexError(f"a lane of {count} pages in a table {kv.table.shape[3]} wide")
     pages = check_pages(kv, kv.table[slot, layer, head, :count])
-    return pages[:sealed], pages[sealed:]
+    return pages[:sealed], pages[sealed : sealed + rest], pages[sealed + rest :]
 
 
 def newest(kv: PagedKV, slot: int, layer: int, rows: int) -> tuple[Tensor, Tensor]:
@@ -95,7 +99,8 @@ def newest(kv: PagedKV, slot: int, layer: int, rows: int) -> tuple[Tensor, Tenso
 
     They must be in open pages: a sealed page is never written to.
     """
-    kept, sealed, full = kv.kept[slot, layer].long(), kv.sealed[slot, layer].long(), sealed_tokens(kv, slot)[layer]
+    kept, full = kv.kept[slot, layer].long(), sealed_tokens(kv, slot)[layer]
+    sealed = kv.sealed[slot, layer].long() + kv.rest[slot, layer].long()
     index = kept - rows + torch.arange(rows)[:, None] - full
     if index.numel() and int(index.min()) < 0:
         raise ValueError(f"slot {slot}: the {rows} newest tokens reach into sealed pages")

@@ -5,6 +5,10 @@ repack, for each lane of a sequence:
     kept tokens = [ the `start` leading pages, untouched | the tokens `keep`, in order ]
                 -> [ pages up to `dst_sealed`, in `fmt`, full | the rest in the compute format ]
 
+and with a second format in between, whose own leading pages stay as well:
+
+                -> [ `dst_sealed` pages in `fmt` | `rest.pages` pages in `rest.fmt` | the rest in the compute format ]
+
 A token that leaves one quantized page for another is read back as a number and quantized again.
 """
 
@@ -13,19 +17,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from winnow.kernels.kv import PagedKV
+from winnow.kernels.kv import PagedKV, Rest
 from winnow.kernels.layout import PageFormat
 from winnow.kernels.reference.codec import decode_pages, encode_pages, float_views
-from winnow.kernels.reference.lanes import check_layer, check_pages, check_slot, lane_pages, sealed_format
+from winnow.kernels.reference.lanes import check_layer, check_pages, check_slot, lane_pages, sealed_formats
 
 
 def read_lane(kv: PagedKV, slot: int, layer: int, head: int) -> tuple[Tensor, Tensor]:
     """Keys and values of one lane, each [kept, D] f32."""
-    sealed, open_ = lane_pages(kv, slot, layer, head)
-    sealed_part = decode_pages(kv.data[sealed], kv.layout, sealed_format(kv, slot))
-    open_part = decode_pages(kv.data[open_], kv.layout, kv.layout.compute)
+    formats = (*sealed_formats(kv, slot), kv.layout.compute)
+    parts = [
+        decode_pages(kv.data[pages], kv.layout, fmt)
+        for pages, fmt in zip(lane_pages(kv, slot, layer, head), formats, strict=True)
+    ]
     kept = int(kv.kept[slot, layer, head])
-    keys, values = (torch.cat(parts)[:kept] for parts in zip(sealed_part, open_part, strict=True))
+    keys, values = (torch.cat(side)[:kept] for side in zip(*parts, strict=True))
     return keys, values
 
 
@@ -74,7 +80,7 @@ def write_lanes(
         count, columns = int(counts[head]), (int(start[head]), int(dst_sealed[head]))
         if not 0 <= count <= keys.shape[1] or columns[0] < 0:
             raise ValueError(f"{count} tokens from page {columns[0]} on, but {keys.shape[1]} are given")
-        _write_lane(kv, keys[head, :count], values[head, :count], dst_table[head], *columns, fmt)
+        _write_lane(kv, keys[head, :count], values[head, :count], dst_table[head], [(*columns, fmt)])
 
 
 def repack(
@@ -86,30 +92,41 @@ def repack(
     dst_table: Tensor,
     dst_sealed: Tensor,
     fmt: PageFormat,
+    rest: Rest | None = None,
 ) -> None:
     """Rewrites all lanes of a sequence from page `start` on.
 
     Args:
-        keep: [L, Hkv, K] int32, lane indices of the tokens that follow the first `start` pages, ascending, padded
-            with -1; None for every token from there on.
-        counts: [L, Hkv] int32, how many tokens follow.
+        keep: [L, Hkv, K] int32, lane indices of the tokens to write, in their new order, padded with -1; None for
+            every token behind the first `start` pages. Without `rest` they ascend.
+        counts: [L, Hkv] int32, how many tokens are written.
         start: [L, Hkv] int32, leading pages that stay as they are; they are sealed in `fmt` already.
-        dst_table: [L, Hkv, W] int32, the lane's new pages; the first `start` are not looked at.
+        dst_table: [L, Hkv, W] int32, the lane's new pages; those that stay are not looked at.
         dst_sealed: [L, Hkv] int32, pages in `fmt` of the new lane, `start` included.
+        rest: the part in a second format; None for a lane that had and will have none.
 
-    A destination page is fresh, or the lane's own page of the same column. The tables of `kv` are not changed.
+    A destination page is fresh, or any of the lane's own that does not stay. The tables of `kv` are not changed.
     """
     check_slot(kv, slot)
     lanes = tuple(kv.table.shape[1:3])
-    for name, part in {"counts": counts, "start": start, "dst_sealed": dst_sealed}.items():
+    none = torch.zeros(lanes, dtype=torch.int32)
+    has_rest, rest = rest is not None, rest or Rest(none, none, kv.layout.compute)
+    shapes = {"counts": counts, "start": start, "dst_sealed": dst_sealed, "start of rest": rest.start}
+    for name, part in {**shapes, "pages of rest": rest.pages}.items():
         if tuple(part.shape) != lanes:
             raise ValueError(f"{name} must be {list(lanes)}, not {list(part.shape)}")
     for layer in range(lanes[0]):
         for head in range(lanes[1]):
             index = _tokens(kv, slot, layer, head, keep, int(counts[layer, head]), int(start[layer, head]), fmt)
+            if not has_rest and bool((index.diff() <= 0).any()):
+                raise IndexError("tokens to keep must ascend")
             keys, values = read_lane(kv, slot, layer, head)
-            columns = (int(start[layer, head]), int(dst_sealed[layer, head]))
-            _write_lane(kv, keys[index], values[index], dst_table[layer, head], *columns, fmt)
+            sealed = int(dst_sealed[layer, head])
+            parts = [
+                (int(start[layer, head]), sealed, fmt),
+                (sealed + int(rest.start[layer, head]), sealed + int(rest.pages[layer, head]), rest.fmt),
+            ]
+            _write_lane(kv, keys[index], values[index], dst_table[layer, head], parts)
 
 
 def copy_pages(kv: PagedKV, src: Tensor, dst: Tensor) -> None:
@@ -124,33 +141,40 @@ def _tokens(
 ) -> Tensor:
     """Lane indices of the `count` tokens to move, checked: [count] int64."""
     kept, stay = int(kv.kept[slot, layer, head]), start * kv.layout.capacity(fmt)
-    if start < 0 or start > int(kv.sealed[slot, layer, head]) or (start and fmt != sealed_format(kv, slot)):
+    if start < 0 or start > int(kv.sealed[slot, layer, head]) or (start and fmt != sealed_formats(kv, slot)[0]):
         raise ValueError(f"the first {start} pages of the lane are not all sealed in {fmt.label}")
     if count < 0 or (keep is not None and count > keep.shape[2]):
         raise ValueError(f"{count} tokens were announced, {0 if keep is None else keep.shape[2]} are listed")
     index = torch.arange(stay, stay + count) if keep is None else keep[layer, head, :count].long()
-    if count and (int(index[0]) < stay or int(index[-1]) >= kept or bool((index.diff() <= 0).any())):
-        raise IndexError(f"tokens to keep must ascend within {stay}..{kept - 1}")
+    if count and (int(index.min()) < stay or int(index.max()) >= kept):
+        raise IndexError(f"tokens to keep must lie within {stay}..{kept - 1}")
     return index
 
 
 def _write_lane(
-    kv: PagedKV, keys: Tensor, values: Tensor, table: Tensor, start: int, sealed: int, fmt: PageFormat
+    kv: PagedKV, keys: Tensor, values: Tensor, table: Tensor, parts: list[tuple[int, int, PageFormat]]
 ) -> None:
-    """Writes keys and values [n, D] f32 to the pages of `table` [W] from column `start` on."""
-    full = (sealed - start) * kv.layout.capacity(fmt)
-    count = keys.shape[0]
-    if not 0 <= full <= count:
-        raise ValueError(f"{count} tokens do not fill pages {start} to {sealed - 1} in {fmt.label}")
-    width = sealed + kv.layout.pages(count - full)
+    """Writes keys and values [n, D] f32 to the pages of `table` [W]: full pages to the columns of each part (from, to,
+    format), what is left to open pages behind the last part."""
+    layout = kv.layout
+    done = 0
+    for first, last, fmt in parts:
+        count = (last - first) * layout.capacity(fmt)
+        if not 0 <= count <= keys.shape[0] - done:
+            raise ValueError(f"{keys.shape[0] - done} tokens do not fill pages {first} to {last - 1} in {fmt.label}")
+        if last > table.shape[0]:
+            raise IndexError(f"a lane of {last} pages in a table {table.shape[0]} wide")
+        if count:
+            raw = encode_pages(keys[done : done + count], values[done : done + count], layout, fmt)
+            kv.data[check_pages(kv, table[first:last]), : raw.shape[1]] = raw
+        done += count
+    sealed, left = parts[-1][1], keys.shape[0] - done
+    width = sealed + layout.pages(left)
     if width > table.shape[0]:
         raise IndexError(f"a lane of {width} pages in a table {table.shape[0]} wide")
-    pages = check_pages(kv, table[start:width])
-    if full:
-        raw = encode_pages(keys[:full], values[:full], kv.layout, fmt)
-        kv.data[pages[: sealed - start], : raw.shape[1]] = raw
-    place = torch.arange(count - full)
-    page, place = pages[sealed - start + place // kv.layout.page_tokens], place % kv.layout.page_tokens
-    k_view, v_view = float_views(kv.data, kv.layout, kv.layout.compute)
-    k_view[page, :, place] = keys[full:].to(k_view.dtype)
-    v_view[page, place] = values[full:].to(v_view.dtype)
+    pages = check_pages(kv, table[sealed:width])
+    place = torch.arange(left)
+    page, place = pages[place // layout.page_tokens], place % layout.page_tokens
+    k_view, v_view = float_views(kv.data, layout, layout.compute)
+    k_view[page, :, place] = keys[done:].to(k_view.dtype)
+    v_view[page, place] = values[done:].to(v_view.dtype)

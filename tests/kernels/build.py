@@ -24,6 +24,9 @@ class Held:
     sealed: tuple[int, ...] = (0,)
     """full pages in `fmt`"""
     fmt: PageFormat = PageFormat.INT4
+    rest: tuple[int, ...] = (0,)
+    """full pages in `rest_fmt` behind the sealed ones"""
+    rest_fmt: PageFormat = PageFormat.INT2
     evicted: bool = False
     """positions have gaps, and are written down, as they are anyway where lanes differ in kept length"""
     first_vote: int | None = None
@@ -33,8 +36,13 @@ class Held:
 
     def kept(self, layout: PageLayout, lanes: int) -> list[int]:
         """Tokens of each lane."""
-        capacity = layout.capacity(self.fmt)
-        return [self.sealed[i % len(self.sealed)] * capacity + self.open[i % len(self.open)] for i in range(lanes)]
+        first, second = layout.capacity(self.fmt), layout.capacity(self.rest_fmt)
+        return [
+            self.sealed[i % len(self.sealed)] * first
+            + self.rest[i % len(self.rest)] * second
+            + self.open[i % len(self.open)]
+            for i in range(lanes)
+        ]
 
 
 @dataclass
@@ -61,7 +69,8 @@ class State:
 
 
 def copy_kv(kv: PagedKV) -> PagedKV:
-    tables = {name: getattr(kv, name).clone() for name in ("data", "table", "kept", "sealed", "formats")}
+    names = ("data", "table", "kept", "sealed", "formats", "rest", "rest_formats")
+    tables = {name: getattr(kv, name).clone() for name in names}
     mass = {slot: part.clone() for slot, part in kv.mass.items()}
     positions = {slot: part.clone() for slot, part in kv.positions.items()}
     log_weights = {slot: part.clone() for slot, part in kv.log_weights.items()}
@@ -75,7 +84,7 @@ def build(
     rng = torch.Generator().manual_seed(seed)
     lanes, slots = layers * kv_heads, len(held) + 1
     longest = max(max(h.kept(layout, lanes)) for h in held)
-    most = [max(h.sealed) + layout.pages(max(h.open)) for h in held]
+    most = [max(h.sealed) + max(h.rest) + layout.pages(max(h.open)) for h in held]
     kv = PagedKV.allocate(layout, sum(most) * lanes + spare, slots, layers, kv_heads, max(most) + 1)
     kv.data.fill_(255)  # a NaN in every float format: what no token wrote must not be read
     free = torch.randperm(kv.data.shape[0], generator=rng).int()
@@ -84,14 +93,15 @@ def build(
     state = State(kv, LaneBatch(order, order, order, order), free)
     for slot, one in zip(order.tolist(), held, strict=True):
         kept = one.kept(layout, lanes)
-        kv.formats[slot] = int(one.fmt)
+        kv.formats[slot], kv.rest_formats[slot] = int(one.fmt), int(one.rest_fmt)
         for i in range(lanes):
             lane = (slot, i // kv_heads, i % kv_heads)
-            sealed, tokens = one.sealed[i % len(one.sealed)], one.open[i % len(one.open)]
+            sealed, rest = one.sealed[i % len(one.sealed)], one.rest[i % len(one.rest)]
+            tokens = one.open[i % len(one.open)]
             assert one.rows <= tokens, "the step's rows must fit the open pages"
-            count = sealed + layout.pages(tokens)
+            count = sealed + rest + layout.pages(tokens)
             kv.table[lane][:count], state.free = state.free[:count], state.free[count:]
-            kv.kept[lane], kv.sealed[lane] = kept[i], sealed
+            kv.kept[lane], kv.sealed[lane], kv.rest[lane] = kept[i], sealed, rest
             fill_lane(state, lane, rng)
         evicted = one.evicted or min(kept) < max(kept)
         seen = max(kept) + (37 if evicted else 0)
@@ -111,14 +121,18 @@ def build(
 def fill_lane(state: State, lane: tuple[int, int, int], rng: torch.Generator) -> None:
     """Random tokens of unit scale, a key channel in eight ten times larger, as models have them."""
     kv, layout, (slot, layer, head) = state.kv, state.kv.layout, lane
-    kept, sealed, fmt = int(kv.kept[lane]), int(kv.sealed[lane]), PageFormat(int(kv.formats[slot]))
+    kept = int(kv.kept[lane])
     keys, values = (torch.randn(kept, layout.head_dim, generator=rng) for _ in range(2))
     keys[:, ::8] += 4
     state.keys[slot, layer, head], state.values[slot, layer, head] = keys, values
-    pages, full = kv.table[lane].long(), sealed * layout.capacity(fmt)
-    if sealed:
-        raw = encode_pages(keys[:full], values[:full], layout, fmt)
-        kv.data[pages[:sealed], : raw.shape[1]] = raw
+    pages, sealed, full = kv.table[lane].long(), 0, 0
+    for count, code in ((kv.sealed[lane], kv.formats[slot]), (kv.rest[lane], kv.rest_formats[slot])):
+        fmt = PageFormat(int(code))
+        tokens = slice(full, full + int(count) * layout.capacity(fmt))
+        if count:
+            raw = encode_pages(keys[tokens], values[tokens], layout, fmt)
+            kv.data[pages[sealed : sealed + int(count)], : raw.shape[1]] = raw
+        sealed, full = sealed + int(count), tokens.stop
     k_view, v_view = float_views(kv.data, layout, layout.compute)
     for i in range(full, kept):
         page, place = int(pages[sealed + (i - full) // layout.page_tokens]), (i - full) % layout.page_tokens
@@ -157,8 +171,8 @@ def chunk_of(batch: LaneBatch, first: int, last: int) -> LaneBatch:
 
 
 def sealed_pages(kv: PagedKV) -> Tensor:
-    """[n] int64: ids of all sealed pages."""
-    return kv.table[torch.arange(kv.table.shape[3]) < kv.sealed[..., None]].long()
+    """[n] int64: ids of all full pages, in either format."""
+    return kv.table[torch.arange(kv.table.shape[3]) < (kv.sealed + kv.rest)[..., None]].long()
 
 
 def fixed(max_examples: int = 100) -> settings:

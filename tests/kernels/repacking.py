@@ -109,12 +109,25 @@ def plan(state: State, slot: int, move: Move, seed: int = 0) -> Repack:
     )
 
 
-def stored(layout: PageLayout, parts: Sequence[Tensor], fmt: PageFormat, full: int) -> list[Tensor]:
-    """What keys and values [n, D] become: the first `full` tokens in pages of `fmt`, the rest in the compute format."""
-    raw = encode_pages(parts[0][:full], parts[1][:full], layout, fmt)
-    sealed = decode_pages(torch.nn.functional.pad(raw, (0, layout.page_bytes - raw.shape[1])), layout, fmt)
+def stored(
+    layout: PageLayout,
+    parts: Sequence[Tensor],
+    fmt: PageFormat,
+    full: int,
+    rest_fmt: PageFormat = PageFormat.INT2,
+    rest_full: int = 0,
+) -> list[Tensor]:
+    """What keys and values [n, D] become: the first `full` tokens in pages of `fmt`, the next `rest_full` in pages of
+    `rest_fmt`, what is left in the compute format."""
     dtype = torch.float32 if layout.compute is PageFormat.F32 else torch.bfloat16
-    return [torch.cat([s, part[full:].to(dtype).float()]) for s, part in zip(sealed, parts, strict=True)]
+    done, sides = 0, ([], [])  # type: tuple[int, tuple[list[Tensor], list[Tensor]]]
+    for count, one in ((full, fmt), (rest_full, rest_fmt)):
+        raw = encode_pages(parts[0][done : done + count], parts[1][done : done + count], layout, one)
+        pages = torch.nn.functional.pad(raw, (0, layout.page_bytes - raw.shape[1]))
+        for side, numbers in zip(sides, decode_pages(pages, layout, one), strict=True):
+            side.append(numbers)
+        done += count
+    return [torch.cat([*side, part[done:].to(dtype).float()]) for side, part in zip(sides, parts, strict=True)]
 
 
 def _by_lane(kv: PagedKV, rows: Tensor) -> Tensor:

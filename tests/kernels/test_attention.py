@@ -24,6 +24,7 @@ MIXED = [
     Held((20,), fmt=BF16, sealed=(2, 1)),
     Held((60, 20), fmt=INT2, sealed=(1, 2), first_vote=0),
     Held((20,), rows=3, fmt=FP8, sealed=(0, 3)),
+    Held((30, 20), rows=3, sealed=(1, 2), rest=(2, 1), first_vote=1),
 ]
 CASES = {
     "one token": [Held((1,))],
@@ -44,6 +45,9 @@ CASES = {
     "int2 sealed pages": [Held((30, 4), rows=4, fmt=INT2, sealed=(3, 1))],
     "fp8 sealed pages": [Held((30, 4), rows=4, fmt=FP8, sealed=(3, 1))],
     "sealed pages in a float format": [Held((30, 4), rows=4, fmt=BF16, sealed=(3, 1))],
+    "two formats in a lane": [Held((30, 4), rows=4, sealed=(3, 1), rest=(1, 2), first_vote=0)],
+    "the second format alone": [Held((3,), rows=3, sealed=(0,), rest=(2, 1), rest_fmt=INT8)],
+    "a lane without the second format": [Held((30, 4), rows=4, fmt=INT8, sealed=(0, 2), rest=(1, 0), rest_fmt=INT4)],
     "decode and prefill in one batch, of different formats": MIXED,
     "a vote that starts inside a chunk": [Held((80,), rows=30, first_vote=11)],
     "every row of a long chunk votes": [Held((150,), rows=150, first_vote=0)],
@@ -142,7 +146,7 @@ def test_a_layer_reads_its_own_pages(native: Backend, reference: Backend, window
 @pytest.mark.parametrize("window", [0, 12])
 def test_attention_is_dense_attention(ops: Backend, held: list[Held], window: int) -> None:
     # Sealed pages in f32 lose nothing, so that the tokens as they were made are the truth.
-    held = [replace(h, fmt=F32) for h in held]
+    held = [replace(h, fmt=F32, rest_fmt=F32) for h in held]
     state = build(PageLayout(64), held, kv_heads=2)
     before = state.copy()
     q = randn(state.rows, 6, 64)

@@ -53,6 +53,7 @@ CUTS = {
         pytest.param(Held((701,), rows=201, first_vote=90), id="behind a long prefix"),
         pytest.param(Held((220, 251), rows=201, sealed=(2, 1), first_vote=150), id="behind sealed pages"),
         pytest.param(Held((251,), rows=201, first_vote=0, weighted=True), id="tokens that stand for many"),
+        pytest.param(Held((220, 251), rows=201, sealed=(1,), rest=(2, 1), first_vote=150), id="behind two formats"),
     ],
 )
 def test_a_prompt_cut_into_chunks(native: Backend, held: Held, cut: Iterable[int], window: int) -> None:

@@ -22,6 +22,7 @@ CASES = {
     "int8 pages and no open part": [Held((0,), rows=0, sealed=(2, 3), fmt=INT8)],
     "int2 pages": [Held((5, 20), sealed=(2, 1), fmt=INT2)],
     "fp8 pages": [Held((5, 20), sealed=(2, 1), fmt=FP8)],
+    "int4 and int2 pages": [Held((5, 20), sealed=(2, 0), rest=(1, 2))],
     "bf16 pages and ragged sealed counts": [Held((5,), sealed=(2, 0, 1), fmt=BF16)],
     "f32 pages": [Held((5,), sealed=(2, 0, 1), fmt=F32)],
 }
@@ -46,7 +47,9 @@ def test_lanes_are_read_as_their_pages_store_them(
             for head in range(3):
                 lane, count = (slot, layer, head), int(kept[head])
                 full = int(state.kv.sealed[lane]) * layout.capacity(one.fmt)
-                expected = stored(layout, (state.keys[lane], state.values[lane]), one.fmt, full)
+                rest_full = int(state.kv.rest[lane]) * layout.capacity(one.rest_fmt)
+                made = (state.keys[lane], state.values[lane])
+                expected = stored(layout, made, one.fmt, full, one.rest_fmt, rest_full)
                 for part, tokens in zip(lanes, expected, strict=True):
                     assert_same_bits(part[head, :count], tokens)
                     assert not part[head, count:].any()
