@@ -5,8 +5,9 @@ class KV:
         self, data: int, pages: int, page_bytes: int, dim: int, compute: int, shapes: list[list[int]]
     ) -> None: ...
     def bind(
-        self, table: int, kept: int, sealed: int, formats: int, slots: int, layers: int, heads: int, width: int
-    ) -> None: ...
+        self, table: int, kept: int, sealed: int, formats: int, rest: int, rest_formats: int, slots: int, layers: int,
+        heads: int, width: int,
+    ) -> None: ...  # fmt: skip
 
 class Batch:
     def __init__(self, size: int, rows: int, slots: int, cu_rows: int, positions: int, first_vote: int) -> None: ...
@@ -39,5 +40,5 @@ def write_lanes(
 ) -> None: ...  # fmt: skip
 def repack(
     kv: KV, slot: int, keep: int, keep_width: int, counts: int, start: int, dst_table: int, dst_width: int,
-    dst_sealed: int, fmt: int,
+    dst_sealed: int, fmt: int, rest_start: int, rest_pages: int, rest_fmt: int,
 ) -> None: ...  # fmt: skip

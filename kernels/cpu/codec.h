@@ -58,7 +58,8 @@ static void get_token(Format fmt, const PageShape& shape, int dim, const uint8_t
     const int64_t key_row = row_bytes(fmt, tokens), value_row = row_bytes(fmt, channels);
     for (int d = 0; d < dim; d++) {
       const int64_t row = (int64_t)block * dim + d;
-      key[d * stride] = (float)code_at(fmt, page + row * key_row, tokens, at % tokens) * from_f16(ks[row]) + from_f16(kz[row]);
+      const int code = code_at(fmt, page + row * key_row, tokens, at % tokens);
+      key[d * stride] = (float)code * from_f16(ks[row]) + from_f16(kz[row]);
     }
     for (int first = 0; first < dim; first += channels) {
       const int64_t row = (int64_t)(first / channels) * capacity + at;
@@ -119,7 +120,8 @@ static void seal_page(Format fmt, const PageShape& shape, int dim, uint8_t* page
     seal_fp8(keys, dim, capacity, stride, page, ks);
     seal_fp8(values, capacity, dim, dim, vpart, vs);
   } else if (fmt == F32) {
-    for (int d = 0; d < dim; d++) std::memcpy((float*)page + (int64_t)d * capacity, keys + d * stride, sizeof(float) * capacity);
+    for (int d = 0; d < dim; d++)
+      std::memcpy((float*)page + (int64_t)d * capacity, keys + d * stride, sizeof(float) * capacity);
     std::memcpy(vpart, values, sizeof(float) * (int64_t)capacity * dim);
   } else if (fmt == BF16) {
     for (int d = 0; d < dim; d++)
@@ -134,7 +136,8 @@ static void seal_page(Format fmt, const PageShape& shape, int dim, uint8_t* page
     row = 0;
     for (int first = 0; first < dim; first += channels)
       for (int t = 0; t < capacity; t++, row++)
-        seal_row(fmt, values + (int64_t)t * dim + first, channels, vpart + row * row_bytes(fmt, channels), vs + row, vz + row);
+        seal_row(fmt, values + (int64_t)t * dim + first, channels, vpart + row * row_bytes(fmt, channels), vs + row,
+                 vz + row);
   }
 }
 

@@ -5,7 +5,8 @@
 
 namespace winnow {
 
-enum Format : uint8_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3, INT2 = 4, FP8 = 5, FORMATS = 6 };  // PageFormat in layout.py
+// PageFormat in layout.py
+enum Format : uint8_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3, INT2 = 4, FP8 = 5, FORMATS = 6 };
 
 struct PageShape {  // of one format; from layout.py, bytes
   int capacity, key_block, value_block;

@@ -102,7 +102,8 @@ static bool write_lane(const KV& kv, int n, const float* keys, const float* valu
   const int dim = kv.dim, closed = to.sealed + to.rest;
   const PageShape &packed = kv.shapes[to.fmt], &second = kv.shapes[to.rest_fmt], &open = kv.shapes[kv.compute];
   if (n < 0 || to.first < 0 || to.sealed < to.first || to.rest_start < 0 || to.rest < to.rest_start) return false;
-  const int64_t full = (int64_t)(to.sealed - to.first) * packed.capacity + (int64_t)(to.rest - to.rest_start) * second.capacity;
+  const int64_t full = (int64_t)(to.sealed - to.first) * packed.capacity +
+                       (int64_t)(to.rest - to.rest_start) * second.capacity;
   const int64_t columns = closed + (n - full + open.capacity - 1) / open.capacity;
   if (full > n || (n > 0 && columns > width)) return false;
   int t = 0;
@@ -165,7 +166,8 @@ static bool repack(const KV& kv, int slot, const int32_t* keep, int keep_width, 
 #pragma omp parallel for schedule(dynamic, 1) reduction(&& : ok)
   for (int i = 0; i < lanes; i++) {
     const Lane lane = lane_of(kv, slot, i / kv.heads, i % kv.heads);
-    const Target to = {start[i], dst_sealed[i], rest.start ? rest.start[i] : 0, rest.pages ? rest.pages[i] : 0, fmt, rest.fmt};
+    const Target to = {start[i], dst_sealed[i], rest.start ? rest.start[i] : 0, rest.pages ? rest.pages[i] : 0, fmt,
+                       rest.fmt};
     const int n = counts[i], first = start[i];
     if (n < 0 || first < 0 || (keep && n > keep_width)) { ok = false; continue; }
     if (n == 0) {

@@ -47,7 +47,8 @@ INLINE V load_bf16(const uint16_t* p) {
 INLINE void load_u2(const uint8_t* p, V& first, V& second) {  // 16 numbers of four bytes
   int32_t word; std::memcpy(&word, p, 4);
   const __m256i x = _mm256_set1_epi32(word), three = _mm256_set1_epi32(3);
-  const __m256i low = _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14), high = _mm256_setr_epi32(16, 18, 20, 22, 24, 26, 28, 30);
+  const __m256i low = _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14);
+  const __m256i high = _mm256_setr_epi32(16, 18, 20, 22, 24, 26, 28, 30);
   first = (V)_mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srlv_epi32(x, low), three));
   second = (V)_mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srlv_epi32(x, high), three));
 }
@@ -70,7 +71,8 @@ INLINE void load_u4(const uint8_t* p, V& low, V& high) {
   for (int i = 0; i < LANES; i++) { low[i] = p[i] & 15; high[i] = p[i] >> 4; }
 }
 INLINE void load_u2(const uint8_t* p, V& first, V& second) {
-  for (int i = 0; i < LANES; i++) { first[i] = p[i / 4] >> 2 * (i % 4) & 3; second[i] = p[2 + i / 4] >> 2 * (i % 4) & 3; }
+  for (int i = 0; i < LANES; i++) first[i] = p[i / 4] >> 2 * (i % 4) & 3;
+  for (int i = 0; i < LANES; i++) second[i] = p[2 + i / 4] >> 2 * (i % 4) & 3;
 }
 INLINE V load_bf16(const uint16_t* p) {
   VI r; for (int i = 0; i < LANES; i++) r[i] = (int32_t)((uint32_t)p[i] << 16); return (V)r;

@@ -103,13 +103,14 @@ static void scores_of(const PageShape& shape, int dim, const uint8_t* page, cons
       }
       product<F>(folded, dim, rows, page + first * row_bytes(F, dim), tokens, dim, scores + first, lds, false);
       for (int r = 0; r < rows; r++)
-        for (int t = first; t < first + tokens; t += LANES) store(scores + r * lds + t, load(scores + r * lds + t) + splat(bias[r]));
+        for (int t = first; t < first + tokens; t += LANES)
+          store(scores + r * lds + t, load(scores + r * lds + t) + splat(bias[r]));
     }
   }
 }
 
-// o[r] += sum over the page's first `count` tokens of weights[r][t] * value t; a quantized page is full and has them all.
-// `folded` [rows][ldw] is scratch.
+// o[r] += sum over the page's first `count` tokens of weights[r][t] * value t; a quantized page is full and has them
+// all. `folded` [rows][ldw] is scratch.
 template <Format F>
 static void values_of(const PageShape& shape, int dim, const uint8_t* page, const float* weights, int64_t ldw, int rows,
                       int count, float* folded, float* o) {
