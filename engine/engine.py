@@ -16,6 +16,7 @@ from winnow.engine.compression.plan import Plan
 from winnow.engine.compression.timeline import Timeline
 from winnow.engine.config import EngineSettings
 from winnow.engine.errors import ModelError, PromptTooLong, RequestError
+from winnow.engine.forced import Observer, forced_outputs, forced_rows, forced_spans
 from winnow.engine.messages import EngineInfo, EngineStats, Output, Rejected, Submit
 from winnow.engine.models.decoder import Decoder
 from winnow.engine.pages import OutOfPages, PageArena
@@ -66,6 +67,7 @@ class Engine:
         self.sampler = Sampler()
         self.speculator = Speculator(self.arena, self.table)
         self.totals = Totals()
+        self.on_forced: Observer | None = None
         self._has_windows = any(config.windows)
         self._arrivals = 0
 
@@ -79,10 +81,14 @@ class Engine:
             batch = self.scheduler.schedule()
             if not batch.seqs:
                 return []
+            spans = forced_spans(batch)
+            batch.more_rows = forced_rows(spans)
             logits = self.runner.run(batch)
-            draws = self.speculator.verify(batch, logits, self.sampler)
-            outputs = self._compress(batch)
-            self._sample(batch, logits, draws)
+            known = logits[: len(logits) - len(batch.more_rows)]
+            outputs: list[StepOutput] = [*forced_outputs(spans, logits[len(known) :], self.on_forced)]
+            draws = self.speculator.verify(batch, known, self.sampler)
+            outputs += self._compress(batch)
+            self._sample(batch, known, draws)
             outputs += self._commit(draws)
         except Exception:
             outputs = self._give_up()
@@ -133,7 +139,7 @@ class Engine:
         for row, seq in zip(batch.logit_rows.tolist(), batch.seqs, strict=True):
             if not seq.is_running or seq.remaining or seq in draws:
                 continue
-            if seq.generated == 0:
+            if seq.sampled == 0:
                 self.totals.prompt_tokens += seq.prompt_tokens
             group = [seq, *self.scheduler.fork(seq)]
             rows += [row] * len(group)
@@ -204,11 +210,15 @@ class Engine:
         sampling, length = request.sampling, len(request.prompt)
         if not length:
             raise RequestError("prompt", "the prompt has no tokens")
-        if not all(0 <= token < self.config.vocab_size for token in request.prompt):
-            raise RequestError("prompt", f"token ids must be below {self.config.vocab_size}")
+        for name, tokens in (("prompt", request.prompt), ("forced", request.forced)):
+            if not all(0 <= token < self.config.vocab_size for token in tokens):
+                raise RequestError(name, f"token ids must be below {self.config.vocab_size}")
         check_sampling(sampling, self.config.vocab_size)
-        if sampling.max_tokens < 1:
-            raise RequestError("max_tokens", "max_tokens must be at least 1")
+        if sampling.max_tokens < 1 + len(request.forced):
+            least = 1 + len(request.forced)
+            raise RequestError("max_tokens", f"max_tokens must be at least {least}, one more than tokens are forced")
+        if request.forced and sampling.n > 1:
+            raise RequestError("n", "n must be 1 where tokens are forced")
         if not 1 <= sampling.n <= self.settings.max_seqs:
             raise RequestError("n", f"n must be from 1 to {self.settings.max_seqs}")
         if length + sampling.max_tokens > self.max_model_len:
@@ -230,13 +240,14 @@ class Engine:
                 sampling=sampling,
                 plan=plan,
                 timeline=timeline,
-                tokens=room_for(request.prompt, sampling.max_tokens),
-                length=length,
+                tokens=room_for(request.prompt, sampling.max_tokens, request.forced),
+                length=length + len(request.forced),
                 prompt_tokens=length,
                 seed=choice_seed(seed, index),
                 plan_seed=seed & (1 << 64) - 1,
                 salt=request.cache_salt,
                 speculation=speculation,
+                forced=len(request.forced),
             )
             for index in range(sampling.n)
         ]

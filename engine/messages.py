@@ -36,6 +36,8 @@ class Submit(msgspec.Struct, frozen=True, tag="submit", omit_defaults=True):
     sampling: SamplingParams
     plan: dict[str, Any] = {}
     """A resolved `Plan` as JSON data; empty: no compression."""
+    forced: list[int] = []
+    """What the output begins with; it is read after the prompt's plan was carried out, and counts as generated."""
     cache_salt: str = ""
     """Requests share cached prefixes only under an equal salt."""
     speculative: dict[str, Any] = {}

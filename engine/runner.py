@@ -30,7 +30,7 @@ class Runner:
 
         Returns:
             [R, vocab] float32 logits after the last known token of each sequence and after each guess behind it,
-            sequence after sequence (`ScheduledBatch.logit_rows`).
+            sequence after sequence (`ScheduledBatch.logit_rows`), then after its `more_rows`.
         """
         counts = batch.counts
         cu_rows = np.zeros(len(counts) + 1, np.int32)
@@ -49,5 +49,5 @@ class Runner:
         )
         wanted = batch.drafts + 1
         shift = cu_rows[1:] - wanted - batch.logit_rows
-        rows = torch.from_numpy(np.arange(wanted.sum()) + np.repeat(shift, wanted))
+        rows = torch.from_numpy(np.concatenate((np.arange(wanted.sum()) + np.repeat(shift, wanted), batch.more_rows)))
         return self._model.forward(torch.from_numpy(tokens), lanes, self._arena.kv, rows)

@@ -86,7 +86,11 @@ class Sampler:
             probabilities = _softmax(logits, edited, peak, drawn, batch)
             tokens[drawn] = self._draw(probabilities, drawn, batch)
         asked = np.flatnonzero((batch.logprobs >= 0) & ~bad)
-        return Sampled(tokens, bad, _logprobs(logits, tokens, asked, batch) if len(asked) else {})
+        if not len(asked):
+            return Sampled(tokens, bad, {})
+        asking = logits[torch.from_numpy(asked)]
+        logprobs = token_logprobs(asking, tokens[asked], batch.logprobs[asked])
+        return Sampled(tokens, bad, dict(zip(asked.tolist(), logprobs, strict=True)))
 
     def _draw(self, probabilities: Tensor, rows: NDArray[np.int64], batch: SamplingBatch) -> NDArray[np.int64]:
         uniform = batch.uniform[rows]
@@ -233,25 +237,23 @@ def _filter(
     return is_settled, np.where(top_p < 1, np.minimum(count, nucleus), count)
 
 
-def _logprobs(
-    logits: Tensor, tokens: NDArray[np.int64], rows: NDArray[np.int64], batch: SamplingBatch
-) -> dict[int, TokenLogprob]:
-    """Logprob and rank of the chosen token, and the likeliest ones, from the raw logits of the rows that ask."""
-    raw = logits[torch.from_numpy(rows)]
-    every = torch.log_softmax(raw, dim=1)
-    chosen = torch.from_numpy(tokens[rows]).unsqueeze(1)
+@torch.inference_mode()
+def token_logprobs(logits: Tensor, tokens: NDArray[np.integer], count: NDArray[np.int64]) -> list[TokenLogprob]:
+    """Logprob and rank of one token for each row of raw logits [R, vocab], and the `count` [R] likeliest ones."""
+    every = torch.log_softmax(logits, dim=1)
+    chosen = torch.from_numpy(tokens.astype(np.int64)).unsqueeze(1)
     logprob = every.gather(1, chosen)[:, 0].tolist()
-    rank = ((raw > raw.gather(1, chosen)).sum(dim=1) + 1).tolist()
-    wanted = np.minimum(batch.logprobs[rows], logits.shape[1]).tolist()
-    ids: list[list[int]] = [[] for _ in rows]
-    top: list[list[float]] = [[] for _ in rows]
+    rank = ((logits > logits.gather(1, chosen)).sum(dim=1) + 1).tolist()
+    wanted = np.minimum(count, logits.shape[1]).tolist()
+    ids: list[list[int]] = [[] for _ in wanted]
+    top: list[list[float]] = [[] for _ in wanted]
     if max(wanted) > 0:
-        likeliest = _likeliest(raw, max(wanted))
+        likeliest = _likeliest(logits, max(wanted))
         ids, top = likeliest.tolist(), every.gather(1, likeliest).tolist()
-    return {
-        int(row): TokenLogprob(logprob[i], rank[i], list(zip(ids[i][: wanted[i]], top[i][: wanted[i]], strict=True)))
-        for i, row in enumerate(rows)
-    }
+    return [
+        TokenLogprob(logprob[i], rank[i], list(zip(ids[i][:most], top[i][:most], strict=True)))
+        for i, most in enumerate(wanted)
+    ]
 
 
 def _likeliest(raw: Tensor, count: int) -> Tensor:

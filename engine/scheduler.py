@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,8 @@ class ScheduledBatch:
     """[B]"""
     drafts: Ints
     """[B] how many of them, the last ones, were guessed"""
+    more_rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """[M] rows of the step, beside the sequences' last ones, whose logits are wanted"""
 
     @property
     def is_speculative(self) -> NDArray[np.bool_]:
@@ -148,7 +150,7 @@ class Scheduler:
                 self._stop(seq)
                 return
             self.waiting.popleft()
-            if not seq.generated:
+            if not seq.sampled:
                 seq.cached_tokens = hit_tokens
                 self.counters.hit_tokens += hit_tokens
                 self.counters.queried_tokens += seq.length

@@ -43,6 +43,10 @@ class Sequence:
     block_keys: list[bytes] = field(default_factory=list)
     """Prefix cache keys of the prompt's full blocks"""
     salt: str = ""
+    forced: int = 0
+    """How many tokens after the prompt are the caller's"""
+    told: int = 0
+    """How many of these have been reported"""
     slot: int = NO_SLOT
     computed: int = 0
     vote_start: int = NEVER
@@ -70,6 +74,15 @@ class Sequence:
     @property
     def generated(self) -> int:
         return self.length - self.prompt_tokens
+
+    @property
+    def sampled(self) -> int:
+        """Generated tokens that the model chose."""
+        return self.generated - self.forced
+
+    @property
+    def reports_logprobs(self) -> bool:
+        return self.sampling.logprobs is not None
 
     @property
     def is_running(self) -> bool:
@@ -104,8 +117,9 @@ class Sequence:
         self.rejected_tokens += draw.guessed - draw.accepted
 
 
-def room_for(prompt: list[int], max_tokens: int) -> Ints:
-    """The token array of a new sequence."""
+def room_for(prompt: list[int], max_tokens: int, forced: list[int]) -> Ints:
+    """The token array of a new sequence; forced tokens are among the `max_tokens` that follow its prompt."""
     tokens = np.zeros(len(prompt) + max_tokens, np.int32)
     tokens[: len(prompt)] = prompt
+    tokens[len(prompt) : len(prompt) + len(forced)] = forced
     return tokens

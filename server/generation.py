@@ -55,6 +55,8 @@ class Generation:
         self.default_output = default_output
         self.prefixes = prefixes
         self.arrived = time.monotonic()
+        self.forced: Tokenize | None = None
+        """Makes the tokens that the output of each prompt begins with"""
         self.usage = Usage()
         self.has_plan = False
 
@@ -74,8 +76,9 @@ class Generation:
             self.has_plan = not plan.is_off
             self.usage.plan = described(plan) if self.has_plan else None
             tokens = [await flight.wait(service.in_thread(tokenize)) for tokenize in self.prompts]
-            submits = [self._submit(prompt, info, plan, speculation) for prompt in tokens]
-            flight.take(sum(map(len, tokens)))
+            forced = await flight.wait(service.in_thread(self.forced)) if self.forced is not None else []
+            submits = [self._submit(prompt, forced, info, plan, speculation) for prompt in tokens]
+            flight.take(sum(map(len, tokens)) + len(forced) * len(submits))
             self.usage.prompt_tokens = sum(map(len, tokens))
             self._observe_request(submits)
             async with aclosing(merge([service.client.generate(submit) for submit in submits])) as outputs:
@@ -90,7 +93,7 @@ class Generation:
         plan_labels: tuple[str, str],
     ) -> AsyncGenerator[Piece, None]:
         request, metrics = self.request, self.service.metrics
-        choices = [self._choice(i) for i in range(len(submits) * request.n)]
+        choices = [self._choice(i, len(submits[i // request.n].forced)) for i in range(len(submits) * request.n)]
         first, heard = [0.0] * len(choices), [0.0] * len(choices)
         while not all(choice.is_over for choice in choices):
             try:
@@ -121,8 +124,10 @@ class Generation:
             heard[choice.index] = now
             yield piece
 
-    def _submit(self, prompt: list[int], info: EngineInfo, plan: Plan, speculation: Speculation | None) -> Submit:
-        limit = self._output_tokens(len(prompt), info)
+    def _submit(
+        self, prompt: list[int], forced: list[int], info: EngineInfo, plan: Plan, speculation: Speculation | None
+    ) -> Submit:
+        limit = self._output_tokens(len(prompt), len(forced), info)
         if self.request.min_tokens > limit:
             message = f"min_tokens is {self.request.min_tokens}, and at most {limit} tokens can be generated"
             raise RequestError("min_tokens", message, "invalid_value")
@@ -131,12 +136,13 @@ class Generation:
             prompt=prompt,
             sampling=self.request.sampling(self.service.sampling_defaults, self.service.tokenizer.eos_token_ids, limit),
             plan={} if plan.is_off else plan.to_wire(),
+            forced=forced,
             cache_salt=self.request.cache_salt,
             speculative={} if speculation is None else speculation.model_dump(),
         )
 
-    def _output_tokens(self, prompt: int, info: EngineInfo) -> int:
-        """Tokens to generate at most."""
+    def _output_tokens(self, prompt: int, forced: int, info: EngineInfo) -> int:
+        """Tokens to generate at most, of which the first are forced."""
         longest, asked = info.max_model_len, self.request.output_limit
         if not prompt:
             raise RequestError(self.prompt_param, f"{self.prompt_param} has no tokens", "invalid_value")
@@ -145,18 +151,23 @@ class Generation:
             wanted = f" and {asked} for the output" if asked is not None else ""
             message = f"this model's context holds {longest} tokens, but there are {prompt} in the prompt{wanted}"
             raise PromptTooLong(self.prompt_param, message)
-        if asked is not None:
-            return asked
-        return left if self.default_output is None else min(self.default_output, left)
+        if asked is None:
+            asked = left if self.default_output is None else min(self.default_output + forced, left)
+        if asked <= forced:
+            message = (
+                f"max_tokens: {asked} tokens can be generated, and {forced} are forced; at least one more is needed"
+            )
+            raise RequestError("max_tokens", message, "invalid_value")
+        return asked
 
-    def _choice(self, index: int) -> Choice:
+    def _choice(self, index: int, forced: int) -> Choice:
         request = self.request
         continues = self.prompt_param == "prompt"  # a chat answer begins anew
         return Choice(
             index,
             self.service.tokenizer.stream(request.skip_special_tokens, continues),
             StopStrings(request.stop, request.include_stop_str_in_output),
-            request.min_tokens,
+            max(request.min_tokens, forced + 1 if forced else 0),  # what the caller says does not end the answer
         )
 
     def _with_prefix(self, piece: Piece, prompt: int, submits: list[Submit]) -> Piece:

@@ -50,11 +50,27 @@ Prompts = Annotated[
 ]
 
 
+def _forced(value: Any) -> Prompt:
+    if not isinstance(value, str) and not (isinstance(value, list) and all(map(_is_token, value))):
+        raise ValueError("must be a string or a list of token ids")
+    return value
+
+
+Forced = Annotated[
+    Prompt, PlainValidator(_forced), WithJsonSchema({"anyOf": [{"type": "string"}, _TOKENS | {"minItems": 0}]})
+]
+
+
 class CompletionRequest(GenerationRequest):
     prompt: Prompts
     logprobs: int | None = Field(None, ge=0, description="likeliest tokens at each position; 0: the chosen one only")
     echo: bool = Field(False, description="the text starts with the prompt; not with logprobs")
     best_of: int | None = Field(None, ge=1, description="must equal n")
+    forced: Forced | None = Field(
+        None,
+        description="what the output begins with, whatever the model would say: a text or token ids. It is read after "
+        "the prompt's compression was carried out, counts as output, and is reported like it, logprobs included",
+    )
     suffix: Annotated[Any, Unsupported("text cannot be inserted before a suffix", "")] = None
     add_special_tokens: bool = Field(True, description="put the model's start token before a text prompt")
 
@@ -64,6 +80,10 @@ class CompletionRequest(GenerationRequest):
             raise RequestError("best_of", "best_of must equal n", "invalid_value")
         if self.echo and self.logprobs is not None:
             raise RequestError("echo", "echo cannot be combined with logprobs", "invalid_value")
+        if self.forced is not None and self.n != 1:
+            raise RequestError("n", "n must be 1 with forced", "invalid_value")
+        if self.forced is not None and self.echo:
+            raise RequestError("echo", "echo cannot be combined with forced", "invalid_value")
         return self
 
     @property
@@ -85,3 +105,5 @@ class CompletionRequest(GenerationRequest):
         for prompt in self.prompt:
             if not isinstance(prompt, str) and prompt and max(prompt) >= vocab_size:
                 raise RequestError("prompt", f"prompt: the vocabulary has {vocab_size} tokens", "invalid_value")
+        if isinstance(self.forced, list) and self.forced and max(self.forced) >= vocab_size:
+            raise RequestError("forced", f"forced: the vocabulary has {vocab_size} tokens", "invalid_value")

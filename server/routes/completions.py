@@ -42,4 +42,7 @@ async def completions(
         default_output=DEFAULT_MAX_TOKENS,
         prefixes=[prompt if isinstance(prompt, str) else None for prompt in body.prompt] if body.echo else None,
     )
+    if body.forced is not None:
+        forced = body.forced
+        generation.forced = lambda: service.tokenizer.encode(forced, False) if isinstance(forced, str) else forced
     return await respond(request, generation, CompletionAnswer(name, service.tokenizer, body.logprobs_asked))

@@ -86,10 +86,13 @@ class Bench:
         plan: dict[str, Any] | None = None,
         salt: str = "",
         speculative: dict[str, Any] | None = None,
+        forced: Sequence[int] = (),
         **sampling: Any,
     ) -> None:
         params = SamplingParams(**({"temperature": 0.0, "max_tokens": tokens, "seed": 7} | sampling))
-        self.engine.submit(Submit(request_id, list(prompt), params, plan or {}, salt, speculative or {}))
+        self.engine.submit(
+            Submit(request_id, list(prompt), params, plan or {}, list(forced), salt, speculative or {})
+        )
 
     def step(self) -> list[StepOutput]:
         outputs = self._note(self.engine.step())

@@ -109,3 +109,36 @@ async def test_the_model_s_own_sampling_defaults(
     (tmp_path / "generation_config.json").write_text('{"temperature": -1}')
     with pytest.raises(ModelError, match=r"generation_config.json cannot be used: temperature"):
         sampling_defaults(settings.model_copy(update={"model": str(tmp_path)}))
+
+
+@pytest.mark.parametrize("forced", [" is a long", [5, 6, 7]])
+async def test_forced_tokens_go_to_the_engine(
+    http: httpx.AsyncClient, engine: FakeEngine, tokenizer: Tokenizer, forced: Any
+) -> None:
+    await ask(http, prompt=["This", "That"], forced=forced)
+    tokens = tokenizer.encode(forced, False) if isinstance(forced, str) else forced
+    assert [submit.forced for submit in engine.submits] == [tokens] * 2
+    assert engine.submits[0].sampling.max_tokens == 16 + len(tokens)
+
+
+async def test_stop_strings_count_after_forced_tokens(http: httpx.AsyncClient, engine: FakeEngine) -> None:
+    """The scripted engine says what it always says, as if it had been forced to."""
+    body = await ask(http, prompt="x", forced=engine.reply[:3], stop=[" capital", " France"])
+    assert body["choices"][0]["text"] == "The capital of"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"forced": [1, 2], "n": 2}, "n"),
+        ({"forced": [1, 2], "max_tokens": 2}, "max_tokens"),
+        ({"forced": [1, 2], "echo": True}, "echo"),
+        ({"forced": [49152]}, "forced"),
+        ({"forced": [-1]}, "forced"),
+        ({"forced": 7}, "forced"),
+        ({"forced": ["a"]}, "forced"),
+    ],
+)
+async def test_what_cannot_be_forced(http: httpx.AsyncClient, fields: dict[str, Any], param: str) -> None:
+    answer = await http.post("/v1/completions", json={"prompt": "x"} | fields)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
