@@ -6,7 +6,7 @@ ARGS ?=
 
 NATIVE := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h kernels/cpu/CMakeLists.txt)
 
-.PHONY: serve test check bench install install-dev format clean
+.PHONY: serve test check bench eval parity install install-dev format clean
 
 serve: install  ## start the server on 127.0.0.1:8000 with the default model
 	$(BIN)/winnow serve $(ARGS)
@@ -22,6 +22,18 @@ check: install-dev build/src  ## linters and types
 
 bench: install-dev  ## measure beside transformers; writes loadtest/results/
 	$(BIN)/python loadtest/bench.py $(ARGS)
+
+eval: install  ## what compression costs in quality: a few minutes; writes eval.json and eval.html
+	$(BIN)/winnow eval $(ARGS)
+
+parity: install-dev build/kvpress/.installed  ## the methods that kvpress has too, beside it; writes loadtest/results/
+	$(BIN)/winnow eval --kvpress build/kvpress/bin/python --name kvpress-parity --out loadtest/results $(ARGS)
+
+# kvpress pins an older transformers: an environment of its own.
+build/kvpress/.installed: loadtest/kvpress.txt
+	$(PYTHON) -m venv build/kvpress
+	build/kvpress/bin/pip install -q -r loadtest/kvpress.txt
+	touch $@
 
 format: install-dev
 	$(BIN)/ruff check --fix .

@@ -5,6 +5,7 @@ WinnowError
 │   ├── PlanNotSupported         a combination that cannot be honoured, and which part to change
 │   └── PromptTooLong
 ├── ModelError                   the model cannot be loaded; said at start-up, never over HTTP
+├── EvalError                    an evaluation that cannot be made as it was asked for; said by the command
 ├── Overloaded              503  with `retry_after_s`
 └── EngineDied              503  the request was lost, the server lives
 """
@@ -42,6 +43,10 @@ class PromptTooLong(RequestError):
 
 class ModelError(WinnowError):
     """The model's files are missing, damaged or of an unsupported kind."""
+
+
+class EvalError(WinnowError):
+    """An evaluation cannot be made as it was asked for: an option, a plan, a server that does not answer."""
 
 
 class Overloaded(WinnowError):

@@ -36,12 +36,12 @@ class Submit(msgspec.Struct, frozen=True, tag="submit", omit_defaults=True):
     sampling: SamplingParams
     plan: dict[str, Any] = {}
     """A resolved `Plan` as JSON data; empty: no compression."""
-    forced: list[int] = []
-    """What the output begins with; it is read after the prompt's plan was carried out, and counts as generated."""
     cache_salt: str = ""
     """Requests share cached prefixes only under an equal salt."""
     speculative: dict[str, Any] = {}
     """A `Speculation` as JSON data; empty: none"""
+    forced: list[int] = []
+    """What the output begins with; it is read after the prompt's plan was carried out, and counts as generated."""
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):

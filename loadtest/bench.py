@@ -25,10 +25,10 @@ from rich.console import Console
 from client import Ask, BenchError, Client
 from contenders import Contender, Server, Transformers, transformers
 from machine import ROOT, cores, facts
-from prompts import PromptBook, corpus
 from report import Report
 from scenarios import F32, INT8, QUICK, TARGETS, Bench, Sizes
 from serving import arena_gib, winnow
+from winnow.engine.evaluation.text import PromptBook, corpus, digest
 from winnow.engine.models.tokenizer import Tokenizer, load_tokenizer
 
 SCENARIOS = ("decode", "prefill", "together", "plans", "capacity")
@@ -118,10 +118,11 @@ def main(
 
     console, began = Console(width=None if sys.stdout.isatty() else 140), time.monotonic()
     tokenizer = load_tokenizer(model)
-    book = PromptBook(lambda text: tokenizer.encode(text, add_special_tokens=False), corpus())
+    text = corpus()
+    book = PromptBook(lambda part: tokenizer.encode(part, add_special_tokens=False), text)
     known = facts()
     threads = threads or cores()
-    known |= {"model": model, "threads": threads, "text": book.digest, "peers": peers, "sizes": asdict(sizes)}
+    known |= {"model": model, "threads": threads, "text": digest(text), "peers": peers, "sizes": asdict(sizes)}
     report = Report(name or known["date"].replace(":", "").replace("+0000", "Z"), known, targets=TARGETS)
     console.print(f"{known['machine']['cpu']}, {known['machine']['cores']} cores, {known['machine']['isa']}")
 

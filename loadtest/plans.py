@@ -22,12 +22,3 @@ SPEED: dict[str, dict[str, Any]] = {
     "streaming_llm 0.25": {"kv": {"evict": _evict("streaming_llm", 0.25)}},
     "h2o 0.5": {"kv": {"evict": _evict("h2o", 0.5)}},
 }
-
-QUALITY: dict[str, dict[str, Any]] = SPEED | {
-    "snapkv 0.5": {"kv": {"evict": _evict("snapkv", 0.5)}},
-    "snapkv 0.5 + int8": {"kv": {"evict": _evict("snapkv", 0.5), "format": "int8"}},
-    "tova 0.5": {"kv": {"evict": _evict("tova", 0.5)}},
-    "knorm 0.5": {"kv": {"evict": _evict("knorm", 0.5)}},
-    "keydiff 0.5": {"kv": {"evict": _evict("keydiff", 0.5)}},
-    "random 0.5": {"kv": {"evict": _evict("random", 0.5)}},
-}

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import plans
 from client import Ask, Client, Completion
 from contenders import TRANSFORMERS, Contender, Server
-from prompts import PromptBook
 from report import Report, Table, Target
 from serving import metric
+from winnow.engine.evaluation.text import PromptBook
 
 INT8, F32 = "winnow int8", "winnow f32"
 MIB = 2**20

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from winnow.engine.errors import ModelError
+from winnow.engine.errors import EvalError, ModelError
 from winnow.server import __version__
 from winnow.server.settings import SettingsError, load
 
@@ -70,6 +71,57 @@ def serve(
 
         run(create_app(settings), settings)
     except (SettingsError, ModelError) as error:
+        typer.echo(f"winnow: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+@app.command("eval")
+def evaluate(
+    plans: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated: 'default', brief plans such as snapkv:0.25:adaptive+int4, and YAML or JSON files of "
+            "names and plans. The controls are added."
+        ),
+    ] = "default",
+    budgets: Annotated[str, typer.Option(help="Budgets of the default plans.")] = "0.5,0.25",
+    tasks: Annotated[str, typer.Option(help="Generated tasks, 'all' or 'none'.")] = "niah_single,niah_multikey,qa",
+    lengths: Annotated[str, typer.Option(help="Tokens of the tasks.")] = "512",
+    samples: Annotated[int, typer.Option(min=1, help="Contexts of each task at each length.")] = 4,
+    protocols: Annotated[
+        str, typer.Option(help="query-agnostic (compressed before the question is read), query-aware, or 'all'.")
+    ] = "all",
+    text_prompts: Annotated[int, typer.Option(min=0, help="Contexts of real text; 0: no text.")] = 4,
+    text_context: Annotated[int, typer.Option(min=64, help="Tokens of real text that are compressed.")] = 1024,
+    text_new: Annotated[int, typer.Option(min=2, help="Tokens of real text after them.")] = 64,
+    model: Annotated[str, typer.Option(help="As for `winnow serve`.")] = "default",
+    weights: Annotated[str, typer.Option(help="How weights are held: f32 or int8.")] = "int8",
+    url: Annotated[
+        str | None,
+        typer.Option(help="A running Winnow server to ask instead; its key is read from WINNOW_API_KEY."),
+    ] = None,
+    kvpress: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead of all that, the Python of an environment with kvpress: compare the methods that both have, "
+            "on real text (`make parity`)."
+        ),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="All cores if unset.")] = None,
+    kv_memory_gib: Annotated[float, typer.Option(min=0.05, help="Memory for keys and values.")] = 2.0,
+    name: Annotated[str, typer.Option(help="Of the files that are written.")] = "eval",
+    out: Annotated[Path, typer.Option(help="Folder of NAME.json and NAME.html.")] = Path(),
+) -> None:
+    """Measure what compression costs in quality.
+
+    Plans are compared with the same model uncompressed: distributions of the next token on real text, and answers to
+    generated long-context tasks. As it stands it takes a few minutes on two cores.
+    """
+    options = locals()
+    command = import_module("winnow.engine.evaluation.command")  # it may load torch, which the server never does
+    try:
+        command.run(command.Options(**options))
+    except (EvalError, ModelError) as error:
         typer.echo(f"winnow: {error}", err=True)
         raise typer.Exit(2) from error
 

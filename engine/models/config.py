@@ -93,7 +93,7 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
         known = ", ".join(_GGUF_FAMILIES)
         raise ModelError(f"{file.path}: GGUF architecture {file.architecture!r} is not supported; supported: {known}")
     try:
-        stated = _gguf_to_transformers(file)
+        stated = gguf_to_transformers(file)
         if "sliding_window" in stated:
             if family != "llama":
                 raise ModelError(f"{file.path}: a sliding window is not supported for GGUF architecture {family!r}")
@@ -104,7 +104,7 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
         raise ModelError(f"{file.path}: the metadata cannot be used: {_one_line(error)}") from error
 
 
-def _gguf_to_transformers(file: GgufFile) -> dict[str, Any]:
+def gguf_to_transformers(file: GgufFile) -> dict[str, Any]:
     """Keyword arguments of the family's transformers config."""
     meta = {key.removeprefix(f"{file.architecture}."): value for key, value in file.metadata.items()}
     hidden, heads = meta["embedding_length"], meta["attention.head_count"]

@@ -90,9 +90,7 @@ class Bench:
         **sampling: Any,
     ) -> None:
         params = SamplingParams(**({"temperature": 0.0, "max_tokens": tokens, "seed": 7} | sampling))
-        self.engine.submit(
-            Submit(request_id, list(prompt), params, plan or {}, list(forced), salt, speculative or {})
-        )
+        self.engine.submit(Submit(request_id, list(prompt), params, plan or {}, salt, speculative or {}, list(forced)))
 
     def step(self) -> list[StepOutput]:
         outputs = self._note(self.engine.step())

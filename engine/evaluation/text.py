@@ -1,4 +1,8 @@
-"""Prompts of real text: Python's language reference, and what the packages that Winnow needs say of themselves.
+"""Real text that is there without a download, and prompts of it.
+
+The text is Python's language reference (PSF License) and what the packages that Winnow needs say of themselves in their
+metadata, readmes and notices, under the licenses that they come with: MIT, BSD or Apache 2.0, all of which allow
+that the text be read, and none of which is passed on here: results hold figures and a digest, no text.
 
 A prompt depends on its key and length only, so that runs with other scenarios or rounds read the same text. Prompts
 differ from their first tokens on: no server can take one for the beginning of another.
@@ -56,14 +60,17 @@ def _package_texts() -> Iterator[str]:
                 yield text.partition("\n\n")[2] if file.name == "METADATA" else text
 
 
+def digest(text: str) -> str:
+    """Tells which text a result was measured with."""
+    return sha256(text.encode()).hexdigest()[:16]
+
+
 class PromptBook:
     """Cuts prompts of exact lengths out of a text."""
 
     def __init__(self, encode: Callable[[str], list[int]], text: str):
         self._encode = encode
         self._tokens = encode(text)
-        self.digest = sha256(text.encode()).hexdigest()[:16]
-        """Tells which text a result was measured with"""
 
     def prompt(self, key: str, tokens: int) -> list[int]:
         """`tokens` token ids: a line with the key, and then a part of the text that the key chooses."""

@@ -1,0 +1,171 @@
+"""`winnow eval`: what the command does with its options. `server/cli.py` has their help."""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from winnow.engine.errors import EvalError
+from winnow.engine.evaluation.facts import facts
+from winnow.engine.evaluation.harness import PROTOCOLS, Harness, Protocol, Scope
+from winnow.engine.evaluation.http import ServerTarget
+from winnow.engine.evaluation.page import page
+from winnow.engine.evaluation.plans import check, read_plans
+from winnow.engine.evaluation.result import Result, write_text
+from winnow.engine.evaluation.tables import show
+from winnow.engine.evaluation.targets import EngineTarget, Target
+from winnow.engine.evaluation.tasks import TASKS
+from winnow.engine.evaluation.text import PromptBook, corpus, digest
+
+KEY = "WINNOW_API_KEY"
+
+
+@dataclass(frozen=True)
+class Options:
+    plans: str
+    budgets: str
+    tasks: str
+    lengths: str
+    samples: int
+    text_prompts: int
+    text_context: int
+    text_new: int
+    protocols: str
+    model: str
+    weights: str
+    url: str | None
+    kvpress: Path | None
+    threads: int | None
+    kv_memory_gib: float
+    name: str
+    out: Path
+
+
+def run(options: Options, console: Console | None = None) -> None:
+    """Measures, shows tables, and writes NAME.json and, of plans, NAME.html.
+
+    Raises
+        EvalError, ModelError
+    """
+    console = console or Console()
+    written = run_plans(options, console) if options.kvpress is None else run_parity(options, options.kvpress, console)
+    console.print("written: " + ", ".join(map(str, written)), highlight=False, soft_wrap=True)
+
+
+def run_plans(options: Options, console: Console) -> list[Path]:
+    scope = Scope(
+        tasks=_names("tasks", options.tasks, tuple(TASKS)),
+        lengths=tuple(_numbers("lengths", options.lengths, int)),
+        samples=options.samples,
+        text_prompts=options.text_prompts,
+        text_context=options.text_context,
+        text_new=options.text_new,
+        protocols=_protocols(options.protocols),
+    )
+    plans = read_plans(options.plans, _numbers("budgets", options.budgets, float))
+    for name, why in check(plans).items():
+        raise EvalError(f"{name}: {why}")
+    text = corpus()
+    with console.status("loading the model") if console.is_terminal else nullcontext():
+        target = _target(options)
+    about: dict[str, Any] = {"model": options.url or options.model, "weights": target.weights, "text": digest(text)}
+    result = Result(options.name, facts() | about, plans)
+
+    def save() -> None:
+        result.write(options.out)
+
+    with _progress(console) as progress:
+        bar = progress.add_task("", total=scope.units)
+        started = False
+
+        def say(what: str) -> None:
+            nonlocal started
+            progress.update(bar, description=what, advance=int(started))
+            started = True
+
+        Harness(target, text, plans, result).run(scope, say, save)
+        progress.update(bar, description="done", completed=scope.units)
+        result.facts["seconds"] = round(progress.tasks[0].elapsed or 0.0)
+    show(result, console)
+    return [result.write(options.out), write_text(options.out / f"{options.name}.html", page(result))]
+
+
+def run_parity(options: Options, python: Path, console: Console) -> list[Path]:
+    """Both sides hold f32 weights."""
+    from winnow.engine.evaluation.parity import BUDGETS, METHODS, KeptTarget, compare, write
+    from winnow.engine.models.export import export_directory
+
+    if options.url is not None or options.text_prompts == 0:
+        raise EvalError("--kvpress needs the engine in this process, not --url, and --text-prompts")
+    if not python.is_file():
+        raise EvalError(f"--kvpress: {python} is no Python; `make parity` sets one up")
+    text = corpus()
+    threads = options.threads or len(os.sched_getaffinity(0))
+    about = facts() | {"model": options.model, "weights": "f32", "text": digest(text)}
+    about |= {"prompts": options.text_prompts, "context": options.text_context, "new": options.text_new}
+    with TemporaryDirectory(prefix="winnow-weights-") as folder, _progress(console) as progress:
+        bar = progress.add_task("the model's weights", total=2 * (1 + len(METHODS) * len(BUDGETS)))
+        model = export_directory(options.model, Path(folder) / "model")
+        target = KeptTarget(options.model, "f32", threads, options.kv_memory_gib)
+        book = PromptBook(target.encode, text)
+        size = options.text_context + options.text_new
+        prompts = [
+            (tokens[: options.text_context], tokens[options.text_context :])
+            for tokens in book.prompts("eval/parity", options.text_prompts, size)
+        ]
+        parity = compare(
+            target,
+            model,
+            python,
+            prompts,
+            list(METHODS),
+            threads,
+            lambda what: progress.update(bar, description=what, advance=1),
+        )
+        progress.update(bar, description="done", completed=progress.tasks[0].total)
+    parity.show(console)
+    return [write(parity, about, options.out / f"{options.name}.json")]
+
+
+def _target(options: Options) -> Target:
+    if options.url is not None:
+        return ServerTarget(options.url, os.environ.get(KEY))
+    return EngineTarget(options.model, options.weights, options.threads, options.kv_memory_gib)
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=console)
+
+
+def _names(option: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    """Some of the known names, "all" or "none"."""
+    if text in ("all", "none"):
+        return known if text == "all" else ()
+    names = tuple(filter(None, (part.strip() for part in text.split(","))))
+    for name in names:
+        if name not in known:
+            raise EvalError(f"--{option}: {name!r} is none of {', '.join(known)}")
+    return names
+
+
+def _protocols(text: str) -> tuple[Protocol, ...]:
+    names = _names("protocols", text, PROTOCOLS)
+    return tuple(protocol for protocol in PROTOCOLS if protocol in names)
+
+
+def _numbers(option: str, text: str, kind: type) -> list[Any]:
+    try:
+        numbers = [kind(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise EvalError(f"--{option}: {text!r} is no list of numbers") from None
+    if any(number <= 0 for number in numbers):
+        raise EvalError(f"--{option}: {text!r}: numbers must be positive")
+    return numbers

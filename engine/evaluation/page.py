@@ -1,0 +1,156 @@
+"""A result as one HTML file that needs nothing else: plots of the frontier, and every figure in tables."""
+
+from __future__ import annotations
+
+from html import escape
+
+from winnow.engine.evaluation.chart import Line, Point, log_axis, percent_axis, plot, swatch
+from winnow.engine.evaluation.harness import TEXT
+from winnow.engine.evaluation.measures import Mean
+from winnow.engine.evaluation.plans import OFF, family, is_control
+from winnow.engine.evaluation.result import Result
+from winnow.engine.evaluation.tables import number, percent, with_error
+from winnow.engine.evaluation.tasks import TASKS
+
+_STYLE = """
+:root { color-scheme: light dark; --text: #1c1c1e; --soft: #6b7280; --rule: #d8dbe0; --back: #fff; --control: #8a8f98; }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #e6e6e8; --soft: #9aa0aa; --rule: #34373d; --back: #17181b; --control: #80858e; }
+}
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back); max-width: 1320px;
+  margin: 2rem auto; padding: 0 1.2rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+p, figcaption { color: var(--soft); max-width: 75ch; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: 1.2rem; }
+figure { margin: 0; } svg { width: 100%; height: auto; } svg text { font-size: 12px; fill: var(--soft); }
+svg .grid { stroke: var(--rule); } .line:hover polyline { stroke-width: 3.5; }
+.legend { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; padding: 0; list-style: none; }
+.swatch { width: 13px; height: 13px; vertical-align: -1px; margin-right: .35rem; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 14px; }
+th, td { padding: .22rem .7rem; border-bottom: 1px solid var(--rule); text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--back); }
+tr.off td { font-weight: 600; } tr.control td { color: var(--soft); }
+"""
+
+
+def page(result: Result) -> str:
+    facts = result.facts
+    stated = "; ".join(f"{key}: {value}" for key, value in facts.items() if isinstance(value, str | int))
+    lines = [
+        "<!doctype html>",
+        f'<html lang="en"><head><meta charset="utf-8"><title>winnow eval: {escape(result.name)}</title>',
+        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>',
+        f"<h1>What compression costs: {escape(str(facts.get('model', '')))}</h1>",
+        f"<p>{escape(stated)}</p>",
+        "<p>Every plan is compared with the same model uncompressed, on the same tokens. Bytes are those of the pages "
+        "that a request held at its end. Errors are one standard error over contexts. Grey are the controls, which "
+        "keep tokens at random, or the first and the newest: what any other eviction has to beat.</p>",
+        *_plots(result),
+        *_text_table(result),
+    ]
+    for protocol in result.protocols:
+        lines += _task_table(result, protocol)
+    if result.refused:
+        lines += ["<h2>Not measured</h2><ul>"]
+        lines += [f"<li>{escape(name)}: {escape(why)}</li>" for name, why in result.refused.items()]
+        lines += ["</ul>"]
+    return "\n".join([*lines, "</body></html>", ""])
+
+
+def _plots(result: Result) -> list[str]:
+    wanted = [
+        ("kl", None, "KL divergence, nats (less is better)"),
+        ("agreement", None, "same likeliest token"),
+        *(("score", protocol, f"answers found, {protocol}") for protocol in result.protocols),
+    ]
+    figures: list[str] = []
+    legend: dict[str, Line] = {}
+    for measure, protocol, title in wanted:
+        lines = _lines(result, measure, protocol)
+        if not lines:
+            continue
+        legend |= {line.name: line for line in lines}
+        xs, ys = ([getattr(p, axis) for line in lines for p in line.points] for axis in "xy")
+        up = log_axis(title, ys) if measure == "kl" else percent_axis(title, ys)
+        if measure == "score":
+            up = percent_axis(title, [0.0])
+        figures.append(
+            f"<figure>{plot(lines, percent_axis('bytes held, of those under no plan', [0.0, *xs]), up)}</figure>"
+        )
+    marks = [f"<li>{swatch(line)}{escape(line.name)}</li>" for line in legend.values()]
+    return ["<h2>Frontier</h2>", f'<ul class="legend">{"".join(marks)}</ul>', '<div class="plots">', *figures, "</div>"]
+
+
+def _lines(result: Result, measure: str, protocol: str | None) -> list[Line]:
+    """One for each family of plans; where all that is measured is alike, colours are too."""
+    families: dict[str, list[str]] = {}
+    for name in result.measured_plans:
+        families.setdefault(family(name), []).append(name)
+    numbers = {name: i for i, name in enumerate(f for f, plans in families.items() if not is_control(plans[0]))}
+    lines = []
+    for name, plans in families.items():
+        points = []
+        for plan in plans:
+            value, held = result.mean(plan, measure, protocol=protocol), result.mean(plan, "held", protocol=protocol)
+            if value is not None and held is not None and not (measure == "kl" and plan == OFF):
+                label = f"{plan}: {with_error(value)} at {percent(held)}"
+                points.append(Point(held.value, value.value, value.error, label))
+        if points:
+            lines.append(Line(name, tuple(points), numbers.get(name)))
+    return lines
+
+
+def _text_table(result: Result) -> list[str]:
+    rows = []
+    for name in result.measured_plans:
+        means = {m: result.mean(name, m, TEXT) for m in ("held", "held_mib", "kl", "agreement", "loss")}
+        if means["kl"] is not None:
+            rows.append(
+                _row(
+                    name,
+                    [
+                        percent(means["held"]),
+                        number(means["held_mib"], 1),
+                        with_error(means["kl"], digits=4),
+                        with_error(means["agreement"], 100, 1),
+                        with_error(means["loss"], digits=4),
+                    ],
+                )
+            )
+    if not rows:
+        return []
+    head = ["held", "MiB", "KL, nats", "agreement, %", "loss, nats"]
+    note = (
+        "KL: from the uncompressed model's distribution of the next token to the plan's. Agreement: how often both "
+        "find the same token likeliest. Loss: of the plan on what the text says. The tokens are the text's own, "
+        "whatever the model would have said, and were read after the context was compressed."
+    )
+    return ["<h2>Real text</h2>", f"<p>{note}</p>", *_table(head, rows)]
+
+
+def _task_table(result: Result, protocol: str) -> list[str]:
+    parts = result.parts
+    rows = []
+    for name in result.measured_plans:
+        scores: list[Mean | None] = [result.mean(name, "score", *part, protocol) for part in parts]
+        if any(score is not None for score in scores):
+            every = result.mean(name, "score", protocol=protocol)
+            held = percent(result.mean(name, "held", protocol=protocol))
+            rows.append(_row(name, [held, with_error(every, 100, 0), *(number(score, 0, 100) for score in scores)]))
+    when = "before the question was read" if protocol == "query-agnostic" else "with the question in it"
+    chances = "; ".join(
+        f"{task}: {TASKS[task].title} (guessing: {TASKS[task].chance})" for task in dict(parts) if task in TASKS
+    )
+    note = f"The context was compressed {when}. Per cent of the answers found. {chances}."
+    head = ["held", "all", *(f"{part} {length}" for part, length in parts)]
+    return [f"<h2>Tasks, {escape(protocol)}</h2>", f"<p>{escape(note)}</p>", *_table(head, rows)]
+
+
+def _row(name: str, cells: list[str]) -> str:
+    kind = ' class="off"' if name == OFF else ' class="control"' if is_control(name) else ""
+    return f"<tr{kind}><td>{escape(name)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+
+
+def _table(head: list[str], rows: list[str]) -> list[str]:
+    titles = "".join(f"<th>{escape(title)}</th>" for title in ("plan", *head))
+    return ['<div class="scroll"><table>', f"<tr>{titles}</tr>", *rows, "</table></div>"]

@@ -1,0 +1,142 @@
+"""The plans that are compared, written briefly: `snapkv:0.25:adaptive+int4`.
+
+plan    part+part…
+part    a page format (int4), or policy:budget and options
+budget  as in a request: 0.25 is a fraction of the tokens, 512 a count
+option  adaptive, pyramid, decode, both, or knob=value (window=32)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+
+from winnow.engine.compression.plan import FormatName, Plan
+from winnow.engine.compression.registry import EVICTION
+from winnow.engine.errors import EvalError, RequestError
+
+Plans = dict[str, dict[str, Any]]
+"""What a request writes under "compression", by name"""
+
+OFF = "off"
+"""The uncompressed model, to which all others are compared"""
+CONTROLS = ("random", "streaming_llm")
+"""What any other eviction has to beat; they stand beside it at its budget"""
+BUDGETS = (0.5, 0.25)
+FORMATS = ("int8", "int4", "int2", "fp8")
+COMPOSED = ("snapkv:0.25:adaptive", "snapkv:0.25:pyramid", "snapkv:0.5+int8", "snapkv:0.25+int4")
+
+_OPTIONS = {
+    "adaptive": ("head_budget", "adaptive"),
+    "pyramid": ("layer_budget", "pyramid"),
+    "decode": ("during", "decode"),
+    "both": ("during", "both"),
+}
+
+
+def default_plans(budgets: Iterable[float] = BUDGETS) -> list[str]:
+    """Every eviction policy there is at these budgets, the formats, and some of both together."""
+    formats = [name for name in FORMATS if name in get_args(FormatName)]
+    return [*formats, *(f"{policy}:{budget}" for policy in EVICTION for budget in budgets), *COMPOSED]
+
+
+def read_plans(text: str, budgets: Iterable[float] = BUDGETS) -> Plans:
+    """Plans of a command line: brief ones, files of full ones, and "default", separated by commas.
+
+    A file is YAML or JSON: names, and under each what a request writes.
+    """
+    plans: Plans = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        if item == "default":
+            plans |= {name: read_plan(name) for name in default_plans(budgets)}
+        elif item.endswith((".yaml", ".yml", ".json")):
+            plans |= _read_file(Path(item))
+        elif item != OFF:
+            plans[item] = read_plan(item)
+    if not plans:
+        raise EvalError("there are no plans to compare")
+    return {OFF: {}} | with_controls(plans)
+
+
+def read_plan(text: str) -> dict[str, Any]:
+    kv: dict[str, Any] = {}
+    for part in text.split("+"):
+        name, *options = part.split(":")
+        if name in get_args(FormatName) and not options:
+            _set(kv, "format", name, text)
+        elif name in EVICTION and options:
+            _set(kv, "evict", {"policy": name, "budget": _number(options[0]), **dict(map(_option, options[1:]))}, text)
+        elif name in EVICTION:
+            raise EvalError(f"{text}: {name} needs a budget, as in {name}:0.5")
+        else:
+            raise EvalError(f"{text}: {part!r} is no page format and no eviction policy")
+    return {"kv": kv}
+
+
+def with_controls(plans: Plans) -> Plans:
+    """The plans, and for each budget among them the controls."""
+    budgets = dict.fromkeys(
+        plan["kv"]["evict"]["budget"] for plan in plans.values() if (plan.get("kv") or {}).get("evict")
+    )
+    controls = [f"{policy}:{budget}" for policy in CONTROLS for budget in budgets]
+    return plans | {name: read_plan(name) for name in controls if name not in plans}
+
+
+def is_control(name: str) -> bool:
+    return name.split(":")[0] in CONTROLS and "+" not in name
+
+
+def family(name: str) -> str:
+    """A plan's name without its budgets: plans of one family make one line of a plot."""
+    parts = (part.split(":") for part in name.split("+"))
+    return "+".join(":".join(piece for i, piece in enumerate(part) if i != 1) for part in parts)
+
+
+def check(plans: Plans) -> dict[str, str]:
+    """Why the plans that no request could name are refused, by name."""
+    refused = {}
+    for name, plan in plans.items():
+        try:
+            Plan.parse(plan)
+        except RequestError as error:
+            refused[name] = error.message
+    return refused
+
+
+def _set(kv: dict[str, Any], key: str, value: Any, text: str) -> None:
+    if key in kv:
+        raise EvalError(f"{text}: two parts say what {key} is")
+    kv[key] = value
+
+
+def _option(text: str) -> tuple[str, Any]:
+    if text in _OPTIONS:
+        return _OPTIONS[text]
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise EvalError(f"{text!r} is no option; known: {', '.join(_OPTIONS)}, and knob=value")
+    return name, yaml.safe_load(value)
+
+
+def _number(text: str) -> float | int:
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        raise EvalError(f"{text!r} is no budget: a fraction such as 0.25, or a count of tokens") from None
+
+
+def _read_file(path: Path) -> Plans:
+    try:
+        data = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise EvalError(f"{path}: {error}") from error
+    if not isinstance(data, dict) or not all(isinstance(plan, dict) for plan in data.values()):
+        raise EvalError(f"{path}: must hold names, and a plan under each")
+    return {str(name): plan for name, plan in data.items() if name not in (OFF, False)}  # YAML reads "off" as false

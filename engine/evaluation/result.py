@@ -1,0 +1,111 @@
+"""What was measured, as data: every value, with means and standard errors beside, and the summary of each plan."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from winnow.engine.evaluation.measures import Mean
+from winnow.engine.evaluation.plans import OFF, Plans, is_control
+
+
+class Cell(NamedTuple):
+    """Where a value belongs."""
+
+    plan: str
+    part: str
+    """"text" or a task"""
+    length: int
+    """Tokens of the context"""
+    protocol: str
+    """"query-aware" or "query-agnostic"; empty for text"""
+
+
+@dataclass
+class Result:
+    name: str
+    facts: dict[str, Any]
+    plans: Plans
+    refused: dict[str, str] = field(default_factory=dict)
+    """Why, by plan"""
+    values: dict[Cell, dict[str, list[float]]] = field(default_factory=dict)
+    """Measure to its values, one for each context"""
+
+    def add(self, plan: str, part: str, length: int, protocol: str, **measured: float) -> None:
+        cell = self.values.setdefault(Cell(plan, part, length, protocol), {})
+        for measure, value in measured.items():
+            cell.setdefault(measure, []).append(value)
+
+    @property
+    def measured_plans(self) -> list[str]:
+        """Uncompressed, the controls, then the others, as they were named."""
+        seen = {cell.plan for cell in self.values}
+        names = [name for name in self.plans if name in seen]
+        return sorted(names, key=lambda name: (name != OFF, not is_control(name)))
+
+    @property
+    def parts(self) -> list[tuple[str, int]]:
+        """Tasks with their lengths."""
+        return list(dict.fromkeys((cell.part, cell.length) for cell in self.values if cell.protocol))
+
+    @property
+    def protocols(self) -> list[str]:
+        return list(dict.fromkeys(cell.protocol for cell in self.values if cell.protocol))
+
+    def mean(
+        self,
+        plan: str,
+        measure: str,
+        part: str | None = None,
+        length: int | None = None,
+        protocol: str | None = None,
+    ) -> Mean | None:
+        """Over all contexts of the cells that match; None where nothing was measured."""
+        values = [
+            value
+            for cell, measures in self.values.items()
+            if cell.plan == plan
+            and part in (None, cell.part)
+            and length in (None, cell.length)
+            and protocol in (None, cell.protocol)
+            for value in measures.get(measure, ())
+        ]
+        return Mean.of(values) if values else None
+
+    def as_dict(self) -> dict[str, Any]:
+        cells = []
+        for cell, measures in self.values.items():
+            values = {measure: [_short(value) for value in of] for measure, of in measures.items()}
+            means = {measure: _shown(Mean.of(of)) for measure, of in values.items()}
+            cells.append({**cell._asdict(), "means": means, "values": values})
+        return {"name": self.name, **self.facts, "plans": self.plans, "refused": self.refused, "cells": cells}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Result:
+        facts = {key: value for key, value in data.items() if key not in ("name", "plans", "refused", "cells")}
+        result = cls(data["name"], facts, data["plans"], data["refused"])
+        for cell in data["cells"]:
+            result.values[Cell(*(cell[name] for name in Cell._fields))] = cell["values"]
+        return result
+
+    def write(self, folder: Path) -> Path:
+        """Writes NAME.json whole: a run that is cut keeps what it had."""
+        return write_text(folder / f"{self.name}.json", json.dumps(self.as_dict(), indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(path.suffix + ".tmp")
+    draft.write_text(text, "utf-8")
+    draft.replace(path)
+    return path
+
+
+def _shown(mean: Mean) -> dict[str, float | None]:
+    return {"mean": _short(mean.value), "error": None if mean.error is None else _short(mean.error)}
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.5g}")

@@ -1,0 +1,217 @@
+"""What is asked of a model, in this process and over HTTP, and what comes out of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from html.parser import HTMLParser
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from winnow.engine.errors import EvalError, RequestError
+from winnow.engine.evaluation.harness import PROTOCOLS, TEXT, Harness, Scope
+from winnow.engine.evaluation.http import ServerTarget
+from winnow.engine.evaluation.page import page
+from winnow.engine.evaluation.parity import KeptTarget
+from winnow.engine.evaluation.plans import OFF, Plans, read_plans
+from winnow.engine.evaluation.result import Cell, Result
+from winnow.engine.evaluation.tables import show
+from winnow.engine.evaluation.targets import Answer, Ask
+from winnow.server.cli import app
+
+from ..contract.serving import KEY, serving
+
+PLANS = read_plans("snapkv:0.5,h2o:0.25+int4,streaming_llm:1.0")
+TEXT_OF_ALL = " ".join(f"The {i}th sentence says a little of this and that, as others do." for i in range(300))
+SCOPE = Scope(("niah_single", "qa"), (400,), 2, text_prompts=2, text_context=200, text_new=20)
+
+
+def measure(target: KeptTarget | ServerTarget, scope: Scope = SCOPE, plans: Plans = PLANS) -> Result:
+    result = Result("unit", {"model": "tiny"}, plans)
+    Harness(target, TEXT_OF_ALL, plans, result).run(scope, lambda _: None)
+    return result
+
+
+@pytest.fixture(scope="module")
+def result(target: KeptTarget) -> Result:
+    return measure(target)
+
+
+def test_everything_is_measured(result: Result) -> None:
+    wanted = {Cell(plan, TEXT, 200, "") for plan in PLANS}
+    wanted |= {Cell(plan, task, 400, protocol) for plan in PLANS for task in SCOPE.tasks for protocol in PROTOCOLS}
+    assert set(result.values) == wanted
+    assert all(len(values) == 2 for cell in result.values.values() for values in cell.values())
+    assert result.measured_plans[0] == OFF
+    assert not result.refused
+
+
+def test_what_keeps_all_is_the_uncompressed_model(result: Result) -> None:
+    for plan in (OFF, "streaming_llm:1.0"):
+        cell = result.values[Cell(plan, TEXT, 200, "")]
+        assert cell["kl"] == [0, 0]
+        assert cell["agreement"] == [1, 1]
+        assert cell["loss"] == result.values[Cell(OFF, TEXT, 200, "")]["loss"]
+        assert cell["held"] == [1, 1]
+
+
+def test_what_keeps_less_is_not(result: Result) -> None:
+    half, least = (result.values[Cell(plan, TEXT, 200, "")] for plan in ("snapkv:0.5", "h2o:0.25+int4"))
+    assert min(half["kl"]) > 0
+    assert max(half["held"]) < 0.7
+    assert max(least["held"]) < 0.4
+    assert np.mean(least["kl"]) > np.mean(half["kl"])
+
+
+def test_the_same_numbers_again(result: Result, target: KeptTarget) -> None:
+    """With pages in the prefix cache that the first run left."""
+    assert measure(target).values == result.values
+
+
+def test_the_question_is_read_after_the_context_was_compressed(target: KeptTarget) -> None:
+    """Agnostic: as if the question's tokens had been generated. Aware: what is kept has seen it."""
+    context, question = target.encode(TEXT_OF_ALL[:300]), target.encode(" And what then?")
+    plan = {"kv": {"evict": {"policy": "streaming_llm", "budget": 64}}}
+    agnostic, aware = target.ask([Ask(context, plan, question, 5), Ask(context + question, plan, [], 5)])
+    assert isinstance(agnostic, Answer) and isinstance(aware, Answer)
+    page_bytes, lanes = target.engine.arena.layout.page_bytes, target.engine.arena.lanes
+    assert agnostic.held == page_bytes * lanes * -(-(64 + len(question) + 4) // 16)
+    assert aware.held == page_bytes * lanes * -(-(64 + 4) // 16)
+
+
+def test_refused_plans_are_noted_and_asked_once(target: KeptTarget) -> None:
+    asked: list[str] = []
+
+    class Refusing(KeptTarget):
+        def __init__(self) -> None:
+            self.__dict__.update(target.__dict__)
+
+        def ask(self, asks: Sequence[Ask]) -> list[Answer | RequestError]:
+            asked.extend(str(ask.plan) for ask in asks)
+            answers = super().ask(asks)
+            error = RequestError("compression", "needs a profile")
+            return [error if "h2o" in str(ask.plan) else one for ask, one in zip(asks, answers, strict=True)]
+
+    result = measure(Refusing())
+    assert result.refused == {"h2o:0.25+int4": "needs a profile"}
+    assert sum("h2o" in plan for plan in asked) == 1
+    assert "h2o:0.25+int4" not in result.measured_plans
+    assert "needs a profile" in page(result)
+
+
+def test_contexts_that_do_not_fit(target: KeptTarget) -> None:
+    with pytest.raises(EvalError, match="4096 tokens are more than the 2048"):
+        measure(target, Scope(("qa",), (4096,), 1, 0, 0, 0))
+
+
+def test_a_server_says_the_same(result: Result, tiny_folder: Path, tmp_path: Path) -> None:
+    """Exactly, but for the divergence, of which it tells a part."""
+    with serving(tmp_path, "--model", str(tiny_folder), "--weights", "f32", "--kv-memory-gib", "0.1") as server:
+        with pytest.raises(EvalError, match="401"):
+            ServerTarget(server.url)
+        over_http = measure(ServerTarget(server.url, KEY), replace(SCOPE, samples=1, tasks=("qa",)))
+    assert {cell.part for cell in over_http.values} == {TEXT, "qa"}
+    for cell, other in over_http.values.items():
+        measures = {name: values[: len(other["held"])] for name, values in result.values[cell].items()}
+        for name in measures.keys() - {"kl"}:
+            assert other[name] == pytest.approx(measures[name], abs=1e-5), (cell, name)
+        for told, exact in zip(other.get("kl", []), measures.get("kl", []), strict=True):
+            assert 0 <= told <= exact + 1e-5
+
+
+def test_no_server() -> None:
+    with pytest.raises(EvalError, match=r"127\.0\.0\.1:9"):
+        ServerTarget("http://127.0.0.1:9")
+
+
+def test_results_are_written_and_read(result: Result, tmp_path: Path) -> None:
+    path = result.write(tmp_path / "results")
+    data = json.loads(path.read_text("utf-8"))
+    again = Result.from_dict(data)
+    assert again.as_dict() == data
+    assert again.mean("snapkv:0.5", "kl", TEXT) is not None
+    assert again.mean("snapkv:0.5", "score", "variables") is None
+    (cell,) = (cell for cell in data["cells"] if (cell["plan"], cell["part"]) == ("snapkv:0.5", TEXT))
+    assert cell["means"]["kl"]["mean"] == pytest.approx(np.mean(cell["values"]["kl"]), rel=1e-3)
+
+
+class Links(HTMLParser):
+    """Open elements, and everything that would be fetched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text = ""
+        self.fetched: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.fetched += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_stands_alone(result: Result) -> None:
+    html = page(result)
+    parser = Links()
+    parser.feed(html)
+    parser.close()
+    assert not parser.open
+    assert not parser.fetched
+    assert html.count("<figure>") == 4
+    for name in PLANS:
+        assert name in parser.text
+    assert "nan" not in html.lower().replace("finance", "")
+
+
+def test_the_terminal(result: Result) -> None:
+    out = StringIO()
+    show(result, Console(file=out, width=140))
+    for name in (*PLANS, "query-agnostic", "query-aware", "niah_single"):
+        assert name in out.getvalue()
+
+
+def test_the_command(tiny_folder: Path, tmp_path: Path) -> None:
+    sizes = ["--lengths=900", "--samples=1", "--text-prompts=1", "--text-context=128", "--text-new=8"]
+    model = [f"--model={tiny_folder}", "--weights=f32", "--threads=1", "--kv-memory-gib=0.1"]
+    done = CliRunner().invoke(
+        app, ["eval", "--plans=knorm:0.5", "--tasks=variables", *sizes, *model, f"--out={tmp_path}", "--name=mine"]
+    )
+    assert done.exit_code == 0, done.output
+    assert {file.name for file in tmp_path.iterdir()} == {"mine.json", "mine.html"}
+    data = json.loads((tmp_path / "mine.json").read_text("utf-8"))
+    assert set(data["plans"]) == {OFF, "knorm:0.5", "random:0.5", "streaming_llm:0.5"}
+    assert data["cells"] and data["seconds"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("option", "why"),
+    [
+        ("--plans=nonsense", "no page format"),
+        ("--plans=snapkv:0.5:window=0", "window"),
+        ("--tasks=chess", "'chess' is none of"),
+        ("--lengths=many", "no list of numbers"),
+        ("--budgets=-1", "must be positive"),
+        ("--protocols=psychic", "is none of"),
+        ("--url=http://127.0.0.1:9", "127.0.0.1:9"),
+    ],
+)
+def test_wrong_options(option: str, why: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["eval", option, f"--out={tmp_path}"])
+    assert done.exit_code == 2
+    assert why in done.output
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,113 @@
+"""Comparing with kvpress: keep sets, weights as a directory, and the job that its side is given."""
+
+from __future__ import annotations
+
+import json
+import sys
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+from winnow.engine.errors import EvalError, ModelError
+from winnow.engine.evaluation.measures import Whole
+from winnow.engine.evaluation.parity import BUDGETS, METHODS, KeptTarget, common_share, compare, plan_of, write
+from winnow.engine.evaluation.plans import check
+from winnow.engine.evaluation.targets import Ask
+from winnow.engine.models.export import export_directory
+
+from ..models.checkpoints import logits_of, prompt_of, random_model, write_gguf
+
+
+def test_shares_of_common_tokens() -> None:
+    generator = np.random.default_rng(0)
+    ours, theirs = (
+        np.array([[sorted(generator.choice(50, 20, replace=False)) for _ in range(3)] for _ in range(2)], np.int32)
+        for _ in range(2)
+    )
+    both = sum(len(set(ours[i, j].tolist()) & set(theirs[i, j].tolist())) for i in range(2) for j in range(3))
+    assert common_share(ours, theirs) == both / (2 * 3 * 20)
+    assert common_share(ours, ours) == 1
+    with pytest.raises(EvalError, match="lanes"):
+        common_share(ours, theirs[:1])
+
+
+def test_the_kept_tokens_of_a_plan(target: KeptTarget) -> None:
+    whole, kept = target.kept_after(Ask(list(range(100)), plan_of("streaming_llm", 0.25), [1, 2, 3], foretells=True))
+    assert isinstance(whole, Whole)
+    assert kept.shape == (2, 2, 25)
+    assert (kept == [*range(4), *range(79, 100)]).all()
+    assert target.kept_after(Ask(list(range(100)), {}, [1, 2, 3], foretells=True))[1].size == 0
+
+
+def test_plans_are_plans() -> None:
+    from winnow.engine.compression.registry import EVICTION
+
+    assert (
+        check({f"{name}:{budget}": plan_of(name, budget) for name in METHODS if name in EVICTION for budget in BUDGETS})
+        == {}
+    )
+    assert all(method.note for method in METHODS.values())
+
+
+def test_weights_as_a_directory(tmp_path: Path) -> None:
+    model = random_model("llama")
+    path = write_gguf(tmp_path / "tiny.gguf", model, "llama")
+    folder = export_directory(str(path), tmp_path / "hf")
+    again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert torch.allclose(logits_of(again, prompt_of(40)), logits_of(model, prompt_of(40)), atol=1e-3)
+    assert export_directory(str(folder), tmp_path / "other") == folder
+    assert export_directory(str(path), tmp_path / "hf") == folder
+    with pytest.raises(ModelError):
+        export_directory(str(tmp_path / "none"), tmp_path / "hf")
+
+
+KVPRESS = """
+import json, sys
+import numpy as np
+job = json.load(open(sys.argv[1]))
+out = {"versions": np.array(["1", "2", "3"])}
+for i, text in enumerate(job["texts"]):
+    out[f"off/{i}/true"] = np.zeros(len(text) - 1, np.float32)
+    for case in job["cases"]:
+        key = f"{case['name']}/{i}"
+        size = int(len(job["prompts"][i]) * (1 - case["ratio"]))
+        kept = [*range(4), *range(len(job["prompts"][i]) - size + 4, len(job["prompts"][i]))]
+        out |= {f"{key}/true": np.zeros(len(text) - 1, np.float32), f"{key}/kl": 0.5, f"{key}/agreement": 0.25,
+                f"{key}/kept": np.tile(np.array(kept, np.int32), (2, 2, 1))}
+print("off", flush=True)
+np.savez(sys.argv[2], **out)
+"""
+
+
+def test_both_sides_are_compared(target: KeptTarget, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a program in kvpress' place that keeps what streaming_llm keeps, whatever it is asked."""
+    from winnow.engine.evaluation import parity
+
+    fake = tmp_path / "kvpress_worker.py"
+    fake.write_text(KVPRESS)
+    monkeypatch.setattr(parity, "WORKER", fake)
+    prompts = [(list(range(i, 100 + i)), [5, 6, 7, 8]) for i in range(3)]
+    said: list[str] = []
+    names = ["streaming_llm", "knorm", "no such policy"]
+    done = compare(target, tmp_path, Path(sys.executable), prompts, names, 1, said.append)
+    assert [(row.method, row.budget) for row in done.rows] == [(n, b) for n in names[:2] for b in BUDGETS]
+    same, other = done.rows[0], done.rows[3]
+    assert same.common == [1, 1, 1]
+    assert max(other.common) < 1
+    assert same.theirs.kl == [0.5] * 3
+    assert same.differs
+    assert len(said) == 1 + 1 + len(done.rows)
+    data = json.loads(write(done, {"model": "tiny"}, tmp_path / "parity.json").read_text("utf-8"))
+    assert data["rows"][0]["kept_in_common"] == 1
+    out = StringIO()
+    done.show(Console(file=out, width=160))
+    assert "100.00%" in out.getvalue()
+
+    fake.write_text("raise SystemExit('no kvpress here')")
+    with pytest.raises(EvalError, match="no kvpress here"):
+        compare(target, tmp_path, Path(sys.executable), prompts, names, 1, said.append)
