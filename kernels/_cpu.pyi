@@ -42,3 +42,9 @@ def repack(
     kv: KV, slot: int, keep: int, keep_width: int, counts: int, start: int, dst_table: int, dst_width: int,
     dst_sealed: int, fmt: int, rest_start: int, rest_pages: int, rest_fmt: int,
 ) -> None: ...  # fmt: skip
+def nearest_rows(
+    x: int, x_counts: int, y: int, y_counts: int, lanes: int, n: int, m: int, dim: int, index: int, cosine: int
+) -> None: ...
+def sum_rows(
+    x: int, weights: int, index: int, lanes: int, n: int, m: int, dim: int, sums: int, totals: int
+) -> None: ...

@@ -111,6 +111,17 @@ class Backend(Protocol):
         `kv` are not changed.
         """
 
+    def nearest_rows(self, x: Tensor, x_counts: Tensor, y: Tensor, y_counts: Tensor) -> tuple[Tensor, Tensor]:
+        """For each row of x [lanes, n, D] f32 the row of y [lanes, m, D] f32 of the highest cosine, the first on ties.
+
+        `x_counts` and `y_counts` [lanes] int32 say how many rows there are. Returns index [lanes, n] int32 and cosine
+        [lanes, n] f32, -1 and -2 where there is no row.
+        """
+
+    def sum_rows(self, x: Tensor, weights: Tensor, index: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Sums of x [lanes, n, D] f32 by weights [lanes, n] f32: row i adds to index[i] [lanes, n] int32, to nothing if
+        that is negative. Returns sums [lanes, count, D] and the weights' totals [lanes, count], f32."""
+
     def copy_pages(self, kv: PagedKV, src: Tensor, dst: Tensor) -> None:
         """Copies whole pages: src and dst [n] int32."""
 

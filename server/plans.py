@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
+from winnow.engine.compression.merge_plan import merge_schema
 from winnow.engine.compression.plan import FormatName, Maximum, Plan, evict_schema, plan_schema
 from winnow.engine.compression.profiles import PROFILES, load_profiles
 from winnow.engine.errors import RequestError
@@ -42,6 +43,7 @@ class Plans:
         """For /v1/models: everything that a request can write under `compression`."""
         return {
             "policies": evict_schema(),
+            "merges": merge_schema(),
             "formats": list(FormatName.__args__),  # type: ignore[attr-defined]
             "profiles": {name: described(plan) for name, plan in self.profiles.items()},
             "default": described(self.default),

@@ -9,12 +9,15 @@ page is never written.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from winnow.engine.compression.change import Change, from_place
 from winnow.engine.compression.plan import Evict
 from winnow.engine.compression.policy import LaneView
 from winnow.engine.compression.registry import eviction_policy
@@ -25,6 +28,7 @@ from winnow.engine.pages import Ints, OutOfPages, PageArena
 from winnow.engine.prefix_cache import PrefixCache
 from winnow.engine.sequence import Sequence
 from winnow.kernels.dispatch import Backend
+from winnow.kernels.layout import PageFormat
 
 
 @dataclass
@@ -49,11 +53,14 @@ class Compressor:
     # Side state: logical positions and attention mass of the lanes of sequences that evict ---------------------------
 
     def prepare(self, seq: Sequence, new_tokens: int) -> None:
-        """Before a step: room for the mass that the queries of `new_tokens`, counted as kept already, hand out."""
+        """Before a step: room for the log weights of `new_tokens`, counted as kept already, and for the mass that their
+        queries hand out."""
         slot, kv = seq.slot, self._arena.kv
+        needed = int(self._arena.kept[slot].max())
+        if slot in kv.log_weights:
+            kv.log_weights[slot] = _grown(kv.log_weights[slot], self._lanes_of(slot), needed, torch.float32)
         if seq.vote_start >= seq.computed + new_tokens:
             return
-        needed = int(self._arena.kept[slot].max())
         kv.mass[slot] = _grown(kv.mass.get(slot), self._lanes_of(slot), needed, torch.float32)
 
     def sync_positions(self, seq: Sequence, upto: int) -> None:
@@ -80,23 +87,26 @@ class Compressor:
         slot, seen, arena = seq.slot, seq.computed, self._arena
         kept = arena.kept[slot]
         keep: Tensor | None = None
+        change: Change | None = None
         count = kept
         if seq.timeline.evicts_at(seen):
             assert seq.plan.evict is not None
             self.sync_positions(seq, seen)
-            index, counts = self._choose(seq, seq.plan.evict)
+            index, counts, scores = self._choose(seq, seq.plan.evict)
             count = counts.numpy().astype(np.int32)
-            keep = index if (count < kept).any() else None
+            if (count < kept).any():
+                keep, change = index, self._change(seq, seq.plan.evict, index, counts, scores)
         before = int(arena.columns[slot].sum())
-        self._rewrite(seq, keep, count)
+        self._rewrite(seq, keep, count, change)
         # A lane may take more pages than before, where what is left of a sealed page no longer fills one.
         self.freed.bytes += max(0, before - int(arena.columns[slot].sum())) * arena.layout.page_bytes
         seq.vote_start = seq.timeline.vote_start(seen)
         if seq.vote_start == NEVER:
             arena.kv.mass.pop(slot, None)
 
-    def _choose(self, seq: Sequence, evict: Evict) -> tuple[Tensor, Tensor]:
-        """Keep sets of all lanes: index [layers, kv_heads, most] int64, count [layers, kv_heads] int64."""
+    def _choose(self, seq: Sequence, evict: Evict) -> tuple[Tensor, Tensor, Tensor]:
+        """Keep sets of all lanes, index [layers, kv_heads, most] int64 and count [layers, kv_heads] int64, and the
+        policy's scores [layers, kv_heads, tokens]."""
         slot, kv, seen = seq.slot, self._arena.kv, seq.computed
         policy = eviction_policy(evict.policy)
         layers, _ = self._lanes_of(slot)
@@ -124,18 +134,31 @@ class Compressor:
                 seed=seq.plan_seed,
             )
             scores = policy.score(view, evict)
-            chosen.append(keep_sets(scores, kept[block], budgets[block], evict.sinks, recent, evict.head_budget))
-        most = max(index.shape[-1] for index, _ in chosen)
-        pad = torch.nn.functional.pad
-        return (
-            torch.cat([pad(index, (0, most - index.shape[-1]), value=-1) for index, _ in chosen]),
-            torch.cat([count for _, count in chosen]),
+            index, count = keep_sets(scores, kept[block], budgets[block], evict.sinks, recent, evict.head_budget)
+            chosen.append((index, count, scores))
+        indices, counts, all_scores = zip(*chosen, strict=True)
+        return _stacked(indices, -1), torch.cat(counts), _stacked(all_scores, 0.0)
+
+    def _change(self, seq: Sequence, evict: Evict, keep: Tensor, count: Tensor, scores: Tensor) -> Change | None:
+        """How the survivors of an eviction change; None where they only move."""
+        if evict.merge is None:
+            return None
+        kv, slot = self._arena.kv, seq.slot
+        return Change(
+            merge=evict.merge,
+            kept=kv.kept[slot].long(),
+            keep=keep,
+            count=count,
+            scores=scores,
+            log_weights=kv.log_weights.get(slot),
+            sinks=evict.sinks,
+            recent=evict.recent_tokens(evict.budget_tokens(seq.computed)),
         )
 
     def _keys(self, slot: int, layer: int) -> Tensor:
         return self._ops.read_lanes(self._arena.kv, slot, layer)[0][None]
 
-    def _rewrite(self, seq: Sequence, keep: Tensor | None, count: Ints) -> None:
+    def _rewrite(self, seq: Sequence, keep: Tensor | None, count: Ints, change: Change | None) -> None:
         """Moves the kept tokens (None: all) to where the plan wants them, and seals what is to be sealed."""
         arena, slot, fmt = self._arena, seq.slot, seq.timeline.fmt
         packed, open_ = arena.layout.capacity(fmt), arena.layout.page_tokens
@@ -150,6 +173,8 @@ class Compressor:
             moves = keep.numpy()
             in_place = moves == np.arange(moves.shape[-1])
             same = np.logical_and.accumulate(in_place, -1).sum(-1, dtype=np.int32)
+            if change is not None:  # any token of a lane that gives some up may change
+                same[count < kept] = 0
             in_sealed = ((moves >= 0) & (moves < old_sealed[..., None] * packed)).sum(-1, dtype=np.int32)
         if is_sealing:
             start = np.minimum(same // packed, old_sealed)
@@ -167,24 +192,47 @@ class Compressor:
             return
 
         table, fresh = self._destination(slot, start, columns)
-        rest = count - start * packed
+        rest = torch.from_numpy(np.ascontiguousarray(count - start * packed, np.int32))
+        first, new_table = torch.from_numpy(start), torch.from_numpy(table)
+        new_sealed = torch.from_numpy(np.ascontiguousarray(sealed, np.int32))
+        log_weights: Tensor | None = None
         try:
-            self._ops.repack(
-                arena.kv,
-                slot,
-                None if keep is None else _from(keep, start * packed),
-                torch.from_numpy(np.ascontiguousarray(rest, np.int32)),
-                torch.from_numpy(start),
-                torch.from_numpy(table),
-                torch.from_numpy(np.ascontiguousarray(sealed, np.int32)),
-                fmt,
-            )
+            if change is None:
+                moves_on = None if keep is None else _from(keep, start * packed)
+                self._ops.repack(arena.kv, slot, moves_on, rest, first, new_table, new_sealed, fmt)
+            else:
+                log_weights = self._write_changed(slot, change, rest, first, new_table, new_sealed, fmt)
         except Exception:  # the sequence is lost, its new pages need not be
             arena.release(fresh)
             raise
         arena.replace(slot, table, columns, count, sealed if is_sealing else np.zeros_like(sealed))
         self.freed.tokens += evicted
         self._carry_side_state(seq, keep, count)
+        if log_weights is not None:
+            arena.kv.log_weights[slot] = log_weights
+
+    def _write_changed(
+        self,
+        slot: int,
+        change: Change,
+        counts: Tensor,
+        start: Tensor,
+        table: Tensor,
+        sealed: Tensor,
+        fmt: PageFormat,
+    ) -> Tensor | None:
+        """`repack` of survivors that change on the way; returns their log weights [layers, kv_heads, most], if any."""
+        kv, weights = self._arena.kv, []
+        first, held = start.long() * kv.layout.capacity(fmt), change.keep >= 0
+        for layer in range(len(change.keep)):
+            # All of a layer is read before any of it is written: its new pages may be its old ones.
+            stay = change.survivors(self._ops, layer, *self._ops.read_lanes(kv, slot, layer))
+            moved = from_place(stay, first[layer], int(counts[layer].max()))
+            parts = (part[layer] for part in (counts, start, table, sealed))
+            self._ops.write_lanes(kv, slot, layer, *moved, *parts, fmt)
+            if stay.log_weights is not None:
+                weights.append(stay.log_weights.masked_fill(~held[layer], 0.0))
+        return torch.stack(weights) if weights else None
 
     def _destination(self, slot: int, start: Ints, columns: Ints) -> tuple[Ints, Ints]:
         """The lanes' new pages [layers, kv_heads, n]: own ones where nobody else refers to them, else fresh ones.
@@ -217,10 +265,12 @@ class Compressor:
         return table, fresh
 
     def _carry_side_state(self, seq: Sequence, keep: Tensor | None, count: Ints) -> None:
-        """Moves positions and mass with their tokens; mass that does not accumulate starts anew after an eviction."""
+        """Moves side state with its tokens; mass that does not accumulate starts anew after an eviction."""
         kv, slot = self._arena.kv, seq.slot
         if keep is not None:
             kv.positions[slot] = kv.positions[slot].gather(2, keep.clamp_min(0))
+            if slot in kv.log_weights:  # new tokens, which count once, come behind those that are held
+                kv.log_weights[slot] = kv.log_weights[slot].gather(2, keep.clamp_min(0)).masked_fill(keep < 0, 0.0)
         if (mass := kv.mass.get(slot)) is None:
             return
         if not seq.accumulates_mass:
@@ -229,6 +279,13 @@ class Compressor:
         elif keep is not None:
             held = torch.arange(keep.shape[-1]) < torch.from_numpy(count)[..., None]
             kv.mass[slot] = mass.gather(2, keep.clamp_min(0)) * held
+
+
+def _stacked(parts: Iterable[Tensor], padding: float) -> Tensor:
+    """Tensors [l, kv_heads, n] of several blocks of layers as one, padded to the longest."""
+    parts = list(parts)
+    most = max(part.shape[-1] for part in parts)
+    return torch.cat([pad(part, (0, most - part.shape[-1]), value=padding) for part in parts])
 
 
 def _from(keep: Tensor, first: Ints) -> Tensor:

@@ -28,9 +28,10 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from winnow.engine.compression.merge_plan import AnyMerge, merge_model
 from winnow.engine.compression.plan_errors import explain
 from winnow.engine.compression.policy import PolicyParams
-from winnow.engine.compression.registry import EVICTION, eviction_policy
+from winnow.engine.compression.registry import EVICTION, MERGE, OWN_MERGE, eviction_policy, merge_method
 from winnow.engine.errors import PlanNotSupported, RequestError
 from winnow.kernels.layout import PageFormat
 
@@ -90,12 +91,26 @@ class Evict(PolicyParams):
     layer_budget: Literal["uniform", "pyramid"] = Field(
         "uniform", description="each layer keeps the same, or lower layers keep more (PyramidKV)"
     )
+    merge: AnyMerge | None = Field(None, description="how evicted tokens are merged into kept ones; dropped if null")
 
     @model_validator(mode="after")
     def _interval_is_used(self) -> Evict:
         if self.during == "prefill" and "interval" in self.model_fields_set:
             raise PydanticCustomError(
                 "unused", "has no effect unless `during` is 'decode' or 'both'", {"at": "interval"}
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _merge_knows_the_scores(self) -> Evict:
+        if (
+            self.merge is not None
+            and not merge_method(self.merge.policy).signals <= eviction_policy(self.policy).signals
+        ):
+            raise PydanticCustomError(
+                "combination",
+                "'{method}' weighs tokens by attention, which '{policy}' does not look at",
+                {"at": "merge", "method": self.merge.policy, "policy": self.policy},
             )
         return self
 
@@ -125,6 +140,10 @@ def evict_model(name: str) -> type[Evict]:
     policy = eviction_policy(name)
     doc = (type(policy).__doc__ or name).strip()
     fields: dict[str, Any] = {"policy": (Literal[name], Field(description=doc))}
+    if name in OWN_MERGE:
+        method = OWN_MERGE[name]
+        text = f"how evicted tokens are merged into kept ones: as the paper does ('{method}') if unset, dropped if null"
+        fields["merge"] = (AnyMerge | None, Field(merge_model(method)(policy=method), description=text))
     bases: Any = (Evict, policy.Params)
     return cast(type[Evict], create_model(f"Evict_{name}", __base__=bases, __doc__=doc, **fields))
 
@@ -306,4 +325,6 @@ def _fields(path: tuple[str, ...], policy: str | None) -> list[str]:
         return list(Plan.model_fields)
     if path == ("kv",):
         return list(KV.model_fields)
+    if path == ("kv", "evict", "merge"):
+        return list(merge_model(policy or next(iter(MERGE))).model_fields)
     return list(evict_model(policy or next(iter(EVICTION))).model_fields)

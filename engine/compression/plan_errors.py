@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from winnow.engine.compression.registry import EVICTION
-from winnow.engine.errors import RequestError
+from winnow.engine.compression.registry import EVICTION, MERGE
+from winnow.engine.errors import PlanNotSupported, RequestError
 
 SENTENCES = {
     "missing": "is required",
@@ -31,7 +31,11 @@ SENTENCES = {
     "string_unicode": "has a key that is no text",
 }
 
-KNOWN_POLICIES = ", ".join(EVICTION)
+UNIONS: dict[tuple[str, ...], str] = {
+    ("kv", "evict"): ", ".join(EVICTION),
+    ("kv", "evict", "merge"): ", ".join(MERGE),
+}
+"""Objects whose "policy" says what else they hold, and its known values. Pydantic names the policy in its paths."""
 
 
 def explain(
@@ -39,34 +43,47 @@ def explain(
 ) -> RequestError:
     """RequestError for the first of pydantic's complaints.
 
-    `fields(path, policy)` names what is allowed in the object at `path` below `at`.
+    `fields(path, policy)` names what is allowed in the object at `path` below `at`. A combination that cannot be
+    honoured is a PlanNotSupported.
     """
     first = error.errors(include_url=False)[0]
     kind, context = first["type"], first.get("ctx", {})
-    path = tuple(str(step) for step in first["loc"])
-    policy = None
-    if path[:2] == ("kv", "evict") and len(path) > 2:  # pydantic puts the union's tag here
-        policy, path = path[2], (*path[:2], *path[3:])
-    if kind == "unused":
+    path, policy = _without_tags(tuple(str(step) for step in first["loc"]))
+    if "at" in context:
         path = (*path, context["at"])
 
     if kind == "union_tag_not_found":
+        text = f"is required; known policies: {UNIONS[path]}"
         path = (*path, "policy")
-        text = f"is required; known policies: {KNOWN_POLICIES}"
     elif kind == "union_tag_invalid":
+        text = f"must be one of {UNIONS[path]}, not {_short(first['input'].get('policy'))}"
         path = (*path, "policy")
-        text = f"must be one of {KNOWN_POLICIES}, not {_short(first['input'].get('policy'))}"
     elif kind == "extra_forbidden":
         known = ", ".join(fields(path[:-1], policy))
         where = f"a knob of '{policy}'" if policy else "a known field"
         text = f"is not {where}; known here: {known}"
     else:
         text = SENTENCES[kind].format(**context) if kind in SENTENCES else first["msg"]
-        if kind not in ("missing", "unused", "invalid_key", "string_unicode"):
+        if "at" not in context and kind not in ("missing", "invalid_key", "string_unicode"):
             text += f", not {_short(first['input'])}"
     # A field's name comes from the caller: it may be long, or hold what cannot be encoded.
     full = ".".join((at, *(ascii(step[:64])[1:-1] for step in path)))
+    if kind == "combination":
+        return PlanNotSupported(full, f"{full}: {text}")
     return RequestError(full, f"{full} {text}")
+
+
+def _without_tags(steps: tuple[str, ...]) -> tuple[tuple[str, ...], str | None]:
+    """The path that the caller wrote, and the policy of the innermost object on the way that has one."""
+    path: tuple[str, ...] = ()
+    policy = None
+    for step in steps:
+        if path in UNIONS and policy is None:
+            policy = step
+        else:
+            path = (*path, step)
+            policy = None if path in UNIONS else policy
+    return path, policy
 
 
 def _short(value: Any) -> str:

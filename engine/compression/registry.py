@@ -1,4 +1,4 @@
-"""The policies by name. A new one is a file in `eviction/` and a line here; nothing else names it.
+"""The policies by name. A new one is a file in `eviction/` or `merging/` and a line here; nothing else names it.
 
 The request schema, the OpenAPI page, `/v1/models` and the conformance tests follow from this table.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from functools import cache
 from importlib import import_module
 
+from winnow.engine.compression.merge import MergeMethod
 from winnow.engine.compression.policy import EvictionPolicy
 
 EVICTION: dict[str, str] = {
@@ -21,9 +22,27 @@ EVICTION: dict[str, str] = {
 }
 
 
+MERGE: dict[str, str] = {
+    "kv_merging": "winnow.engine.compression.merging.kv_merging:KVMerging",
+    "ems": "winnow.engine.compression.merging.ems:EMS",
+    "compensation": "winnow.engine.compression.merging.compensation:Compensation",
+}
+
+OWN_MERGE: dict[str, str] = {}
+"""Eviction policies whose papers merge what they evict: the method that `merge` is unless the caller says otherwise."""
+
+
 @cache
 def eviction_policy(name: str) -> EvictionPolicy:
     """The one instance of the policy; KeyError if there is none of this name."""
     module, attribute = EVICTION[name].split(":")
     policy: EvictionPolicy = getattr(import_module(module), attribute)()
     return policy
+
+
+@cache
+def merge_method(name: str) -> MergeMethod:
+    """The one instance of the merge method; KeyError if there is none of this name."""
+    module, attribute = MERGE[name].split(":")
+    method: MergeMethod = getattr(import_module(module), attribute)()
+    return method

@@ -95,10 +95,17 @@ def keep_sets(
         rank = _rank(by_token.flatten(1)).view_as(by_token).transpose(1, 2)
         keep = held & (rank < shared[:, None, None])
 
-    count = keep.sum(-1)
+    return packed(keep)
+
+
+def packed(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Where `chosen` [..., n] bool is true: indices [..., most] int64, ascending, padded with -1; how many [...]."""
+    places = chosen.shape[-1]
+    count = chosen.sum(-1)
     most = int(count.max()) if count.numel() else 0
-    index = indices.expand_as(keep).masked_fill(~keep, tokens).sort(-1).values[..., :most]
-    return index.masked_fill(index == tokens, -1), count
+    indices = torch.arange(places, device=chosen.device).expand_as(chosen)
+    index = indices.masked_fill(~chosen, places).sort(-1).values[..., :most]
+    return index.masked_fill(index == places, -1), count
 
 
 def _rank(priority: Tensor) -> Tensor:

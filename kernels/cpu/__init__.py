@@ -17,6 +17,7 @@ from winnow.kernels import _cpu
 from winnow.kernels.dispatch import WeightKind
 from winnow.kernels.kv import LaneBatch, PagedKV, Rest
 from winnow.kernels.layout import PageFormat
+from winnow.kernels.reference.rows import check_rows, check_sums
 
 _PANEL, _GROUP = 16, 64
 
@@ -251,6 +252,40 @@ def repack(
         _address(rest_pages),
         int(kv.layout.compute if rest is None else rest.fmt),
     )
+
+
+def nearest_rows(x: Tensor, x_counts: Tensor, y: Tensor, y_counts: Tensor) -> tuple[Tensor, Tensor]:
+    check_rows(x, x_counts, y, y_counts)
+    x, y, x_counts, y_counts = _floats(x), _floats(y), _ints(x_counts), _ints(y_counts)
+    index, cosine = torch.empty(x.shape[:2], dtype=torch.int32), torch.empty(x.shape[:2])
+    _cpu.nearest_rows(
+        x.data_ptr(),
+        x_counts.data_ptr(),
+        y.data_ptr(),
+        y_counts.data_ptr(),
+        *x.shape[:2],
+        *y.shape[1:],
+        index.data_ptr(),
+        cosine.data_ptr(),
+    )
+    return index, cosine
+
+
+def sum_rows(x: Tensor, weights: Tensor, index: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    check_sums(x, weights, index)
+    x, weights, index = _floats(x), _floats(weights), _ints(index)
+    sums, totals = torch.zeros(x.shape[0], count, x.shape[2]), torch.zeros(x.shape[0], count)
+    _cpu.sum_rows(
+        x.data_ptr(),
+        weights.data_ptr(),
+        index.data_ptr(),
+        *x.shape[:2],
+        count,
+        x.shape[2],
+        sums.data_ptr(),
+        totals.data_ptr(),
+    )
+    return sums, totals
 
 
 def copy_pages(kv: PagedKV, src: Tensor, dst: Tensor) -> None:

@@ -72,6 +72,10 @@ struct Kernels {
   bool (*repack)(const KV& kv, int slot, const int32_t* keep, int keep_width, const int32_t* counts,
                  const int32_t* start, const int32_t* dst_table, int dst_width, const int32_t* dst_sealed, Format fmt,
                  const Rest& rest);
+  bool (*nearest_rows)(const float* x, const int32_t* x_counts, const float* y, const int32_t* y_counts, int lanes, int n,
+                       int m, int dim, int32_t* index, float* cosine);
+  bool (*sum_rows)(const float* x, const float* weights, const int32_t* index, int lanes, int n, int m, int dim,
+                   float* sums, float* totals);
 };
 
 extern const Kernels kernels_generic;

@@ -167,4 +167,14 @@ NB_MODULE(_cpu, m) {
     check(active->repack(kv, slot, at<const int32_t>(keep), keep_width, at<const int32_t>(counts), at<const int32_t>(start),
                          at<const int32_t>(dst_table), dst_width, at<const int32_t>(dst_sealed), (Format)fmt, rest), "repack");
   }, release());
+  m.def("nearest_rows", [](uintptr_t x, uintptr_t x_counts, uintptr_t y, uintptr_t y_counts, int lanes, int n, int m, int dim,
+                           uintptr_t index, uintptr_t cosine) {
+    check(active->nearest_rows(at<const float>(x), at<const int32_t>(x_counts), at<const float>(y), at<const int32_t>(y_counts),
+                               lanes, n, m, dim, at<int32_t>(index), at<float>(cosine)), "nearest_rows");
+  }, release());
+  m.def("sum_rows", [](uintptr_t x, uintptr_t weights, uintptr_t index, int lanes, int n, int m, int dim, uintptr_t sums,
+                       uintptr_t totals) {
+    check(active->sum_rows(at<const float>(x), at<const float>(weights), at<const int32_t>(index), lanes, n, m, dim,
+                           at<float>(sums), at<float>(totals)), "sum_rows");
+  }, release());
 }

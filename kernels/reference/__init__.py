@@ -5,17 +5,20 @@ from winnow.kernels.reference.linear import embed, linear, pack
 from winnow.kernels.reference.norm import rms_norm, silu_mul
 from winnow.kernels.reference.pages import copy_pages, read_lanes, repack, write_lanes
 from winnow.kernels.reference.rope_write import rope_write
+from winnow.kernels.reference.rows import nearest_rows, sum_rows
 
 __all__ = [
     "attention",
     "copy_pages",
     "embed",
     "linear",
+    "nearest_rows",
     "pack",
     "read_lanes",
     "repack",
     "rms_norm",
     "rope_write",
     "silu_mul",
+    "sum_rows",
     "write_lanes",
 ]

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from winnow.engine.compression.plan import MAX_TOKENS, Maximum, Plan, plan_schema
-from winnow.engine.compression.registry import EVICTION
+from winnow.engine.compression.registry import EVICTION, MERGE
 from winnow.engine.errors import PlanNotSupported, RequestError
 from winnow.kernels.layout import PageFormat
 
@@ -68,6 +68,7 @@ def test_budgets(budget: float) -> None:
 
 
 POLICIES = ", ".join(EVICTION)
+MERGES = ", ".join(MERGE)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ POLICIES = ", ".join(EVICTION)
             evict(policy="h2o", window=8),
             ".kv.evict.window",
             "is not a knob of 'h2o'; known here: policy, budget, sinks, recent, during, interval, head_budget, "
-            "layer_budget",
+            "layer_budget, merge",
         ),
         (evict(window=0), ".kv.evict.window", "must be at least 1, not 0"),
         (evict(window=1025), ".kv.evict.window", "must be at most 1024, not 1025"),
@@ -104,6 +105,19 @@ POLICIES = ", ".join(EVICTION)
         (evict(interval=8), ".kv.evict.interval", "has no effect unless `during` is 'decode' or 'both'"),
         (evict(head_budget="ada"), ".kv.evict.head_budget", "must be 'uniform' or 'adaptive', not 'ada'"),
         (evict(layer_budget=1), ".kv.evict.layer_budget", "must be 'uniform' or 'pyramid', not 1"),
+        (evict(merge=[]), ".kv.evict.merge", "must be an object, not a list"),
+        (evict(merge={}), ".kv.evict.merge.policy", f"is required; known policies: {MERGES}"),
+        (evict(merge={"policy": "h2o"}), ".kv.evict.merge.policy", f"must be one of {MERGES}, not 'h2o'"),
+        (
+            evict(merge={"policy": "compensation", "threshold": 0.5}),
+            ".kv.evict.merge.threshold",
+            "is not a knob of 'compensation'; known here: policy",
+        ),
+        (
+            evict(merge={"policy": "kv_merging", "threshold": 1.5}),
+            ".kv.evict.merge.threshold",
+            "must be at most 1.0, not 1.5",
+        ),
         (
             {"kv": {"format": "int3"}},
             ".kv.format",
@@ -134,6 +148,15 @@ def test_parts_that_are_not_served(data: Any, param: str) -> None:
     assert isinstance(error, PlanNotSupported)
     assert (error.param, error.code) == (param, "compression_not_supported")
     assert error.message == f"{param} is not supported by this server; leave it out"
+
+
+def test_a_merge_that_weighs_by_attention_needs_a_policy_that_looks_at_it() -> None:
+    error = refused(evict(policy="knorm", merge={"policy": "ems"}))
+    assert isinstance(error, PlanNotSupported)
+    assert error.param == "compression.kv.evict.merge"
+    assert error.message == f"{error.param}: 'ems' weighs tokens by attention, which 'knorm' does not look at"
+    for policy in ("snapkv", "h2o", "tova"):
+        assert Plan.parse(evict(policy=policy, merge={"policy": "ems"})).evict is not None
 
 
 def test_null_is_absent() -> None:
@@ -264,6 +287,8 @@ def test_fingerprints_tell_plans_apart_and_not_spellings() -> None:
         evict(window=32),
         evict(policy="h2o"),
         evict(during="both"),
+        evict(merge={"policy": "kv_merging"}),
+        evict(merge={"policy": "kv_merging", "threshold": 0.5}),
         {"kv": {"format": "int8"}},
         {"kv": {"format": "int4"}},
         {"kv": {"format": "int4", "residual": 0}},

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from winnow.engine.compression.merge_plan import merge_model, merge_schema
 from winnow.engine.compression.plan import Evict, evict_model, evict_schema
 from winnow.engine.compression.policy import PolicyParams
-from winnow.engine.compression.registry import EVICTION, eviction_policy
+from winnow.engine.compression.registry import EVICTION, MERGE, OWN_MERGE, eviction_policy, merge_method
 from winnow.engine.compression.signals import Signal
 
 
@@ -21,6 +22,20 @@ def test_one_file_and_one_line_per_policy() -> None:
     assert files == set(EVICTION)
     for name, place in EVICTION.items():
         assert place.startswith(f"winnow.engine.compression.eviction.{name}:")
+
+
+def test_one_file_and_one_line_per_merge_method() -> None:
+    folder = Path(import_module("winnow.engine.compression.merging").__path__[0])
+    assert {path.stem for path in folder.glob("*.py")} - {"__init__"} == set(MERGE)
+    assert set(OWN_MERGE.values()) <= set(MERGE) and set(OWN_MERGE) <= set(EVICTION)
+    for name, place in MERGE.items():
+        assert place.startswith(f"winnow.engine.compression.merging.{name}:")
+        method = merge_method(name)
+        assert method is merge_method(name)
+        assert all(isinstance(signal, Signal) for signal in method.signals)
+        assert all(field.description for field in method.Params.model_fields.values())
+        assert isinstance(merge_model(name).model_validate({"policy": name}), method.Params)
+    assert list(merge_schema()) == list(MERGE)
 
 
 @pytest.mark.parametrize("name", EVICTION)

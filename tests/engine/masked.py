@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,6 +69,22 @@ def run_masked(model: PreTrainedModel, tokens: Sequence[int], visible: Tensor) -
     run.keys = torch.stack([keys[layer] for layer in sorted(keys)])
     run.attention = torch.stack([attention[layer] for layer in sorted(attention)])
     return run
+
+
+def dense_attention(
+    model: PreTrainedModel, tokens: Sequence[int], attend: Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
+) -> Tensor:
+    """Logits [tokens, vocab] of a text under an attention of our own, which gets the layer, queries [q_heads, T, D],
+    keys and values [kv_heads, T, D] after RoPE, and the scale."""
+
+    def function(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **_: Any
+    ) -> tuple[Tensor, None]:
+        out = attend(module.layer_idx, query[0], key[0], value[0], scaling)
+        return out.to(query.dtype).transpose(0, 1)[None].contiguous(), None
+
+    with _attention(model, function), torch.no_grad():
+        return model(torch.tensor([list(tokens)]), use_cache=False).logits[0]
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from winnow.engine.compression.plan import Plan
-from winnow.engine.compression.registry import EVICTION
+from winnow.engine.compression.registry import EVICTION, MERGE
 from winnow.engine.models.decoder import Decoder
 
 from ..models.checkpoints import prompt_of
@@ -42,18 +42,26 @@ class Request:
         return evict is None or evict.voters(len(self.prompt)) is not None
 
 
-def plans_of(policy: str) -> list[dict[str, Any]]:
+def plans_of(policy: str, merge: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    more = {} if merge is None else {"merge": merge}
     plans: list[dict[str, Any]] = []
     for i, (during, fmt, heads, layers) in enumerate(CHOICES):
         evict = {"policy": policy, "budget": (0.6, 120, 0.35)[i % 3], "during": during, "sinks": (4, 0, 20)[i % 3]}
-        evict |= {"head_budget": heads, "layer_budget": layers}
+        evict |= {"head_budget": heads, "layer_budget": layers} | more
         evict |= {} if during == "prefill" else {"interval": (8, 11)[i % 2]}
         quantized = {} if fmt is None else {"format": fmt, "residual": (0, 16, 40)[i // 2 % 3]}
         plans.append({"kv": {"evict": evict} | quantized})
     return plans
 
 
-@pytest.fixture(scope="module", params=[*EVICTION, "formats only"])
+MERGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "kv_merging": ("knorm", {"proportional": True}),
+    "ems": ("snapkv", {"threshold": 0.1}),
+    "compensation": ("streaming_llm", {}),
+}
+
+
+@pytest.fixture(scope="module", params=[*EVICTION, *(f"{name}, merged" for name in MERGE), "formats only"])
 def requests(request: pytest.FixtureRequest, tiny: Decoder) -> list[Request]:
     """Requests with every plan of a policy; their prompts begin alike, so that they meet in the prefix cache."""
     if request.param == "formats only":
@@ -61,6 +69,10 @@ def requests(request: pytest.FixtureRequest, tiny: Decoder) -> list[Request]:
             {},
             *({"kv": {"format": fmt, "residual": 8}} for fmt in ("f32", "bf16", "int8", "int4", "int2", "fp8")),
         ]
+    elif request.param.endswith(", merged"):
+        name = request.param.removesuffix(", merged")
+        policy, knobs = MERGES[name]
+        plans = plans_of(policy, {"policy": name} | knobs)[::3]
     else:
         plans = plans_of(request.param)
     bench = Bench(tiny, max_step_tokens=1024, prefix_caching=False)

@@ -8,7 +8,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from winnow.engine.compression.registry import EVICTION
+from winnow.engine.compression.registry import EVICTION, MERGE
 from winnow.engine.messages import EngineStats
 from winnow.engine.models.tokenizer import Tokenizer
 from winnow.server import __version__
@@ -28,6 +28,7 @@ async def test_models(http: httpx.AsyncClient) -> None:
     assert model["kv"]["page_bytes"] == 8192
     compression = model["compression"]
     assert set(compression["policies"]) == set(EVICTION)
+    assert set(compression["merges"]) == set(MERGE)
     assert compression["policies"]["snapkv"]["properties"]["window"]["maximum"] == 1024
     assert compression["formats"] == ["f32", "bf16", "int8", "int4", "int2", "fp8"]
     assert compression["profiles"]["light"]["kv"]["format"] == "int8"

@@ -1,0 +1,62 @@
+"""What an eviction does to the tokens that stay, beside moving them: others are merged into them.
+
+Layer by layer, since keys and values of all layers together, in float32, may be larger than the arena.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from winnow.engine.compression.merge import MergeView, Survivors, rows
+from winnow.engine.compression.merge_plan import Merge
+from winnow.engine.compression.registry import merge_method
+from winnow.kernels.dispatch import Backend
+
+
+@dataclass(frozen=True)
+class Change:
+    """One eviction whose survivors change. Tensors are those of all layers, [layers, kv_heads, ...]."""
+
+    merge: Merge
+    kept: Tensor
+    """[layers, kv_heads] int64"""
+    keep: Tensor
+    """[layers, kv_heads, most] int64, padded with -1"""
+    count: Tensor
+    """[layers, kv_heads] int64"""
+    scores: Tensor
+    """[layers, kv_heads, tokens] float32"""
+    log_weights: Tensor | None
+    """[layers, kv_heads, capacity] float32"""
+    sinks: int
+    recent: int
+
+    def survivors(self, ops: Backend, layer: int, keys: Tensor, values: Tensor) -> Survivors:
+        """What stays of a layer whose lanes hold `keys` and `values` [kv_heads, n, head_dim]."""
+        tokens = keys.shape[1]
+        scores = self.scores[layer, :, :tokens]
+        log_weights = (
+            scores.new_zeros(scores.shape) if self.log_weights is None else self.log_weights[layer, :, :tokens]
+        )
+        view = MergeView(
+            keys=keys,
+            values=values,
+            kept=self.kept[layer],
+            keep=self.keep[layer],
+            count=self.count[layer],
+            scores=scores,
+            log_weights=log_weights,
+            sinks=self.sinks,
+            recent=self.recent,
+            ops=ops,
+        )
+        return merge_method(self.merge.policy).merge(view, self.merge)
+
+
+def from_place(survivors: Survivors, first: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Keys and values [kv_heads, most, head_dim] of the tokens from place `first` [kv_heads] int64 on."""
+    places = first.unsqueeze(-1) + first.new_ones(most).cumsum(0) - 1
+    at = places.clamp_max(survivors.keys.shape[1] - 1)
+    return rows(survivors.keys, at), rows(survivors.values, at)

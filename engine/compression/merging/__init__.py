@@ -1,0 +1,1 @@
+"""Merge methods: one file each, named in `registry.MERGE`."""
