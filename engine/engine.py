@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import msgspec
 import numpy as np
 import torch
 
+from winnow.engine.calibration.registry import check_profiles
+from winnow.engine.calibration.store import NO_PROFILES, Profile
 from winnow.engine.compression.apply import Compressor
 from winnow.engine.compression.plan import Plan
 from winnow.engine.compression.timeline import Timeline
@@ -47,7 +50,14 @@ class Totals:
 class Engine:
     """A model, an arena of pages, and the sequences that share them. Not thread-safe: one loop calls it."""
 
-    def __init__(self, settings: EngineSettings, model: Decoder, ops: Backend, name: str = "default"):
+    def __init__(
+        self,
+        settings: EngineSettings,
+        model: Decoder,
+        ops: Backend,
+        name: str = "default",
+        profiles: Mapping[str, Profile] = NO_PROFILES,
+    ):
         config = model.config
         layout = PageLayout(config.head_dim, PageFormat.F32, settings.page_tokens)
         lanes = config.layers * config.kv_heads
@@ -57,10 +67,10 @@ class Engine:
         self.max_model_len = min(settings.max_model_len or config.max_position, config.max_position, fitting)
         if self.max_model_len < 2 * layout.page_tokens:
             raise ModelError(f"{settings.kv_memory_gib} GiB of KV memory hold no sequence of this model")
-        self.settings, self.name, self.config = settings, name, config
+        self.settings, self.name, self.config, self.profiles = settings, name, config, profiles
         self.arena = PageArena(layout, pages, settings.max_seqs, config.layers, config.kv_heads, ops)
         self.cache = PrefixCache(self.arena) if settings.prefix_caching else None
-        self.compressor = Compressor(self.arena, self.cache, ops, config.heads // config.kv_heads)
+        self.compressor = Compressor(self.arena, self.cache, ops, config, profiles)
         self.table = SamplingTable(settings.max_seqs, config.vocab_size)
         self.scheduler = Scheduler(self.arena, self.cache, self.table, settings.max_step_tokens, self._prepare)
         self.runner = Runner(model, self.arena)
@@ -229,6 +239,7 @@ class Engine:
         plan = Plan.parse(request.plan)
         speculation = parse_speculation(request.speculative)
         check_combination(speculation, plan)
+        check_profiles(plan, self.profiles, self.name)
         timeline = Timeline.of(plan, length, self.arena.layout)
         seed = int.from_bytes(os.urandom(8), "little") if sampling.seed is None else sampling.seed
         self._arrivals += 1
@@ -290,6 +301,7 @@ class Engine:
             page_bytes=layout.page_bytes,
             total_pages=self.arena.total,
             weights=self.settings.weights,
+            profiles=tuple(sorted(self.profiles)),
         )
 
     @property

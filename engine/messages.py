@@ -123,6 +123,8 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
     page_bytes: int
     total_pages: int
     weights: str
+    profiles: tuple[str, ...] = ()
+    """Methods whose profile of this model exists (`winnow calibrate`)"""
 
 
 class EngineStats(msgspec.Struct, frozen=True, tag="stats"):

@@ -17,11 +17,12 @@ from collections.abc import Sequence
 
 import torch
 
+from winnow.engine.calibration.store import load_profiles
 from winnow.engine.config import EngineSettings
 from winnow.engine.engine import Engine
 from winnow.engine.errors import ModelError, RequestError
 from winnow.engine.messages import Abort, Finish, FromEngine, Rejected, Shutdown, Submit
-from winnow.engine.models.loader import load_model
+from winnow.engine.models.loader import load_model, resolve_model
 from winnow.engine.wire import EXIT_MODEL_ERROR, LENGTH, MAX_FRAME, decode_to_engine, frame
 from winnow.kernels.dispatch import backend
 
@@ -106,7 +107,7 @@ def build_engine(settings: EngineSettings) -> Engine:
 
     cpu.set_threads(threads)
     model = load_model(settings.model, ops, settings.weights)
-    return Engine(settings, model, ops, settings.model)
+    return Engine(settings, model, ops, settings.model, load_profiles(resolve_model(settings.model)))
 
 
 def main() -> int:

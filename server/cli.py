@@ -11,6 +11,7 @@ import typer
 
 from winnow.engine.errors import EvalError, ModelError
 from winnow.server import __version__
+from winnow.server.calibrate import calibrate
 from winnow.server.settings import SettingsError, load
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -20,6 +21,9 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(__version__)
         raise typer.Exit
+
+
+app.command()(calibrate)
 
 
 @app.callback()

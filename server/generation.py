@@ -70,7 +70,7 @@ class Generation:
         with service.admission.board(len(self.prompts)) as flight:
             info = service.engine()
             request.check_vocabulary(info.vocab_size)
-            plan = service.plans.resolve(request.compression, info.compute_format)
+            plan = service.plans.resolve(request.compression, info, service.settings.model_to_name)
             speculation = service.speculations.resolve(request.speculative, plan)
             self.usage.speculates = speculation is not None
             self.has_plan = not plan.is_off

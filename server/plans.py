@@ -5,10 +5,12 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
+from winnow.engine.calibration.registry import check_profiles
 from winnow.engine.compression.merge_plan import merge_schema
 from winnow.engine.compression.plan import FormatName, Maximum, Plan, evict_schema, plan_schema
 from winnow.engine.compression.profiles import PROFILES, load_profiles
 from winnow.engine.errors import RequestError
+from winnow.engine.messages import EngineInfo
 from winnow.kernels.layout import PageFormat
 from winnow.server.settings import Settings, SettingsError
 
@@ -28,14 +30,17 @@ class Plans:
         except (ValueError, RequestError) as error:
             raise SettingsError(f"compression: {error}") from error
 
-    def resolve(self, asked: Any, compute_format: str) -> Plan:
-        """The plan of a request whose `compression` is `asked`.
+    def resolve(self, asked: Any, info: EngineInfo, model: str) -> Plan:
+        """The plan of a request whose `compression` is `asked`, on the engine of `info`.
 
+        Args
+            model: as `winnow calibrate --model` takes it, for errors
         Raises
             RequestError
         """
         plan = Plan.resolve(asked, self.profiles, self.default, self.maximum)
-        plan.sealed_format(PageFormat.parse(compute_format))
+        plan.sealed_format(PageFormat.parse(info.compute_format))
+        check_profiles(plan, info.profiles, model)
         return plan
 
     @cached_property

@@ -127,6 +127,11 @@ class Settings(BaseSettings, EngineSettings):
         return EngineSettings(**{name: getattr(self, name) for name in EngineSettings.model_fields})
 
     @property
+    def model_to_name(self) -> str:
+        """`model` as a command line takes it, for messages to clients: never a path of this machine."""
+        return f".../{Path(self.model).name}" if Path(self.model).exists() else self.model
+
+    @property
     def model_names(self) -> tuple[str, ...]:
         """Names that a request may give; never a path of this machine."""
         if self.served_model_name:

@@ -9,7 +9,7 @@ page is never written.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from winnow.engine.calibration.store import NO_PROFILES, Profile
 from winnow.engine.compression.change import Change, from_place
 from winnow.engine.compression.plan import Evict
-from winnow.engine.compression.policy import LaneView
+from winnow.engine.compression.policy import LaneView, SetsBudgets
 from winnow.engine.compression.registry import eviction_policy
 from winnow.engine.compression.select import keep_sets, layer_budgets
 from winnow.engine.compression.signals import Signal
 from winnow.engine.compression.timeline import NEVER
+from winnow.engine.models.config import ModelConfig
 from winnow.engine.pages import Ints, OutOfPages, PageArena
 from winnow.engine.prefix_cache import PrefixCache
 from winnow.engine.sequence import Sequence
@@ -43,11 +45,20 @@ class Freed:
 class Compressor:
     """Applies the plans of sequences that have reached an event of their timeline."""
 
-    def __init__(self, arena: PageArena, cache: PrefixCache | None, ops: Backend, q_per_kv: int):
+    def __init__(
+        self,
+        arena: PageArena,
+        cache: PrefixCache | None,
+        ops: Backend,
+        config: ModelConfig,
+        profiles: Mapping[str, Profile] = NO_PROFILES,
+    ):
         self._arena = arena
         self._cache = cache
         self._ops = ops
-        self._q_per_kv = q_per_kv
+        self._q_per_kv = config.heads // config.kv_heads
+        self._inv_freq = torch.tensor(config.inv_freq, dtype=torch.float32)
+        self._profiles = profiles
         self.freed = Freed()
 
     # Side state: logical positions and attention mass of the lanes of sequences that evict ---------------------------
@@ -132,9 +143,12 @@ class Compressor:
                 q_per_kv=self._q_per_kv,
                 seen=seen,
                 seed=seq.plan_seed,
+                inv_freq=self._inv_freq,
+                profile=self._profiles.get(evict.policy),
             )
             scores = policy.score(view, evict)
-            index, count = keep_sets(scores, kept[block], budgets[block], evict.sinks, recent, evict.head_budget)
+            lanes = policy.lane_budgets(view, evict) if isinstance(policy, SetsBudgets) else budgets[block]
+            index, count = keep_sets(scores, kept[block], lanes, evict.sinks, recent, evict.head_budget)
             chosen.append((index, count, scores))
         indices, counts, all_scores = zip(*chosen, strict=True)
         return _stacked(indices, -1), torch.cat(counts), _stacked(all_scores, 0.0)

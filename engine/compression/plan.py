@@ -30,7 +30,7 @@ from pydantic_core import PydanticCustomError
 
 from winnow.engine.compression.merge_plan import AnyMerge, merge_model
 from winnow.engine.compression.plan_errors import explain
-from winnow.engine.compression.policy import PolicyParams
+from winnow.engine.compression.policy import PolicyParams, SetsBudgets
 from winnow.engine.compression.registry import EVICTION, MERGE, OWN_MERGE, eviction_policy, merge_method
 from winnow.engine.errors import PlanNotSupported, RequestError
 from winnow.kernels.layout import PageFormat
@@ -112,6 +112,15 @@ class Evict(PolicyParams):
                 "'{method}' weighs tokens by attention, which '{policy}' does not look at",
                 {"at": "merge", "method": self.merge.policy, "policy": self.policy},
             )
+        return self
+
+    @model_validator(mode="after")
+    def _shares_are_used(self) -> Evict:
+        if isinstance(eviction_policy(self.policy), SetsBudgets):
+            for name in ("head_budget", "layer_budget"):
+                if getattr(self, name) != "uniform":
+                    why = f"has no effect: '{self.policy}' itself says what each head keeps"
+                    raise PydanticCustomError("unused", why, {"at": name})
         return self
 
     @property
@@ -284,6 +293,9 @@ class Maximum(Part):
         if self.budget is not None:
             unit = "fraction of the tokens" if isinstance(self.budget, float) else "number of tokens"
             evict = plan.kv.evict
+            if evict is not None and isinstance(eviction_policy(evict.policy), SetsBudgets):
+                path = f"{at}.kv.evict.policy"
+                raise RequestError(path, f"{path} '{evict.policy}' keeps all of some heads, which this server forbids")
             if evict is None or type(evict.budget) is not type(self.budget) or evict.budget > self.budget:
                 path = f"{at}.kv.evict.budget"
                 raise RequestError(path, f"{path} must be given, as a {unit} of at most {self.budget}, on this server")

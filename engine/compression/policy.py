@@ -7,8 +7,9 @@ knobs and must not load it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict
 
@@ -49,6 +50,10 @@ class LaneView:
     """Tokens of the sequence so far, evicted ones included"""
     seed: int
     """The request's own seed, 64 bits"""
+    inv_freq: Tensor | None = None
+    """[head_dim / 2] float32: the model's RoPE frequencies"""
+    profile: Mapping[str, Tensor] | None = None
+    """What `winnow calibrate` has measured of the whole model, for policies in `calibration.registry.CALIBRATED`"""
 
     @property
     def age(self) -> Tensor:
@@ -79,3 +84,11 @@ class EvictionPolicy(Protocol):
 
     def score(self, view: LaneView, params: Any) -> Tensor:
         """[layers, kv_heads, tokens] float32: higher is kept. Values beyond a lane's kept length are ignored."""
+
+
+@runtime_checkable
+class SetsBudgets(Protocol):
+    """A policy that says itself how many tokens each lane keeps; `head_budget` and `layer_budget` are refused."""
+
+    def lane_budgets(self, view: LaneView, params: Any) -> Tensor:
+        """[layers, kv_heads] int64: tokens that the view's lanes keep, at least one; more than kept means all."""

@@ -18,6 +18,8 @@ EVICTION: dict[str, str] = {
     "tova": "winnow.engine.compression.eviction.tova:TOVA",
     "knorm": "winnow.engine.compression.eviction.knorm:KNorm",
     "keydiff": "winnow.engine.compression.eviction.keydiff:KeyDiff",
+    "tri_attention": "winnow.engine.compression.eviction.tri_attention:TriAttention",
+    "razor_attention": "winnow.engine.compression.eviction.razor_attention:RazorAttention",
     "random": "winnow.engine.compression.eviction.random:Random",
 }
 

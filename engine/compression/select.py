@@ -66,7 +66,7 @@ def keep_sets(
     Args
         scores   [layers, kv_heads, tokens] float; ignored beyond kept, NaN counts as the lowest
         kept     [layers, kv_heads] int64
-        budgets  [layers] int64, tokens a lane
+        budgets  [layers] or [layers, kv_heads] int64, tokens a lane
     Returns
         index    [layers, kv_heads, most] int64: lane indices, ascending, padded with -1
         count    [layers, kv_heads] int64
@@ -74,7 +74,8 @@ def keep_sets(
     tokens = scores.shape[-1]
     indices = torch.arange(tokens, device=scores.device)
     held = indices < kept.unsqueeze(-1)
-    budget = torch.minimum(budgets.unsqueeze(-1).expand_as(kept), kept)
+    budgets = budgets.view(len(kept), -1).expand_as(kept)
+    budget = torch.minimum(budgets, kept)
 
     newest = budget.clamp_max(recent)
     first = torch.minimum(budget - newest, budget.new_tensor(sinks))
@@ -86,10 +87,10 @@ def keep_sets(
 
     keep = held & (_rank(priority) < budget.unsqueeze(-1))
     if head_budget == "adaptive":
-        sure = torch.maximum((budgets.double() * floor).long().unsqueeze(-1), newest + first)
+        sure = torch.maximum((budgets.double() * floor).long(), newest + first)
         sure = torch.minimum(sure, budget)
         priority = priority.masked_fill(_rank(priority) < sure.unsqueeze(-1), torch.inf)
-        shared = torch.minimum(budgets * kept.shape[1], kept.sum(-1))
+        shared = torch.minimum(budgets.sum(-1), kept.sum(-1))
         # Token by token, so that ties between heads are shared out instead of going to the first head.
         by_token = priority.transpose(1, 2)
         rank = _rank(by_token.flatten(1)).view_as(by_token).transpose(1, 2)

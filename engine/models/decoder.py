@@ -8,6 +8,7 @@ logits = head(norm(x))
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +53,11 @@ class Decoder:
         self._head = head
         self._scale = config.head_dim**-0.5
         self._cos, self._sin = rope_tables(config)
+
+    def with_ops(self, wrap: Callable[[Backend], Backend]) -> Decoder:
+        """The same weights behind other operations, made of its own; they must read what those have packed."""
+        ops = wrap(self._ops)
+        return Decoder(self.config, ops, self._embedding, self._blocks, self._norm, self._head)
 
     @property
     def nbytes(self) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from winnow.engine.compression.policy import EvictionPolicy, LaneView, PolicyParams
+from winnow.engine.calibration.store import Profile
+from winnow.engine.compression.plan import Evict
+from winnow.engine.compression.policy import EvictionPolicy, LaneView
 
 
 @dataclass
@@ -19,6 +21,10 @@ class Dense:
     attention: Tensor
     """[layers, q_heads, queries, tokens] float64: causal softmax; query head h reads kv head h // q_per_kv"""
     q_per_kv: int
+    inv_freq: Tensor
+    """[head_dim / 2] float32"""
+    profiles: dict[str, Profile] = field(default_factory=dict)
+    """By method"""
 
     @property
     def tokens(self) -> int:
@@ -30,7 +36,7 @@ class Dense:
         newest = self.attention[:, :, tokens - votes :].sum(2)
         return newest.view(layers, heads, self.q_per_kv, tokens).sum(2).float()
 
-    def view(self, policy: EvictionPolicy, params: PolicyParams, seed: int = 7) -> LaneView:
+    def view(self, policy: EvictionPolicy, params: Evict, seed: int = 7) -> LaneView:
         layers, heads, tokens, _ = self.keys.shape
         voters = policy.voters(params, tokens)
         votes = tokens if voters is None else voters
@@ -44,6 +50,8 @@ class Dense:
             q_per_kv=self.q_per_kv,
             seen=tokens,
             seed=seed,
+            inv_freq=self.inv_freq,
+            profile=self.profiles.get(params.policy),
         )
 
 
@@ -57,7 +65,23 @@ def dense(
     spread = keys.repeat_interleave(q_per_kv, dim=1)
     logits = (queries.double() @ spread.double().transpose(-1, -2)) * head_dim**-0.5
     future = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
-    return Dense(keys, logits.masked_fill(future, -torch.inf).softmax(-1), q_per_kv)
+    attention = logits.masked_fill(future, -torch.inf).softmax(-1)
+    inv_freq = 100.0 ** -(torch.arange(head_dim // 2) * 2 / head_dim)
+    return Dense(keys, attention, q_per_kv, inv_freq, profiles(layers, kv_heads * q_per_kv, head_dim, generator))
+
+
+def profiles(layers: int, q_heads: int, head_dim: int, generator: torch.Generator) -> dict[str, Profile]:
+    """Random ones of the right shapes: queries whose mean is no longer than they are, scores from 0 to 1."""
+
+    def random(*shape: int) -> Tensor:
+        return torch.rand(layers, q_heads, *shape, generator=generator)
+
+    mean = random(head_dim) - 0.5
+    length = torch.hypot(*mean.chunk(2, dim=-1)) + 0.2 * random(head_dim // 2)
+    return {
+        "tri_attention": {"mean": mean, "length": length},
+        "razor_attention": {"echo": random(), "induction": random()},
+    }
 
 
 def cut(view: LaneView, index: Tensor, count: Tensor) -> LaneView:
@@ -70,4 +94,4 @@ def cut(view: LaneView, index: Tensor, count: Tensor) -> LaneView:
     keys = view.keys.gather(2, at[..., None].expand(*at.shape, view.keys.shape[-1]))
     keys = keys.masked_fill(is_padding[..., None], 0.0)
     mass = view.mass.gather(2, at).masked_fill(is_padding, torch.nan)  # padding says nothing
-    return LaneView(positions, count, view.layers, keys, mass, view.votes, view.q_per_kv, view.seen, view.seed)
+    return replace(view, positions=positions, kept=count, keys=keys, mass=mass)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -54,6 +55,51 @@ def keydiff(d: Dense, layer: int, head: int) -> Tensor:
     return -cosine_similarity(keys, anchor, dim=-1)
 
 
+def tri_attention(d: Dense, layer: int, head: int, horizon: int = 65536) -> Tensor:
+    stats, omega = d.profiles["tri_attention"], d.inv_freq.double()
+    positions = torch.arange(d.tokens).double()
+    real, imaginary = d.keys[layer, head].double().chunk(2, dim=-1)
+    key = torch.complex(real, imaginary) * torch.exp(-1j * positions[:, None] * omega)  # before RoPE
+    offsets = [2**i for i in range(40) if 2**i <= horizon]
+    by_head = []
+    for q_head in range(head * d.q_per_kv, (head + 1) * d.q_per_kv):
+        centre = torch.complex(*stats["mean"][layer, q_head].double().chunk(2))
+        phi = centre.angle() - key.angle()
+        score = torch.zeros(d.tokens, dtype=torch.float64)
+        for offset in offsets:
+            distance = d.tokens - 1 - positions + offset
+            waves = centre.abs() * key.abs() * torch.cos(omega * distance[:, None] + phi)
+            score += waves.sum(-1) / len(offsets)
+        score += ((stats["length"][layer, q_head].double() - centre.abs()) * key.abs()).sum(-1)
+        by_head.append((score - score.mean()) / score.std(correction=0))
+    return torch.stack(by_head).amax(0)
+
+
+def razor_attention(d: Dense, layer: int, head: int) -> Tensor:
+    return torch.arange(d.tokens).double()
+
+
+def retrieves(d: Dense, layer: int, head: int) -> bool:
+    """Whether a lane is among the best 14 % by induction or the best 1 % by echo."""
+    layers, kv_heads = d.keys.shape[:2]
+    for kind, share in (("induction", 0.14), ("echo", 0.01)):
+        scores = d.profiles["razor_attention"][kind]
+        best = {
+            (i, j): max(float(scores[i, j * d.q_per_kv + q]) for q in range(d.q_per_kv))
+            for i in range(layers)
+            for j in range(kv_heads)
+        }
+        ranked = sorted(best, key=lambda lane: (-best[lane], lane))
+        if (layer, head) in ranked[: math.ceil(share * len(ranked))]:
+            return True
+    return False
+
+
+def budget_of(policy: str, d: Dense, layer: int, head: int, budget: int) -> int:
+    """Tokens that a lane keeps where a plan says `budget`."""
+    return d.tokens if policy == "razor_attention" and retrieves(d, layer, head) else budget
+
+
 def streaming_llm(d: Dense, layer: int, head: int) -> Tensor:
     return torch.arange(d.tokens).double()
 
@@ -83,5 +129,7 @@ ORACLES: dict[str, tuple[Callable[..., Tensor], int, dict[str, object]]] = {
     "knorm": (knorm, 0, {}),
     "keydiff": (keydiff, 0, {}),
     "streaming_llm": (streaming_llm, 0, {}),
+    "tri_attention": (tri_attention, 10, {}),
+    "razor_attention": (razor_attention, 0, {"budget": 20}),
     "random": (random, 0, {}),
 }

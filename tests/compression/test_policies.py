@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from winnow.engine.compression.plan import Evict, Plan
-from winnow.engine.compression.policy import LaneView
+from winnow.engine.compression.policy import LaneView, SetsBudgets
 from winnow.engine.compression.registry import EVICTION, eviction_policy
 from winnow.engine.compression.select import keep_sets
+from winnow.engine.errors import RequestError
 
 from .dense import cut, dense
-from .oracles import ORACLES, SINKS, best, group_of, hashed, snapkv
+from .oracles import ORACLES, SINKS, best, budget_of, group_of, hashed, retrieves, snapkv
 
 TOKENS = 61
 
@@ -24,8 +25,11 @@ def evict(policy: str, **knobs: object) -> Evict:
 
 def kept_by(evict: Evict, view: LaneView, budget: int) -> list[list[set[int]]]:
     """Logical positions that survive, by layer and head."""
-    scores = eviction_policy(evict.policy).score(view, evict)
+    policy = eviction_policy(evict.policy)
+    scores = policy.score(view, evict)
     budgets = torch.full((len(view.layers),), budget)
+    if isinstance(policy, SetsBudgets):
+        budgets = policy.lane_budgets(view, evict)
     index, _ = keep_sets(scores, view.kept, budgets, evict.sinks, evict.recent_tokens(budget), evict.head_budget)
     return [
         [{int(view.positions[layer, head, i]) for i in index[layer, head] if i >= 0} for head in range(index.shape[1])]
@@ -48,7 +52,8 @@ def test_keeps_what_the_paper_keeps(name: str, q_per_kv: int) -> None:
         assert rule.recent_tokens(20) == recent
         for layer in range(2):
             for head in range(2):
-                assert kept[layer][head] == best(oracle(d, layer, head), 20, recent), (layer, head)
+                budget = budget_of(name, d, layer, head, 20)
+                assert kept[layer][head] == best(oracle(d, layer, head), budget, recent), (layer, head)
 
 
 @pytest.mark.parametrize("name", EVICTION)
@@ -156,3 +161,37 @@ def test_h2o_hears_all_queries_and_keeps_half_of_the_budget_recent() -> None:
     assert rule.voters(10_000) is None
     assert rule.recent_tokens(100) == 50
     assert evict("h2o", recent=7).recent_tokens(100) == 7
+
+
+def test_tri_attention_scores_as_the_paper_does() -> None:
+    d = dense(TOKENS)
+    for horizon in (1, 5, 65536):
+        rule = evict("tri_attention", horizon=horizon)
+        scores = eviction_policy("tri_attention").score(d.view(eviction_policy("tri_attention"), rule), rule)
+        for layer in range(2):
+            for head in range(2):
+                wanted = ORACLES["tri_attention"][0](d, layer, head, horizon)
+                torch.testing.assert_close(scores[layer, head], wanted.float(), atol=1e-4, rtol=0)
+
+
+def test_razor_attention_keeps_whole_the_lanes_that_retrieve() -> None:
+    d = dense(TOKENS, layers=5, kv_heads=3)
+    policy = eviction_policy("razor_attention")
+    assert isinstance(policy, SetsBudgets)
+    for knobs, others in (({"budget": 0.2}, 12), ({"budget": 0.2, "floor": 40}, 40), ({"budget": 7}, 7)):
+        rule = evict("razor_attention", **knobs)
+        budgets = policy.lane_budgets(d.view(policy, rule), rule)
+        wanted = [[TOKENS if retrieves(d, layer, head) else others for head in range(3)] for layer in range(5)]
+        assert budgets.tolist() == wanted
+        assert 3 <= sum(row.count(TOKENS) for row in wanted) <= 4  # 14 % and 1 % of 15 lanes, rounded up
+    rule = evict("razor_attention", induction=0.0, echo=0.0)
+    assert (policy.lane_budgets(d.view(policy, rule), rule) == 30).all()
+    rule = evict("razor_attention", induction=1.0)
+    assert (policy.lane_budgets(d.view(policy, rule), rule) == TOKENS).all()
+
+
+@pytest.mark.parametrize("knobs", [{"head_budget": "adaptive"}, {"layer_budget": "pyramid"}])
+def test_razor_attention_sets_budgets_itself(knobs: dict[str, str]) -> None:
+    (knob,) = knobs
+    with pytest.raises(RequestError, match=f"{knob} has no effect: 'razor_attention' itself says what each head keeps"):
+        evict("razor_attention", **knobs)

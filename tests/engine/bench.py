@@ -19,6 +19,8 @@ from winnow.engine.sequence import Sequence as EngineSequence
 from winnow.kernels.dispatch import backend
 from winnow.kernels.layout import PageFormat, PageLayout
 
+from .profiles import profiles_of
+
 Choice = tuple[str, int]
 
 
@@ -67,7 +69,9 @@ class Bench:
         settings = dict[str, Any]({"weights": "f32", "max_seqs": 64}) | settings
         layout = PageLayout(model.config.head_dim, PageFormat.F32, settings.get("page_tokens", 16))
         gib = (pages + 0.5) * layout.page_bytes / 2**30
-        self.engine = Engine(EngineSettings(kv_memory_gib=gib, **settings), model, backend("cpu"))
+        self.engine = Engine(
+            EngineSettings(kv_memory_gib=gib, **settings), model, backend("cpu"), profiles=profiles_of(model)
+        )
         self.seen: dict[Choice, Seen] = defaultdict(Seen)
         self.batches: list[list[tuple[Choice, int]]] = []
         """Who took part in each step, with how many tokens"""

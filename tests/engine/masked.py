@@ -22,6 +22,8 @@ class MaskedRun:
     """[layers, kv_heads, queries, tokens] bool"""
     logits: Tensor = field(init=False)
     """[tokens, vocab]"""
+    queries: Tensor = field(init=False)
+    """[layers, q_heads, tokens, head_dim] after RoPE"""
     keys: Tensor = field(init=False)
     """[layers, kv_heads, tokens, head_dim] after RoPE"""
     attention: Tensor = field(init=False)
@@ -50,6 +52,7 @@ def hide_evicted(visible: Tensor, kept: dict[int, Tensor]) -> Tensor:
 def run_masked(model: PreTrainedModel, tokens: Sequence[int], visible: Tensor) -> MaskedRun:
     """Passes a text through a transformers model, every query seeing what `visible` lets it."""
     run = MaskedRun(visible)
+    queries: dict[int, Tensor] = {}
     keys: dict[int, Tensor] = {}
     attention: dict[int, Tensor] = {}
 
@@ -57,7 +60,7 @@ def run_masked(model: PreTrainedModel, tokens: Sequence[int], visible: Tensor) -
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **_: Any
     ) -> tuple[Tensor, None]:
         group = query.shape[1] // key.shape[1]
-        keys[module.layer_idx] = key[0]
+        queries[module.layer_idx], keys[module.layer_idx] = query[0], key[0]
         scores = query @ key.repeat_interleave(group, 1).mT * scaling
         seen = visible[module.layer_idx].repeat_interleave(group, 0)
         probabilities = scores.masked_fill(~seen, -torch.inf).softmax(-1)
@@ -66,6 +69,7 @@ def run_masked(model: PreTrainedModel, tokens: Sequence[int], visible: Tensor) -
 
     with _attention(model, attend), torch.no_grad():
         run.logits = model(torch.tensor([list(tokens)]), use_cache=False).logits[0]
+    run.queries = torch.stack([queries[layer] for layer in sorted(queries)])
     run.keys = torch.stack([keys[layer] for layer in sorted(keys)])
     run.attention = torch.stack([attention[layer] for layer in sorted(attention)])
     return run

@@ -13,6 +13,7 @@ from winnow.engine.compression.plan import Plan
 from winnow.engine.compression.registry import EVICTION, MERGE
 from winnow.engine.models.decoder import Decoder
 
+from ..compression.knobs import taken
 from ..models.checkpoints import prompt_of
 from .bench import Bench, Seen, assert_same, pages_for
 
@@ -50,7 +51,7 @@ def plans_of(policy: str, merge: dict[str, Any] | None = None) -> list[dict[str,
         evict |= {"head_budget": heads, "layer_budget": layers} | more
         evict |= {} if during == "prefill" else {"interval": (8, 11)[i % 2]}
         quantized = {} if fmt is None else {"format": fmt, "residual": (0, 16, 40)[i // 2 % 3]}
-        plans.append({"kv": {"evict": evict} | quantized})
+        plans.append({"kv": {"evict": taken(evict)} | quantized})
     return plans
 
 

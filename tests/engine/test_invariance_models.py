@@ -13,6 +13,7 @@ from winnow.engine.models.decoder import Decoder
 from winnow.engine.models.loader import load_model
 from winnow.kernels.dispatch import Backend, WeightKind
 
+from ..compression.knobs import taken
 from ..models.checkpoints import prompt_of, random_model
 from .bench import Bench, Seen, assert_same
 from .texts import tokens_of_text
@@ -70,7 +71,7 @@ def test_families(
     random_model(family, max_position_embeddings=1024, **changes).save_pretrained(tmp_path)
     model = load_model(str(tmp_path), ops, weights)
     evicting = [
-        {"kv": {"evict": {"policy": policy, "budget": 0.5, "during": during, **every, "head_budget": heads}}}
+        {"kv": {"evict": taken({"policy": policy, "budget": 0.5, "during": during, **every, "head_budget": heads})}}
         for policy in EVICTION
         for during, every, heads in (("prefill", {}, "adaptive"), ("both", {"interval": 7}, "uniform"))
     ]

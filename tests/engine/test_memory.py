@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from winnow.engine.compression.registry import EVICTION
 from winnow.engine.messages import CompressionReport
 from winnow.engine.models.decoder import Decoder
 from winnow.engine.models.loader import load_model
 from winnow.kernels.dispatch import Backend
 from winnow.kernels.layout import PageFormat
 
+from ..compression.knobs import BUDGETED
 from ..models.checkpoints import prompt_of, random_model
 from .bench import Bench, pages_for
 from .texts import tokens_of_text
@@ -75,7 +75,7 @@ def wide(ops: Backend, tmp_path_factory: pytest.TempPathFactory) -> Decoder:
 
 
 @pytest.mark.parametrize("heads", ["uniform", "adaptive"])
-@pytest.mark.parametrize("policy", EVICTION)
+@pytest.mark.parametrize("policy", BUDGETED)
 def test_a_quarter_in_int4_is_a_tenth(wide: Decoder, policy: str, heads: str) -> None:
     """Of the bytes that the whole prompt of 4k tokens takes in bf16, open pages aside."""
     bench = Bench(wide, max_step_tokens=4096)
@@ -113,7 +113,7 @@ def test_freed_pages_are_usable_at_once(tiny: Decoder) -> None:
     assert bench.engine.arena.free_count == total
 
 
-@pytest.mark.parametrize("policy", EVICTION)
+@pytest.mark.parametrize("policy", BUDGETED)
 @pytest.mark.parametrize("fmt", [{}, {"format": "int8", "residual": 0}], ids=["f32", "int8"])
 def test_decode_holds_lanes_at_the_budget(tiny: Decoder, policy: str, fmt: dict[str, Any]) -> None:
     bench = Bench(tiny, max_step_tokens=64)

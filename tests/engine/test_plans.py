@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,24 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from winnow.engine.calibration.store import PACKAGED, load_profiles
 from winnow.engine.compression.plan import Plan
-from winnow.engine.compression.policy import LaneView
+from winnow.engine.compression.policy import LaneView, SetsBudgets
 from winnow.engine.compression.registry import EVICTION, eviction_policy
 from winnow.engine.compression.select import keep_sets, layer_budgets
+from winnow.engine.models.config import read_config
 from winnow.engine.models.decoder import Decoder
-from winnow.engine.models.loader import load_model
+from winnow.engine.models.loader import load_model, resolve_model
 from winnow.kernels.dispatch import Backend
 
 from ..compression.dense import Dense
-from ..compression.oracles import ORACLES, SINKS, best
+from ..compression.knobs import taken
+from ..compression.oracles import ORACLES, SINKS, best, budget_of
 from ..models.checkpoints import prompt_of, random_model
 from ..models.reference import default_reference
 from .bench import Bench, Seen, assert_same
 from .masked import MaskedRun, causal, hide_evicted, run_masked
+from .profiles import profiles_of
 from .texts import tokens_of_text
 
 NEW = 20
@@ -104,7 +109,7 @@ def test_eviction_is_a_mask(ops: Backend, tmp_path: Path, window: int | None) ->
     reference.save_pretrained(tmp_path)
     bench = Bench(load_model(str(tmp_path), ops, "f32"), max_step_tokens=64)
     for policy, during, heads in product(EVICTION, ("prefill", "decode", "both"), ("uniform", "adaptive")):
-        evict = {"policy": policy, "budget": 0.5, "during": during, "head_budget": heads}
+        evict = taken({"policy": policy, "budget": 0.5, "during": during, "head_budget": heads})
         evict |= {} if during == "prefill" else {"interval": 6}
         check_is_masked(bench, reference, prompt_of(100, 3), {"kv": {"evict": evict}})
 
@@ -129,18 +134,19 @@ def test_keeps_what_the_oracle_keeps(default_model: Decoder, attention: Dense, p
     assert event == attention.tokens
     layers, heads, _ = seen.kept[event].shape
     for layer, head in product(range(layers), range(heads)):
-        scores = oracle(attention, layer, head)
+        scores, budget = oracle(attention, layer, head), budget_of(policy, attention, layer, head, 20)
         kept, wanted = torch.zeros(2, event, dtype=torch.bool)
         kept[seen.kept[event][layer, head]] = True
-        wanted[list(best(scores, 20, recent))] = True
-        assert kept.sum() == 20
+        wanted[list(best(scores, budget, recent))] = True
+        assert kept.sum() == budget
         assert differ_by_rounding(scores, kept, wanted), (layer, head)
 
 
 @pytest.fixture(scope="module")
 def attention() -> Dense:
     run = run_masked(default_reference(), tokens_of_text(150, start=900), causal(30, 3, 150))
-    return Dense(run.keys, run.attention.double(), q_per_kv=3)
+    inv_freq = torch.tensor(read_config(resolve_model("default")).inv_freq)
+    return Dense(run.keys, run.attention.double(), 3, inv_freq, load_profiles(resolve_model("default"), (PACKAGED,)))
 
 
 def view_at(event: int, last: int | None, held: Tensor, run: MaskedRun, plan: Plan, seed: int) -> LaneView:
@@ -174,7 +180,7 @@ def test_decode_evicts_what_a_dense_run_says(tiny: Decoder, policy: str) -> None
     prompt = prompt_of(90, 4)
     for during, heads, depth in product(("decode", "both"), ("uniform", "adaptive"), ("uniform", "pyramid")):
         evict: dict[str, Any] = {"policy": policy, "budget": 0.6, "during": during, "interval": 7}
-        plan = {"kv": {"evict": evict | {"head_budget": heads, "layer_budget": depth}}}
+        plan = {"kv": {"evict": taken(evict | {"head_budget": heads, "layer_budget": depth})}}
         seen = bench.alone(prompt, 30, plan)
         run = masked_like(reference, tiny.config, [*prompt, *seen.tokens], seen)
         last, held = None, torch.empty(3, 2, 0, dtype=torch.int64)
@@ -182,7 +188,11 @@ def test_decode_evicts_what_a_dense_run_says(tiny: Decoder, policy: str) -> None
         for event in sorted(seen.kept):
             new = torch.arange(last or 0, event).expand(3, 2, -1)
             held = packed(torch.cat([held, new], -1))
-            view = view_at(event, last, held, run, Plan.parse(plan), seed=7)
+            view = replace(
+                view_at(event, last, held, run, Plan.parse(plan), seed=7),
+                inv_freq=torch.tensor(tiny.config.inv_freq),
+                profile=profiles_of(tiny).get(policy),
+            )
             check_choice(view, Plan.parse(plan), seen.kept[event])
             last, held = event, seen.kept[event]
 
@@ -200,9 +210,12 @@ def check_choice(view: LaneView, plan: Plan, kept: Tensor) -> None:
     budget = evict.budget_tokens(view.seen)
     recent = evict.recent_tokens(budget)
     protected = min(budget, recent + evict.sinks)
-    budgets = layer_budgets(budget, 3, evict.layer_budget, view.seen, protected=protected)
-    scores = eviction_policy(evict.policy).score(view, evict).masked_fill(~view.is_held, -torch.inf)
-    index, _ = keep_sets(scores, view.kept, torch.tensor(budgets), evict.sinks, recent, evict.head_budget)
+    budgets = torch.tensor(layer_budgets(budget, 3, evict.layer_budget, view.seen, protected=protected))
+    policy = eviction_policy(evict.policy)
+    if isinstance(policy, SetsBudgets):
+        budgets = policy.lane_budgets(view, evict)
+    scores = policy.score(view, evict).masked_fill(~view.is_held, -torch.inf)
+    index, _ = keep_sets(scores, view.kept, budgets, evict.sinks, recent, evict.head_budget)
     wanted = view.positions.gather(2, index.clamp_min(0)).masked_fill(index < 0, -1)
     for layer in range(3):  # where heads compete, a tie may be between two of them
         one, other = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -33,6 +34,24 @@ async def test_models(http: httpx.AsyncClient) -> None:
     assert compression["formats"] == ["f32", "bf16", "int8", "int4", "int2", "fp8"]
     assert compression["profiles"]["light"]["kv"]["format"] == "int8"
     assert compression["schema"]["properties"]["kv"]
+
+
+async def test_a_method_whose_profile_is_missing(http: httpx.AsyncClient, engine: FakeEngine) -> None:
+    """The answer names the command that makes it; with the profile there the same request is served."""
+    evict = {"policy": "tri_attention", "budget": 0.5}
+    request = {"messages": HELLO, "compression": {"kv": {"evict": evict}}}
+    answer = await http.post("/v1/chat/completions", json=request)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["param"], error["code"]) == ("compression.kv.evict.policy", "compression_not_supported")
+    assert "`winnow calibrate --model default --method tri_attention`" in error["message"]
+    assert engine.submits == []
+    assert engine.info is not None
+    engine.info = msgspec.structs.replace(engine.info, profiles=("tri_attention",))
+    assert (await http.post("/v1/chat/completions", json=request)).status_code == 200
+    assert engine.submits[0].plan["kv"]["evict"] == evict
+    card = (await http.get("/v1/models/default")).json()
+    assert card["compression"]["calibrated"] == ["tri_attention"]
 
 
 async def test_one_model(connect: Connect) -> None:
