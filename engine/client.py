@@ -22,6 +22,8 @@ from winnow.engine.messages import (
     FromEngine,
     Output,
     Rejected,
+    Shorten,
+    Shortened,
     Shutdown,
     Submit,
     ToEngine,
@@ -44,7 +46,7 @@ class EngineClient:
         self.restarts = 0
         self._heard = time.monotonic()
         self._writer: asyncio.StreamWriter | None = None
-        self._queues: dict[str, asyncio.Queue[Output | Exception]] = {}
+        self._queues: dict[str, asyncio.Queue[Output | Shortened | Exception]] = {}
         self._process: asyncio.subprocess.Process | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self.failed: asyncio.Future[Exception] | None = None
@@ -78,24 +80,48 @@ class EngineClient:
             RequestError  the engine refuses it
             EngineDied    it was lost
         """
-        if not self.is_ready:
-            raise EngineDied("the engine is starting")
-        queue: asyncio.Queue[Output | Exception] = asyncio.Queue()
-        self._queues[submit.request_id] = queue
         left = submit.sampling.n
+        queue = self._ask(submit)
         try:
-            self._send([submit])
             while left:
                 item = await queue.get()
                 if isinstance(item, Exception):
                     left = 0
                     raise item
+                assert isinstance(item, Output)
                 left -= item.finish_reason is not None
                 yield item
         finally:
             del self._queues[submit.request_id]
             if left:
                 self._send([Abort(submit.request_id)])
+
+    async def shorten(self, request: Shorten) -> Shortened:
+        """What the plan leaves of a prompt; cancelling it aborts the request.
+
+        Raises
+            as `generate`
+        """
+        queue, answer = self._ask(request), None
+        try:
+            answer = await queue.get()
+            if isinstance(answer, Exception):
+                raise answer
+            assert isinstance(answer, Shortened)
+            return answer
+        finally:
+            del self._queues[request.request_id]
+            if answer is None:
+                self._send([Abort(request.request_id)])
+
+    def _ask(self, request: Submit | Shorten) -> asyncio.Queue[Output | Shortened | Exception]:
+        """Sends a request; what comes of it is queued until its sender forgets the queue."""
+        if not self.is_ready:
+            raise EngineDied("the engine is starting")
+        queue: asyncio.Queue[Output | Shortened | Exception] = asyncio.Queue()
+        self._queues[request.request_id] = queue
+        self._send([request])
+        return queue
 
     def finish(self, request_id: str, index: int) -> None:
         """Ends one choice; its last output, with the report, still comes."""
@@ -190,11 +216,11 @@ class EngineClient:
 
     def _handle(self, message: FromEngine) -> None:
         match message:
-            case Output() | Rejected():
+            case Output() | Shortened() | Rejected():
                 queue = self._queues.get(message.request_id)
                 if queue is None:
                     return  # aborted meanwhile
-                if isinstance(message, Output):
+                if not isinstance(message, Rejected):
                     queue.put_nowait(message)
                 elif message.kind == "request":
                     queue.put_nowait(RequestError(message.param, message.message, message.code))

@@ -22,3 +22,7 @@ class EngineSettings(BaseModel):
     page_tokens: int = Field(16, ge=16, le=256, multiple_of=16, description="tokens of a page in the compute format")
     prefix_caching: bool = Field(True, description="reuse the pages of equal prompt prefixes")
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; all cores if unset")
+    embedding_model: str | None = Field(
+        None, description="directory of the sentence encoder for extractive prompts; the installed package's if unset"
+    )
+    llmlingua2_model: str | None = Field(None, description="directory of the token classifier for llmlingua2 prompts")

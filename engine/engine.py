@@ -18,9 +18,9 @@ from winnow.engine.compression.apply import Compressor
 from winnow.engine.compression.plan import Plan
 from winnow.engine.compression.timeline import Timeline
 from winnow.engine.config import EngineSettings
-from winnow.engine.errors import ModelError, PromptTooLong, RequestError
+from winnow.engine.errors import ModelError, PlanNotSupported, PromptTooLong, RequestError
 from winnow.engine.forced import Observer, forced_outputs, forced_rows, forced_spans
-from winnow.engine.messages import EngineInfo, EngineStats, Output, Rejected, Submit
+from winnow.engine.messages import EngineInfo, EngineStats, Output, Rejected, Shorten, Shortened, Submit
 from winnow.engine.models.decoder import Decoder
 from winnow.engine.pages import OutOfPages, PageArena
 from winnow.engine.prefix_cache import PrefixCache
@@ -28,7 +28,8 @@ from winnow.engine.runner import Runner
 from winnow.engine.sampler import Draw, Sampler
 from winnow.engine.sampling import SamplingTable, check_sampling, choice_seed
 from winnow.engine.scheduler import ScheduledBatch, Scheduler
-from winnow.engine.sequence import Sequence, room_for
+from winnow.engine.sequence import Sequence, probing, room_for
+from winnow.engine.shortener import Shortener
 from winnow.engine.speculation.speculation import check_combination, parse_speculation
 from winnow.engine.speculation.speculator import Speculator
 from winnow.kernels.dispatch import Backend
@@ -36,7 +37,7 @@ from winnow.kernels.layout import PageFormat, PageLayout
 
 log = logging.getLogger(__name__)
 
-StepOutput = Output | Rejected
+StepOutput = Output | Shortened | Rejected
 
 
 @dataclass
@@ -76,6 +77,7 @@ class Engine:
         self.runner = Runner(model, self.arena)
         self.sampler = Sampler()
         self.speculator = Speculator(self.arena, self.table)
+        self.shortener = Shortener(settings, config, self.arena.kv, ops)
         self.totals = Totals()
         self.on_forced: Observer | None = None
         self._has_windows = any(config.windows)
@@ -86,22 +88,24 @@ class Engine:
     def step(self) -> list[StepOutput]:
         """One pass of the model over whoever can run; returns what there is to tell."""
         began = time.perf_counter()
+        outputs: list[StepOutput] = [*self.shortener.poll()]
         try:
             self.speculator.propose(self.scheduler.running)
             batch = self.scheduler.schedule()
             if not batch.seqs:
-                return []
+                return outputs
             spans = forced_spans(batch)
             batch.more_rows = forced_rows(spans)
             logits = self.runner.run(batch)
             known = logits[: len(logits) - len(batch.more_rows)]
-            outputs: list[StepOutput] = [*forced_outputs(spans, logits[len(known) :], self.on_forced)]
+            outputs += forced_outputs(spans, logits[len(known) :], self.on_forced)
             draws = self.speculator.verify(batch, known, self.sampler)
             outputs += self._compress(batch)
             self._sample(batch, known, draws)
             outputs += self._commit(draws)
+            outputs += self._answer_probes(batch)
         except Exception:
-            outputs = self._give_up()
+            outputs += self._give_up()
         self.totals.steps += 1
         self.totals.step_seconds += time.perf_counter() - began
         return outputs
@@ -147,7 +151,7 @@ class Engine:
         rows: list[int] = []
         seqs: list[Sequence] = []
         for row, seq in zip(batch.logit_rows.tolist(), batch.seqs, strict=True):
-            if not seq.is_running or seq.remaining or seq in draws:
+            if not seq.is_running or seq.remaining or seq in draws or seq.probe is not None:
                 continue
             if seq.sampled == 0:
                 self.totals.prompt_tokens += seq.prompt_tokens
@@ -184,6 +188,18 @@ class Engine:
             outputs.append(self._last(seq, output, reason) if reason else output)
         return outputs
 
+    def _answer_probes(self, batch: ScheduledBatch) -> list[StepOutput]:
+        """Says what was found out by sequences that have been read, and ends them."""
+        outputs: list[StepOutput] = []
+        for seq in batch.seqs:
+            if seq.probe is not None and seq.is_running and not seq.remaining:
+                answers = self.shortener.close(seq.request_id, seq.probe)
+                if self.cache is not None and any(isinstance(answer, Rejected) for answer in answers):
+                    self.cache.drop(seq.block_keys)
+                self.scheduler.remove(seq)
+                outputs += answers
+        return outputs
+
     def _finish_reason(self, seq: Sequence) -> str | None:
         if seq.stops_at(int(seq.tokens[seq.length - 1]), seq.generated):
             return "stop"
@@ -218,11 +234,8 @@ class Engine:
     def submit(self, request: Submit) -> None:
         """Queues a request. RequestError where it cannot be served; bounds are checked again here."""
         sampling, length = request.sampling, len(request.prompt)
-        if not length:
-            raise RequestError("prompt", "the prompt has no tokens")
-        for name, tokens in (("prompt", request.prompt), ("forced", request.forced)):
-            if not all(0 <= token < self.config.vocab_size for token in tokens):
-                raise RequestError(name, f"token ids must be below {self.config.vocab_size}")
+        self._check_tokens("prompt", request.prompt)
+        self._check_tokens("forced", request.forced)
         check_sampling(sampling, self.config.vocab_size)
         if sampling.max_tokens < 1 + len(request.forced):
             least = 1 + len(request.forced)
@@ -240,6 +253,8 @@ class Engine:
         speculation = parse_speculation(request.speculative)
         check_combination(speculation, plan)
         check_profiles(plan, self.profiles, self.name)
+        if plan.shortens is not None:
+            raise PlanNotSupported("compression.prompt", "compression.prompt: shorten a prompt before it is submitted")
         timeline = Timeline.of(plan, length, self.arena.layout)
         seed = int.from_bytes(os.urandom(8), "little") if sampling.seed is None else sampling.seed
         self._arrivals += 1
@@ -269,8 +284,33 @@ class Engine:
         first.siblings = siblings
         self.scheduler.add(first)
 
+    def shorten(self, request: Shorten) -> None:
+        """Begins to shorten a prompt; the answer is among the outputs of a later step. RequestError as for `submit`."""
+        self._check_tokens("prompt", request.prompt)
+        job = self.shortener.open(request)
+        if job.probe is None:
+            return
+        length = job.probe.tokens_to_read
+        if length > self.max_model_len:
+            self.shortener.forget(request.request_id)
+            raise PromptTooLong(
+                "prompt", f"{length} prompt tokens exceed the {self.max_model_len} of the model that is to rank them"
+            )
+        self._arrivals += 1
+        seq = probing(request.request_id, request.prompt[:length], job.probe, self._arrivals, self.arena.layout)
+        if self.cache is not None:
+            seq.block_keys = self.cache.keys(seq.tokens, request.cache_salt)
+        self.scheduler.add(seq)
+
+    def _check_tokens(self, name: str, tokens: list[int]) -> None:
+        if name == "prompt" and not tokens:
+            raise RequestError(name, "the prompt has no tokens")
+        if not all(0 <= token < self.config.vocab_size for token in tokens):
+            raise RequestError(name, f"token ids must be below {self.config.vocab_size}")
+
     def abort(self, request_id: str) -> None:
         """Ends all choices of a request and gives their pages back."""
+        self.shortener.forget(request_id)
         for seq in [seq for seq in self.scheduler.sequences() if seq.request_id == request_id]:
             self.scheduler.remove(seq)
 
@@ -282,8 +322,12 @@ class Engine:
         return []
 
     @property
+    def can_step(self) -> bool:
+        return bool(self.scheduler.running or self.scheduler.waiting)
+
+    @property
     def is_idle(self) -> bool:
-        return not self.scheduler.running and not self.scheduler.waiting
+        return not self.can_step and self.shortener.is_idle
 
     # What it looks like ----------------------------------------------------------------------------------------------
 
@@ -302,6 +346,7 @@ class Engine:
             total_pages=self.arena.total,
             weights=self.settings.weights,
             profiles=tuple(sorted(self.profiles)),
+            missing_policies=self.shortener.missing,
         )
 
     @property

@@ -44,6 +44,28 @@ class Submit(msgspec.Struct, frozen=True, tag="submit", omit_defaults=True):
     """What the output begins with; it is read after the prompt's plan was carried out, and counts as generated."""
 
 
+class ContextPart(msgspec.Struct, frozen=True, array_like=True):
+    """A part of a prompt that may be shortened."""
+
+    text: str
+    first: int
+    """Place of its first token in the prompt"""
+    ends: list[int]
+    """For each of its tokens, where the token's text ends in `text`, in characters"""
+
+
+class Shorten(msgspec.Struct, frozen=True, tag="shorten", omit_defaults=True):
+    """Asks for what a plan leaves of a prompt; answered with Shortened, and ended early by Abort."""
+
+    request_id: str
+    prompt: list[int]
+    parts: list[ContextPart]
+    plan: dict[str, Any]
+    """A `Prompt` as JSON data"""
+    question: str = ""
+    cache_salt: str = ""
+
+
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
     request_id: str
 
@@ -100,6 +122,15 @@ class Output(msgspec.Struct, frozen=True, tag="output", omit_defaults=True):
     """On the choice's last output"""
 
 
+class Shortened(msgspec.Struct, frozen=True, tag="shortened"):
+    request_id: str
+    prompt: list[int]
+    """The tokens that are left, in order"""
+    context_tokens: int
+    """Tokens that might have been dropped"""
+    context_kept: int
+
+
 class Rejected(msgspec.Struct, frozen=True, tag="rejected"):
     """The engine refuses a request (kind "request": the sender's error) or lost it (kind "internal")."""
 
@@ -125,6 +156,8 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
     weights: str
     profiles: tuple[str, ...] = ()
     """Methods whose profile of this model exists (`winnow calibrate`)"""
+    missing_policies: dict[str, str] = {}
+    """Prompt policies whose model this engine lacks, and what to do about it"""
 
 
 class EngineStats(msgspec.Struct, frozen=True, tag="stats"):
@@ -155,5 +188,5 @@ class EngineStats(msgspec.Struct, frozen=True, tag="stats"):
     step_seconds_total: float = 0.0
 
 
-ToEngine = Submit | Abort | Finish | Shutdown
-FromEngine = Output | Rejected | EngineInfo | EngineStats
+ToEngine = Submit | Shorten | Abort | Finish | Shutdown
+FromEngine = Output | Shortened | Rejected | EngineInfo | EngineStats

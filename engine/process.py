@@ -21,7 +21,7 @@ from winnow.engine.calibration.store import load_profiles
 from winnow.engine.config import EngineSettings
 from winnow.engine.engine import Engine
 from winnow.engine.errors import ModelError, RequestError
-from winnow.engine.messages import Abort, Finish, FromEngine, Rejected, Shutdown, Submit
+from winnow.engine.messages import Abort, Finish, FromEngine, Rejected, Shorten, Shutdown, Submit, ToEngine
 from winnow.engine.models.loader import load_model, resolve_model
 from winnow.engine.wire import EXIT_MODEL_ERROR, LENGTH, MAX_FRAME, decode_to_engine, frame
 from winnow.kernels.dispatch import backend
@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0
 STATS_EVERY_S = 0.1
+POLL_S = 0.005
+"""How often threads are asked for what they do beside the engine"""
 
 
 class EngineLoop:
@@ -45,7 +47,7 @@ class EngineLoop:
     def run(self) -> None:
         self._send([self._engine.info])
         while self._is_open:
-            outputs = self._receive(wait_s=HEARTBEAT_S if self._engine.is_idle else 0.0)
+            outputs = self._receive(self._wait_s())
             outputs += self._engine.step()
             now = time.monotonic()
             if now - self._told >= (HEARTBEAT_S if self._engine.is_idle and not outputs else STATS_EVERY_S):
@@ -53,6 +55,12 @@ class EngineLoop:
                 self._told = now
             if outputs:
                 self._send(outputs)
+        self._engine.shortener.stop()
+
+    def _wait_s(self) -> float:
+        if self._engine.can_step:
+            return 0.0
+        return HEARTBEAT_S if self._engine.is_idle else POLL_S
 
     def _receive(self, wait_s: float) -> list[FromEngine]:
         """Handles whatever has arrived; what there is to answer at once is returned."""
@@ -76,11 +84,14 @@ class EngineLoop:
                 answers += self._handle(message)
         return answers
 
-    def _handle(self, message: Submit | Abort | Finish | Shutdown) -> list[FromEngine]:
+    def _handle(self, message: ToEngine) -> list[FromEngine]:
         match message:
-            case Submit():
+            case Submit() | Shorten():
                 try:
-                    self._engine.submit(message)
+                    if isinstance(message, Submit):
+                        self._engine.submit(message)
+                    else:
+                        self._engine.shorten(message)
                 except RequestError as error:
                     return [Rejected(message.request_id, "request", error.message, error.param, error.code)]
             case Abort():

@@ -179,11 +179,10 @@ class Scheduler:
 
     def _match(self, seq: Sequence) -> Ints | None:
         """Cached pages that the sequence may start with: at least one token is left to compute, and every query that
-        a policy must see."""
+        a policy or a probe must see."""
         if self._cache is None or not seq.block_keys:
             return None
-        limit = min(seq.prompt_tokens - 1, seq.timeline.vote_start(0))
-        return self._cache.match(seq.block_keys[: limit // self._cache.block_tokens])
+        return self._cache.match(seq.block_keys[: seq.first_needed // self._cache.block_tokens])
 
     def _start(self, seq: Sequence, hits: Ints | None, hit_tokens: int) -> None:
         seq.restart()  # also sets where its queries begin to vote

@@ -10,8 +10,10 @@ from winnow.engine.compression.plan import Plan
 from winnow.engine.compression.timeline import NEVER, Timeline
 from winnow.engine.messages import CompressionReport, SamplingParams
 from winnow.engine.pages import Ints
+from winnow.engine.probe import Probe
 from winnow.engine.sampler import Draw
 from winnow.engine.speculation.speculation import Speculation
+from winnow.kernels.layout import PageLayout
 
 NO_SLOT = -1
 
@@ -63,6 +65,8 @@ class Sequence:
     accepted_tokens: int = 0
     """Guesses that became part of the answer"""
     rejected_tokens: int = 0
+    probe: Probe | None = None
+    """What is to be found out by reading the tokens; a sequence that has one generates none"""
     siblings: list[Sequence] = field(default_factory=list)
     """The other choices, on the first one until they are forked from it"""
 
@@ -93,6 +97,12 @@ class Sequence:
         """Reads its own last token next, and says another one."""
         return self.is_running and self.remaining == 1 and self.computed >= self.prompt_tokens
 
+    @property
+    def first_needed(self) -> int:
+        """The first position whose row must be computed, whatever the prefix cache has."""
+        first = min(self.prompt_tokens - 1, self.timeline.vote_start(0))
+        return first if self.probe is None else min(first, self.probe.first_row)
+
     def stops_at(self, token: int, generated: int) -> bool:
         """Whether this token, the `generated`-th one, ends the text."""
         return token in self.sampling.stop_token_ids and generated >= self.sampling.min_tokens
@@ -115,6 +125,25 @@ class Sequence:
         self.length += count
         self.accepted_tokens += draw.accepted
         self.rejected_tokens += draw.guessed - draw.accepted
+
+
+def probing(request_id: str, tokens: list[int], probe: Probe, arrival: int, layout: PageLayout) -> Sequence:
+    """A sequence that reads tokens for a probe and generates none."""
+    plan, length = Plan(), len(tokens)
+    return Sequence(
+        request_id=request_id,
+        index=0,
+        arrival=arrival,
+        sampling=SamplingParams(),
+        plan=plan,
+        timeline=Timeline.of(plan, length, layout),
+        tokens=room_for(tokens, 0, []),
+        length=length,
+        prompt_tokens=length,
+        seed=0,
+        plan_seed=0,
+        probe=probe,
+    )
 
 
 def room_for(prompt: list[int], max_tokens: int, forced: list[int]) -> Ints:

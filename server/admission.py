@@ -35,12 +35,12 @@ class Flight:
         self._timeout: asyncio.Timeout | None = None
 
     def take(self, tokens: int) -> None:
-        """Queues the prompts' tokens.
+        """Queues the prompts' tokens; the last number counts.
 
         Raises
             Overloaded
         """
-        others = self.admission.queued_tokens
+        others = self.admission.queued_tokens - self.tokens
         if others and others + tokens > self.admission.max_tokens:
             raise Overloaded(f"{others} prompt tokens are waiting already", RETRY_FULL_S)
         self.tokens = tokens

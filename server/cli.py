@@ -46,6 +46,12 @@ def serve(
     max_step_tokens: Annotated[int | None, typer.Option(help="Tokens of one step.")] = None,
     page_tokens: Annotated[int | None, typer.Option(help="Tokens of a page in the compute format.")] = None,
     prefix_caching: Annotated[bool | None, typer.Option(help="Reuse pages of equal prompt prefixes.")] = None,
+    embedding_model: Annotated[
+        str | None, typer.Option(help="Directory of the sentence encoder for extractive prompts.")
+    ] = None,
+    llmlingua2_model: Annotated[
+        str | None, typer.Option(help="Directory of the token classifier for llmlingua2 prompts.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of the engine.")] = None,
     api_key: Annotated[
         list[str] | None, typer.Option(help="Key that requests must bring; repeatable. Better: WINNOW_API_KEY.")

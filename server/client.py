@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
-from winnow.engine.messages import EngineInfo, EngineStats, Output, Submit
+from winnow.engine.messages import EngineInfo, EngineStats, Output, Shorten, Shortened, Submit
 
 
 class Client(Protocol):
@@ -38,6 +38,13 @@ class Client(Protocol):
 
     def generate(self, submit: Submit) -> AsyncGenerator[Output, None]:
         """Outputs of all choices until each has a finish reason; closing it early aborts the request.
+
+        Raises
+            RequestError, EngineDied
+        """
+
+    async def shorten(self, request: Shorten) -> Shortened:
+        """What a plan leaves of a prompt; cancelling it aborts the request.
 
         Raises
             RequestError, EngineDied

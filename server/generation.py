@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from uuid import uuid4
 
@@ -14,14 +14,13 @@ from winnow.engine.messages import EngineInfo, Output, Submit
 from winnow.engine.speculation.speculation import Speculation
 from winnow.server.admission import Flight
 from winnow.server.choice import Choice, Piece
+from winnow.server.marks import PromptSource, Tokenize
 from winnow.server.plans import described, labels
 from winnow.server.protocol.common import GenerationRequest
 from winnow.server.service import Service
+from winnow.server.shortening import shorten_request
 from winnow.server.stops import StopStrings
 from winnow.server.usage import Usage
-
-Tokenize = Callable[[], list[int]]
-"""Makes one prompt's tokens; runs in a thread."""
 
 
 class Generation:
@@ -34,7 +33,7 @@ class Generation:
         self,
         service: Service,
         request: GenerationRequest,
-        prompts: Sequence[Tokenize],
+        prompts: Sequence[PromptSource],
         prompt_param: str,
         default_output: int | None = None,
         prefixes: Sequence[str | None] | None = None,
@@ -53,7 +52,7 @@ class Generation:
         self.prompts = prompts
         self.prompt_param = prompt_param
         self.default_output = default_output
-        self.prefixes = prefixes
+        self.prefixes = None if prefixes is None else list(prefixes)
         self.arrived = time.monotonic()
         self.forced: Tokenize | None = None
         """Makes the tokens that the output of each prompt begins with"""
@@ -75,7 +74,7 @@ class Generation:
             self.usage.speculates = speculation is not None
             self.has_plan = not plan.is_off
             self.usage.plan = described(plan) if self.has_plan else None
-            tokens = [await flight.wait(service.in_thread(tokenize)) for tokenize in self.prompts]
+            tokens = [await self._read(i, plan, flight, info) for i in range(len(self.prompts))]
             forced = await flight.wait(service.in_thread(self.forced)) if self.forced is not None else []
             submits = [self._submit(prompt, forced, info, plan, speculation) for prompt in tokens]
             flight.take(sum(map(len, tokens)) + len(forced) * len(submits))
@@ -84,6 +83,24 @@ class Generation:
             async with aclosing(merge([service.client.generate(submit) for submit in submits])) as outputs:
                 async for piece in self._follow(outputs, submits, flight, labels(plan, info.compute_format)):
                     yield piece
+
+    async def _read(self, index: int, plan: Plan, flight: Flight, info: EngineInfo) -> list[int]:
+        """A prompt's tokens: what the plan leaves of them."""
+        prompt, request = self.prompts[index], self.request
+        # The server's own plan shortens what there is to shorten; a request that asks for it must mark something.
+        if plan.shortens is None or (request.compression is None and not prompt.is_marked):
+            return await flight.wait(self.service.in_thread(prompt.tokens))
+        marked = await flight.wait(self.service.in_thread(prompt.marked))
+        asked = shorten_request(
+            marked, plan.shortens, info, self.service.settings, self.prompt_param, request.cache_salt
+        )
+        flight.take(len(marked.tokens))
+        shortened = await flight.wait(self.service.client.shorten(asked))
+        self.usage.shortened.append((len(marked.tokens), shortened))
+        self.service.metrics.shortened(plan.shortens.policy, shortened)
+        if self.prefixes is not None:
+            self.prefixes[index] = None  # an echo is of what was read
+        return shortened.prompt
 
     async def _follow(
         self,

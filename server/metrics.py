@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from winnow.engine.messages import CompressionReport, EngineInfo, EngineStats
+from winnow.engine.messages import CompressionReport, EngineInfo, EngineStats, Shortened
 from winnow.server.client import Client
 
 TTFT = (
@@ -69,6 +69,8 @@ class Metrics:
         self._full = self._counter(
             "kv_bytes_uncompressed", "Bytes they would have held with no plan", "policy", "format"
         )
+        self._context = self._counter("prompt_context_tokens", "Context tokens that might have been dropped", "policy")
+        self._context_kept = self._counter("prompt_context_tokens_kept", "Context tokens that were kept", "policy")
         self._http = Counter(
             PREFIX + "http_requests", "HTTP answers", ("method", "route", "status"), registry=self.registry
         )
@@ -84,6 +86,10 @@ class Metrics:
     def choice_ended(self, reason: str, tokens: int) -> None:
         self._success.labels(**self.labels, finished_reason=reason).inc()
         self.output_length.observe(tokens)
+
+    def shortened(self, policy: str, shortened: Shortened) -> None:
+        self._context.labels(**self.labels, policy=policy).inc(shortened.context_tokens)
+        self._context_kept.labels(**self.labels, policy=policy).inc(shortened.context_kept)
 
     def kept(self, policy: str, fmt: str, report: CompressionReport) -> None:
         self._held.labels(**self.labels, policy=policy, format=fmt).inc(report.bytes_held)

@@ -13,7 +13,6 @@ from starlette.responses import Response
 from winnow.server.answers import Answer, Whole
 from winnow.server.generation import Generation
 from winnow.server.sse import event, start_stream, while_connected
-from winnow.server.usage import compression
 
 
 async def respond(request: Request, generation: Generation, answer: Answer) -> Response:
@@ -52,7 +51,7 @@ async def _events(generation: Generation, answer: Answer) -> AsyncGenerator[byte
                 continue
             chunk = answer.envelope([answer.chunk(piece)], is_chunk=True) | no_usage
             if generation.has_plan and piece.report is not None:
-                chunk["compression"] = compression(generation.usage.plan, [piece.report])
+                chunk["compression"] = generation.usage.compression([piece.report])
             yield event(chunk)
     if generation.request.wants_usage_chunk:
         yield event(answer.envelope([], is_chunk=True) | {"usage": generation.usage.as_dict()})

@@ -66,6 +66,10 @@ class Settings(BaseSettings, EngineSettings):
     body_timeout_s: float = Field(30.0, gt=0, le=3600, description="time for a client to send its body")
     max_messages: int = Field(2048, ge=1, le=1 << 20, description="messages of a chat")
     max_prompts: int = Field(64, ge=1, le=4096, description="prompts of a completions request")
+    max_contexts: int = Field(64, ge=1, le=4096, description="texts of a completions request that may be shortened")
+    max_unshortened_tokens: int = Field(
+        1 << 17, ge=1, le=1 << 30, description="tokens of a prompt before compression.prompt shortens it"
+    )
     max_n: int = Field(16, ge=1, le=1024, description="choices per prompt")
     max_choices: int = Field(128, ge=1, le=65536, description="choices of a request: prompts times n")
     max_stop_strings: int = Field(16, ge=1, le=256, description="stop strings")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from winnow.server.protocol.chat import ChatPrompt
 
@@ -13,20 +13,26 @@ if TYPE_CHECKING:
 def chat_tokens(tokenizer: Tokenizer, chat: ChatPrompt) -> list[int]:
     """The prompt. The template writes the special tokens that belong there, so none are added.
 
-    A developer's message stands for the system's where the template does not know developers (OpenAI's newer name).
-
     Raises
         RequestError: the template refuses the messages
     """
-    messages: list[dict[str, Any]] = [message.for_template() for message in chat.messages]
+    text = chat_text(tokenizer, chat, [message.text for message in chat.messages])
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def chat_text(tokenizer: Tokenizer, chat: ChatPrompt, contents: list[str]) -> str:
+    """The conversation as the template writes it, with these texts in its messages.
+
+    A developer's message stands for the system's where the template does not know developers (OpenAI's newer name).
+    """
+    messages = [message.for_template(content) for message, content in zip(chat.messages, contents, strict=True)]
     if "developer" not in (tokenizer.chat_template or ""):
         for message in messages:
             if message["role"] == "developer":
                 message["role"] = "system"
-    text = tokenizer.apply_chat_template(
+    return tokenizer.apply_chat_template(
         messages,
         add_generation_prompt=chat.add_generation_prompt,
         continue_final_message=chat.continue_final_message,
         variables=chat.chat_template_kwargs,
     )
-    return tokenizer.encode(text, add_special_tokens=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from winnow.engine.messages import CompressionReport
+from winnow.engine.messages import CompressionReport, Shortened
 
 
 @dataclass
@@ -15,6 +15,8 @@ class Usage:
     `compression` counts every choice of every prompt: each of its numbers is the sum over these `sequences`, so that
     tokens_kept.mean / tokens_seen is the share of the context that was kept and bytes_held / bytes_uncompressed that of
     the memory. A page that several sequences share counts once for each of them.
+
+    `prompt_tokens` is what the model read: of a prompt that was shortened, what was left of it.
     """
 
     plan: dict[str, Any] | None = None
@@ -26,6 +28,8 @@ class Usage:
     rejected_tokens: int = 0
     """Guessed and not said; unlike OpenAI's they are no part of completion_tokens"""
     reports: list[CompressionReport] = field(default_factory=list)
+    shortened: list[tuple[int, Shortened]] = field(default_factory=list)
+    """Of each prompt that was shortened: its tokens before, and what was left"""
 
     def as_dict(self) -> dict[str, Any]:
         usage: dict[str, Any] = {
@@ -40,12 +44,26 @@ class Usage:
                 "rejected_prediction_tokens": self.rejected_tokens,
             }
         if self.reports:
-            usage["compression"] = compression(self.plan, self.reports)
+            usage["compression"] = self.compression(self.reports)
         return usage
 
+    def compression(self, reports: list[CompressionReport]) -> dict[str, Any]:
+        """`usage.compression` of some sequences; also what the last chunk of a stream says of its choice."""
+        prompt = {"prompt": _prompt(self.shortened)} if self.shortened else {}
+        return _kept(self.plan, reports) | prompt
 
-def compression(plan: dict[str, Any] | None, reports: list[CompressionReport]) -> dict[str, Any]:
-    """`usage.compression` of some sequences; also what the last chunk of a stream says of its choice."""
+
+def _prompt(shortened: list[tuple[int, Shortened]]) -> dict[str, Any]:
+    """Tokens of the prompts before and after they were shortened, and of what was marked in them."""
+    return {
+        "tokens_before": sum(before for before, _ in shortened),
+        "tokens_after": sum(len(left.prompt) for _, left in shortened),
+        "context_before": sum(left.context_tokens for _, left in shortened),
+        "context_after": sum(left.context_kept for _, left in shortened),
+    }
+
+
+def _kept(plan: dict[str, Any] | None, reports: list[CompressionReport]) -> dict[str, Any]:
     return {
         "plan": plan,
         "sequences": len(reports),

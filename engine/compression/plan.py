@@ -1,7 +1,8 @@
 """The plan: what a caller writes under "compression", validated and immutable.
 
     {"kv": {"evict": {"policy": "snapkv", "budget": 0.25, "sinks": 4, "recent": 64, "window": 32},
-            "format": "int4", "residual": 32}}
+            "format": "int4", "residual": 32},
+     "prompt": {"policy": "selective", "keep": 0.5}}
 
 A policy's own knobs stand flat beside the common ones. Whatever is unknown, out of range or without effect is refused
 with the JSON path of the field. `{}` is the plan that compresses nothing.
@@ -16,53 +17,20 @@ from hashlib import sha256
 from operator import or_
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PlainValidator,
-    ValidationError,
-    WithJsonSchema,
-    create_model,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
+from winnow.engine.compression.budget import MAX_TOKENS, Budget, is_everything, tokens_of
 from winnow.engine.compression.merge_plan import AnyMerge, merge_model
 from winnow.engine.compression.plan_errors import explain
 from winnow.engine.compression.policy import PolicyParams, SetsBudgets
-from winnow.engine.compression.registry import EVICTION, MERGE, OWN_MERGE, eviction_policy, merge_method
+from winnow.engine.compression.prompt.plan import AnyPrompt, Prompt, prompt_model
+from winnow.engine.compression.registry import EVICTION, MERGE, OWN_MERGE, PROMPT, eviction_policy, merge_method
 from winnow.engine.errors import PlanNotSupported, RequestError
 from winnow.kernels.layout import PageFormat
 
-MAX_TOKENS = 10_000_000
-"""Largest count in a plan; longer contexts do not exist."""
-
 FormatName = Literal["f32", "bf16", "int8", "int4", "int2", "fp8"]
 """Labels of `PageFormat`"""
-
-
-def _check_budget(value: Any) -> int | float:
-    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_TOKENS:
-        return value
-    if isinstance(value, float) and 0 < value <= 1:
-        return value
-    raise PydanticCustomError("budget", f"must be a fraction in (0, 1] or a count of tokens from 1 to {MAX_TOKENS}")
-
-
-Budget = Annotated[
-    int | float,
-    PlainValidator(_check_budget),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
-                {"type": "integer", "minimum": 1, "maximum": MAX_TOKENS},
-            ]
-        }
-    ),
-]
-"""A float in (0, 1] is a fraction of the tokens seen so far, an int a number of tokens: 1 is one token, 1.0 is all."""
 
 
 class Part(BaseModel):
@@ -125,12 +93,11 @@ class Evict(PolicyParams):
 
     @property
     def keeps_all(self) -> bool:
-        return isinstance(self.budget, float) and self.budget == 1.0
+        return is_everything(self.budget)
 
     def budget_tokens(self, seen: int) -> int:
-        """Tokens that a lane keeps of `seen`. A fraction is rounded down, as in kvpress, but to no less than one."""
-        wanted = int(seen * self.budget) if isinstance(self.budget, float) else min(self.budget, seen)
-        return max(1, wanted)
+        """Tokens that a lane keeps of `seen`."""
+        return tokens_of(self.budget, seen)
 
     def voters(self, seen: int) -> int | None:
         """`EvictionPolicy.voters` of the plan's policy."""
@@ -181,6 +148,12 @@ class Plan(Part):
     """The resolved compression of one request."""
 
     kv: KV = KV()
+    prompt: AnyPrompt | None = Field(None, description="shortens what messages mark as context, before it is read")
+
+    @property
+    def shortens(self) -> Prompt | None:
+        """The prompt compression asked for; None if there is none or it keeps everything."""
+        return None if self.prompt is None or self.prompt.keeps_all else self.prompt
 
     @property
     def evict(self) -> Evict | None:
@@ -190,8 +163,8 @@ class Plan(Part):
 
     @property
     def is_off(self) -> bool:
-        """Neither evicts nor names a format: the sequence is served as if there were no plan."""
-        return self.evict is None and self.format is None
+        """Neither shortens, nor evicts, nor names a format: the request is served as if there were no plan."""
+        return self.shortens is None and self.evict is None and self.format is None
 
     @property
     def evicts_at_prefill_end(self) -> bool:
@@ -237,8 +210,8 @@ class Plan(Part):
         return sha256(canonical.encode()).hexdigest()[:32]
 
     def to_wire(self) -> dict[str, Any]:
-        """JSON data for `Submit.plan`; `parse` reads it."""
-        return self.model_dump(exclude_unset=True)
+        """JSON data for `Submit.plan`; `parse` reads it. What concerned the prompt is over by then."""
+        return self.model_dump(exclude_unset=True, exclude={"prompt"})
 
     @classmethod
     def parse(cls, data: Any, at: str = "compression") -> Plan:
@@ -318,7 +291,7 @@ def plan_schema() -> dict[str, Any]:
 
 def _without_future(data: dict[str, Any], at: str) -> dict[str, Any]:
     """The data without the parts of the design that this version does not serve; they may only be null."""
-    data = _refuse(data, ("vision", "prompt"), at)
+    data = _refuse(data, ("vision",), at)
     if isinstance(data.get("kv"), dict):
         data["kv"] = _refuse(data["kv"], ("read",), f"{at}.kv")
     return data
@@ -339,4 +312,6 @@ def _fields(path: tuple[str, ...], policy: str | None) -> list[str]:
         return list(KV.model_fields)
     if path == ("kv", "evict", "merge"):
         return list(merge_model(policy or next(iter(MERGE))).model_fields)
+    if path == ("prompt",):
+        return list(prompt_model(policy or next(iter(PROMPT))).model_fields)
     return list(evict_model(policy or next(iter(EVICTION))).model_fields)

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from winnow.engine.compression.registry import EVICTION, MERGE
+from winnow.engine.compression.registry import EVICTION, MERGE, PROMPT
 from winnow.engine.errors import PlanNotSupported, RequestError
 
 SENTENCES = {
@@ -34,6 +34,7 @@ SENTENCES = {
 UNIONS: dict[tuple[str, ...], str] = {
     ("kv", "evict"): ", ".join(EVICTION),
     ("kv", "evict", "merge"): ", ".join(MERGE),
+    ("prompt",): ", ".join(PROMPT),
 }
 """Objects whose "policy" says what else they hold, and its known values. Pydantic names the policy in its paths."""
 

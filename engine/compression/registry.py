@@ -1,4 +1,5 @@
-"""The policies by name. A new one is a file in `eviction/` or `merging/` and a line here; nothing else names it.
+"""The policies by name. A new one is a file in `eviction/`, `merging/` or `prompt/` and a line here; nothing else names
+it.
 
 The request schema, the OpenAPI page, `/v1/models` and the conformance tests follow from this table.
 """
@@ -10,6 +11,7 @@ from importlib import import_module
 
 from winnow.engine.compression.merge import MergeMethod
 from winnow.engine.compression.policy import EvictionPolicy
+from winnow.engine.compression.prompt.policy import PromptPolicy
 
 EVICTION: dict[str, str] = {
     "streaming_llm": "winnow.engine.compression.eviction.streaming_llm:StreamingLLM",
@@ -21,6 +23,13 @@ EVICTION: dict[str, str] = {
     "tri_attention": "winnow.engine.compression.eviction.tri_attention:TriAttention",
     "razor_attention": "winnow.engine.compression.eviction.razor_attention:RazorAttention",
     "random": "winnow.engine.compression.eviction.random:Random",
+}
+
+PROMPT: dict[str, str] = {
+    "selective": "winnow.engine.compression.prompt.selective:Selective",
+    "extractive": "winnow.engine.compression.prompt.extractive:Extractive",
+    "llmlingua2": "winnow.engine.compression.prompt.llmlingua2:LLMLingua2",
+    "spec_pc": "winnow.engine.compression.prompt.spec_pc:SpecPC",
 }
 
 
@@ -48,3 +57,11 @@ def merge_method(name: str) -> MergeMethod:
     module, attribute = MERGE[name].split(":")
     method: MergeMethod = getattr(import_module(module), attribute)()
     return method
+
+
+@cache
+def prompt_policy(name: str) -> PromptPolicy:
+    """The one instance of the policy; KeyError if there is none of this name."""
+    module, attribute = PROMPT[name].split(":")
+    policy: PromptPolicy = getattr(import_module(module), attribute)()
+    return policy

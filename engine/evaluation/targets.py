@@ -82,7 +82,7 @@ class EngineTarget:
         return self._tokenizer.encode(text, add_special_tokens=False)
 
     def ask(self, asks: Sequence[Ask]) -> list[Answer | RequestError]:
-        from winnow.engine.messages import Output, SamplingParams, Submit
+        from winnow.engine.messages import Output, Rejected, SamplingParams, Submit
 
         shown: dict[str, list[NDArray[np.float32]]] = defaultdict(list)
         self.engine.on_forced = lambda request_id, logits: shown[request_id].append(log_softmax(logits.numpy()))
@@ -102,9 +102,10 @@ class EngineTarget:
                 refused[str(i)] = error
         while not self.engine.is_idle:
             for output in self.engine.step():
-                if not isinstance(output, Output):
+                if isinstance(output, Rejected):
                     raise EvalError(f"the engine gave a request up: {output.message}")
-                outputs[output.request_id].append(output)
+                if isinstance(output, Output):
+                    outputs[output.request_id].append(output)
 
         def answer(i: int, ask: Ask) -> Answer | RequestError:
             if str(i) in refused:

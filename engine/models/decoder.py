@@ -18,6 +18,9 @@ from winnow.engine.models.config import ModelConfig
 from winnow.kernels.dispatch import Backend, Weight
 from winnow.kernels.kv import LaneBatch, PagedKV
 
+Watch = Callable[[int, Tensor], None]
+"""Is shown each layer's number and queries [T, heads, head_dim], rotated, when the layer's keys are in their pages"""
+
 
 @dataclass(frozen=True, slots=True)
 class Block:
@@ -75,19 +78,29 @@ class Decoder:
         Returns:
             [R, vocab] float32 logits.
         """
+        return self.logits(self.hidden(tokens, batch, kv, rows))
+
+    def hidden(self, tokens: Tensor, batch: LaneBatch, kv: PagedKV, rows: Tensor, watch: Watch | None = None) -> Tensor:
+        """`forward` up to the last norm: [R, hidden_size] float32, of which `logits` makes logits."""
         ops, eps, cos, sin, scale = self._ops, self.config.rms_eps, self._cos, self._sin, self._scale
         last = self._blocks[-1]
         x = ops.embed(tokens, self._embedding)
         for layer, block in enumerate(self._blocks):
             qkv = ops.linear(ops.rms_norm(x, block.attention_norm, eps), block.qkv)
             q = ops.rope_write(qkv, cos, sin, batch, kv, layer, block.q_norm, block.k_norm, eps)
+            if watch is not None:
+                watch(layer, q)
             mixed = ops.attention(q, batch, kv, layer, scale, block.window)
             if block is last:  # beyond its attention only the wanted rows matter
                 x, mixed = x[rows], mixed[rows]
             ops.linear(mixed, block.out, out=x, accumulate=True)
             gate_up = ops.linear(ops.rms_norm(x, block.mlp_norm, eps), block.gate_up)
             ops.linear(ops.silu_mul(gate_up), block.down, out=x, accumulate=True)
-        return ops.linear(ops.rms_norm(x, self._norm, eps), self._head)
+        return ops.rms_norm(x, self._norm, eps)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[R, hidden_size] -> [R, vocab] float32."""
+        return self._ops.linear(hidden, self._head)
 
 
 def rope_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:

@@ -62,6 +62,22 @@ class Tokenizer:
         # The batch call lets other threads run meanwhile (`encode` holds the interpreter) and skips offsets.
         return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
+    def encode_with_bounds(self, text: str, add_special_tokens: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
+        """The same tokens, and the characters that each covers: begin and end.
+
+        Between two tokens nothing is left out: a space belongs to the token after it. Tokens that are parts of one
+        character all have its bounds; special tokens that were added have (-1, -1).
+        """
+        encoding = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)[0]
+        bounds, before = [], 0
+        for (start, end), is_added in zip(encoding.offsets, encoding.special_tokens_mask, strict=True):
+            if is_added:
+                bounds.append((-1, -1))
+            else:
+                bounds.append((before if end > before else start, end))
+                before = max(before, end)
+        return encoding.ids, bounds
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of tokens; U+FFFD where their bytes are not UTF-8."""
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)

@@ -2,51 +2,64 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 
 from winnow.engine.errors import RequestError
 from winnow.server.protocol.common import INT32_MAX, Body, GenerationRequest, Unsupported, at_most
 from winnow.server.settings import Settings
 
 NO_TOOLS = "tool calls are not supported"
-TEXT_PART = {"type": "object", "required": ["type", "text"], "additionalProperties": False}
+TEXT_PART = {
+    "type": "object",
+    "required": ["type", "text"],
+    "additionalProperties": False,
+    "properties": {
+        "type": {"type": "string", "const": "text"},
+        "text": {"type": "string"},
+        "context": {
+            "type": "boolean",
+            "description": "whether compression.prompt may shorten this part; not in system messages",
+        },
+    },
+}
 
 
-def _flatten(content: Any) -> Any:
-    """Text parts become one text; other parts are named and refused."""
+@dataclass(frozen=True, slots=True)
+class TextPart:
+    text: str
+    is_context: bool = False
+    """Whether its sender lets it be shortened"""
+
+
+def _parts(content: Any) -> tuple[TextPart, ...]:
+    """A text, or text parts; other parts are named and refused."""
+    if isinstance(content, str):
+        return (TextPart(content),)
     if not isinstance(content, list):
-        return content
-    texts = []
-    for i, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text" and set(part) == {"type", "text"} and isinstance(part["text"], str):
-            texts.append(part["text"])
-        elif kind in ("image_url", "image", "input_image"):
-            raise ValueError(f"part {i} is an image, and the loaded model reads no images")
-        elif kind in ("input_audio", "audio_url", "video_url", "file"):
-            raise ValueError(f"part {i} is not text, and the loaded model reads nothing else")
-        else:
-            raise ValueError(f'part {i} must be {{"type": "text", "text": string}}')
-    return "\n".join(texts)
+        raise ValueError("must be a string or a list of text parts")
+    return tuple(_text_part(i, part) for i, part in enumerate(content))
+
+
+def _text_part(i: int, part: Any) -> TextPart:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text" and {"type", "text"} <= set(part) <= {"type", "text", "context"}:
+        is_context = part.get("context")
+        if isinstance(part["text"], str) and (is_context is None or isinstance(is_context, bool)):
+            return TextPart(part["text"], bool(is_context))
+    if kind in ("image_url", "image", "input_image"):
+        raise ValueError(f"part {i} is an image, and the loaded model reads no images")
+    if kind in ("input_audio", "audio_url", "video_url", "file"):
+        raise ValueError(f"part {i} is not text, and the loaded model reads nothing else")
+    raise ValueError(f'part {i} must be {{"type": "text", "text": string}}, with "context": true or false if it is one')
 
 
 Content = Annotated[
-    str,
-    BeforeValidator(_flatten),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string"},
-                {
-                    "type": "array",
-                    "items": TEXT_PART
-                    | {"properties": {"type": {"type": "string", "const": "text"}, "text": {"type": "string"}}},
-                },
-            ]
-        }
-    ),
+    tuple[TextPart, ...],
+    PlainValidator(_parts),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": TEXT_PART}]}),
 ]
 
 
@@ -65,8 +78,28 @@ class Message(Body):
     refusal: Annotated[Any, Unsupported("refusals are not part of a prompt", "")] = None
     reasoning_content: Annotated[Any, Unsupported("reasoning is not part of a prompt", "")] = None
 
-    def for_template(self) -> dict[str, str]:
-        turn = {"role": self.role, "content": self.content}
+    @model_validator(mode="after")
+    def _system_stays(self) -> Message:
+        if self.role in ("system", "developer") and self.has_context:
+            raise ValueError("a system prompt is never shortened: mark context in other messages")
+        return self
+
+    @property
+    def parts(self) -> tuple[TextPart, ...]:
+        return self.content
+
+    @property
+    def text(self) -> str:
+        """The parts, a line each."""
+        return "\n".join(part.text for part in self.parts)
+
+    @property
+    def has_context(self) -> bool:
+        return any(part.is_context for part in self.parts)
+
+    def for_template(self, content: str) -> dict[str, str]:
+        """The turn with this text."""
+        turn: dict[str, str] = {"role": self.role, "content": content}
         if self.name is not None:
             turn["name"] = self.name
         if self.tool_call_id is not None:

@@ -71,7 +71,7 @@ class StreamOptions(Body):
     include_obfuscation: Annotated[Any, Unsupported("chunks are never padded", False)] = None
 
 
-def _one_or_more(value: Any) -> Any:
+def one_or_more(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
@@ -95,7 +95,7 @@ class SpeculationSchema:
 _STOP = {"type": "string", "minLength": 1}
 Stops = Annotated[
     list[Annotated[str, Field(min_length=1)]],
-    BeforeValidator(_one_or_more),
+    BeforeValidator(one_or_more),
     WithJsonSchema({"anyOf": [_STOP, {"type": "array", "items": _STOP}]}),
 ]
 Token = Annotated[int, Field(ge=0, le=INT32_MAX)]

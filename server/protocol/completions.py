@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
 
 from winnow.engine.errors import RequestError
-from winnow.server.protocol.common import INT32_MAX, GenerationRequest, Unsupported, at_most
+from winnow.server.protocol.common import INT32_MAX, GenerationRequest, Unsupported, at_most, one_or_more
 from winnow.server.settings import Settings
 
 DEFAULT_MAX_TOKENS = 16
@@ -33,6 +33,7 @@ def _is_token(value: Any) -> bool:
     return type(value) is int and 0 <= value <= INT32_MAX
 
 
+_TEXT = {"type": "string", "minLength": 1}
 _TOKENS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": INT32_MAX}, "minItems": 1}
 Prompts = Annotated[
     list[Prompt],
@@ -59,12 +60,20 @@ def _forced(value: Any) -> Prompt:
 Forced = Annotated[
     Prompt, PlainValidator(_forced), WithJsonSchema({"anyOf": [{"type": "string"}, _TOKENS | {"minItems": 0}]})
 ]
+Texts = Annotated[
+    list[Annotated[str, Field(min_length=1)]],
+    BeforeValidator(one_or_more),
+    WithJsonSchema({"anyOf": [_TEXT, {"type": "array", "items": _TEXT}]}),
+]
 
 
 class CompletionRequest(GenerationRequest):
     prompt: Prompts
+    context: Texts = Field(
+        [], description="what compression.prompt may shorten: texts of the one prompt, each found in it exactly once"
+    )
     logprobs: int | None = Field(None, ge=0, description="likeliest tokens at each position; 0: the chosen one only")
-    echo: bool = Field(False, description="the text starts with the prompt; not with logprobs")
+    echo: bool = Field(False, description="the text starts with the prompt, as it was read; not with logprobs")
     best_of: int | None = Field(None, ge=1, description="must equal n")
     forced: Forced | None = Field(
         None,
@@ -78,6 +87,8 @@ class CompletionRequest(GenerationRequest):
     def _consistent(self) -> CompletionRequest:
         if self.best_of is not None and self.best_of != self.n:
             raise RequestError("best_of", "best_of must equal n", "invalid_value")
+        if self.context and (len(self.prompt) > 1 or not isinstance(self.prompt[0], str)):
+            raise RequestError("context", "context needs one prompt that is a text", "invalid_value")
         if self.echo and self.logprobs is not None:
             raise RequestError("echo", "echo cannot be combined with logprobs", "invalid_value")
         if self.forced is not None and self.n != 1:
@@ -98,6 +109,7 @@ class CompletionRequest(GenerationRequest):
         super().check_limits(limits)
         at_most("prompt", len(self.prompt), limits.max_prompts, "prompts")
         at_most("n", self.n * len(self.prompt), limits.max_choices, "choices of all prompts")
+        at_most("context", len(self.context), limits.max_contexts, "texts")
         at_most("logprobs", self.logprobs or 0, limits.max_logprobs)
 
     def check_vocabulary(self, vocab_size: int) -> None:

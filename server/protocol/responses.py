@@ -30,6 +30,15 @@ class TokensKept(Part):
     max: int
 
 
+class ShortenedPrompt(Part):
+    """Tokens of the prompts before and after compression.prompt, and of the context in them."""
+
+    tokens_before: int
+    tokens_after: int
+    context_before: int
+    context_after: int
+
+
 class Compression(Part):
     """What was kept, measured from pages. Each number is the sum over the request's sequences (prompts times n)."""
 
@@ -39,6 +48,7 @@ class Compression(Part):
     tokens_kept: TokensKept
     bytes_uncompressed: int
     bytes_held: int
+    prompt: ShortenedPrompt | None = None
 
 
 class PromptTokensDetails(Part):

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from winnow.server.answers import ChatAnswer
 from winnow.server.body import body_docs, json_body
 from winnow.server.generation import Generation
+from winnow.server.marks import PromptSource, marked_chat
 from winnow.server.protocol.chat import ChatRequest
 from winnow.server.protocol.responses import ChatCompletion
 from winnow.server.respond import respond
@@ -30,5 +31,10 @@ async def chat_completions(
     body: Annotated[ChatRequest, Depends(json_body(ChatRequest))],
 ) -> Response:
     name = service.model_name(body.model)
-    generation = Generation(service, body, [lambda: chat_tokens(service.tokenizer, body)], "messages")
+    prompt = PromptSource(
+        tokens=lambda: chat_tokens(service.tokenizer, body),
+        marked=lambda: marked_chat(service.tokenizer, body),
+        is_marked=any(message.has_context for message in body.messages),
+    )
+    generation = Generation(service, body, [prompt], "messages")
     return await respond(request, generation, ChatAnswer(name, service.tokenizer, body.logprobs_asked))

@@ -8,7 +8,8 @@ from fastapi import APIRouter, Depends, Request, Response
 
 from winnow.server.answers import CompletionAnswer
 from winnow.server.body import body_docs, json_body
-from winnow.server.generation import Generation, Tokenize
+from winnow.server.generation import Generation
+from winnow.server.marks import MarkedPrompt, PromptSource, marked_text
 from winnow.server.protocol.completions import DEFAULT_MAX_TOKENS, CompletionRequest, Prompt
 from winnow.server.protocol.responses import Completion
 from winnow.server.respond import respond
@@ -28,16 +29,20 @@ async def completions(
     service: Annotated[Service, Depends(service_of)],
     body: Annotated[CompletionRequest, Depends(json_body(CompletionRequest))],
 ) -> Response:
-    def tokens_of(prompt: Prompt) -> Tokenize:
-        if isinstance(prompt, str):
-            return lambda: service.tokenizer.encode(prompt, body.add_special_tokens)
-        return lambda: prompt
+    def source_of(prompt: Prompt) -> PromptSource:
+        if not isinstance(prompt, str):
+            return PromptSource(lambda: prompt, lambda: MarkedPrompt(prompt, [], ""), is_marked=False)
+        return PromptSource(
+            tokens=lambda: service.tokenizer.encode(prompt, body.add_special_tokens),
+            marked=lambda: marked_text(service.tokenizer, prompt, body.context, body.add_special_tokens),
+            is_marked=bool(body.context),
+        )
 
     name = service.model_name(body.model)
     generation = Generation(
         service,
         body,
-        [tokens_of(prompt) for prompt in body.prompt],
+        [source_of(prompt) for prompt in body.prompt],
         prompt_param="prompt",
         default_output=DEFAULT_MAX_TOKENS,
         prefixes=[prompt if isinstance(prompt, str) else None for prompt in body.prompt] if body.echo else None,

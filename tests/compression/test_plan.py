@@ -11,13 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from winnow.engine.compression.plan import MAX_TOKENS, Maximum, Plan, plan_schema
-from winnow.engine.compression.registry import EVICTION, MERGE
+from winnow.engine.compression.registry import EVICTION, MERGE, PROMPT
 from winnow.engine.errors import PlanNotSupported, RequestError
 from winnow.kernels.layout import PageFormat
 
 
 def evict(**knobs: Any) -> dict[str, Any]:
     return {"kv": {"evict": {"policy": "snapkv", "budget": 0.5} | knobs}}
+
+
+def shorten(**knobs: Any) -> dict[str, Any]:
+    return {"prompt": {"policy": "selective", "keep": 0.5} | knobs}
 
 
 def refused(data: Any) -> RequestError:
@@ -69,6 +73,8 @@ def test_budgets(budget: float) -> None:
 
 POLICIES = ", ".join(EVICTION)
 MERGES = ", ".join(MERGE)
+PROMPT_POLICIES = ", ".join(PROMPT)
+NO_BUDGET = "must be a fraction in (0, 1] or a count of tokens from 1 to 10000000"
 
 
 @pytest.mark.parametrize(
@@ -76,7 +82,7 @@ MERGES = ", ".join(MERGE)
     [
         ([], "", "must be an object"),
         (None, "", "must be an object"),
-        ({"kw": {}}, ".kw", "is not a known field; known here: kv"),
+        ({"kw": {}}, ".kw", "is not a known field; known here: kv, prompt"),
         ({"kv": None}, ".kv", "must be an object, not null"),
         ({"kv": 3}, ".kv", "must be an object, not 3"),
         ({"kv": {"evicted": {}}}, ".kv.evicted", "is not a known field; known here: evict, format, residual"),
@@ -126,6 +132,16 @@ MERGES = ", ".join(MERGE)
         ({"kv": {"format": 4}}, ".kv.format", "must be 'f32', 'bf16', 'int8', 'int4', 'int2' or 'fp8', not 4"),
         ({"kv": {"residual": 64}}, ".kv.residual", "has no effect without `format`"),
         ({"kv": {"format": "int8", "residual": -1}}, ".kv.residual", "must be at least 0, not -1"),
+        ({"prompt": []}, ".prompt", "must be an object, not a list"),
+        ({"prompt": {}}, ".prompt.policy", f"is required; known policies: {PROMPT_POLICIES}"),
+        (shorten(policy="snapkv"), ".prompt.policy", f"must be one of {PROMPT_POLICIES}, not 'snapkv'"),
+        ({"prompt": {"policy": "selective"}}, ".prompt.keep", "is required"),
+        (shorten(keep=0), ".prompt.keep", f"{NO_BUDGET}, not 0"),
+        (shorten(keep=2.0), ".prompt.keep", f"{NO_BUDGET}, not 2.0"),
+        (shorten(unit="word"), ".prompt.unit", "must be 'token', 'phrase' or 'sentence', not 'word'"),
+        (shorten(window=3), ".prompt.window", "is not a knob of 'selective'; known here: unit, policy, keep"),
+        (shorten(policy="extractive", threshold=1.5), ".prompt.threshold", "must be at most 1.0, not 1.5"),
+        (shorten(policy="spec_pc", pool=0), ".prompt.pool", "must be at least 1, not 0"),
     ],
 )
 def test_what_is_said(data: Any, param: str, message: str) -> None:
@@ -138,7 +154,6 @@ def test_what_is_said(data: Any, param: str, message: str) -> None:
     ("data", "param"),
     [
         ({"vision": {"policy": "div_prune", "keep": 64}}, "compression.vision"),
-        ({"prompt": {}}, "compression.prompt"),
         ({"kv": {"read": {"policy": "quest", "tokens": 512}}}, "compression.kv.read"),
         ({"kv": {"read": False, "nonsense": 1}}, "compression.kv.read"),
     ],
@@ -213,6 +228,11 @@ def test_whatever_comes_is_a_plan_or_a_request_error(knobs: Any, rest: Any, whol
         (evict(budget=0.999), False),
         ({"kv": {"format": "int8"}}, False),
         ({"kv": {"format": "int8"} | evict(budget=1.0)["kv"]}, False),
+        (shorten(), False),
+        (shorten(keep=1.0), True),
+        (shorten(keep=1), False),
+        (shorten(policy="extractive", keep=1.0), True),
+        (shorten(policy="extractive", keep=1.0, threshold=0.2), False),
     ],
 )
 def test_is_off(data: Any, is_off: bool) -> None:
@@ -311,7 +331,7 @@ def test_the_wire_keeps_the_plan() -> None:
     written: list[dict[str, Any]] = [{}, evict(budget=1), evict(budget=1.0, during="both", interval=7)]
     for data in [*written, {"kv": {"format": "int8"}}]:
         plan = Plan.parse(data)
-        assert plan.to_wire() == data
+        assert plan.to_wire() == Plan.parse(data | shorten()).to_wire() == data  # the prompt is short by then
         assert Plan.parse(json.loads(json.dumps(plan.to_wire()))).fingerprint == plan.fingerprint
 
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 
-from winnow.engine.messages import CompressionReport, EngineInfo, EngineStats, Output, Submit, TokenLogprob
+from winnow.engine.messages import (
+    CompressionReport,
+    EngineInfo,
+    EngineStats,
+    Output,
+    Shorten,
+    Shortened,
+    Submit,
+    TokenLogprob,
+)
 from winnow.engine.models.tokenizer import Tokenizer
 
 REPORT = CompressionReport(
@@ -52,6 +61,7 @@ class FakeEngine:
         self.cached_tokens = 0
         self.accepted_tokens = self.rejected_tokens = 0
         self.submits: list[Submit] = []
+        self.shortens: list[Shorten] = []
         self.finished: list[tuple[str, int]] = []
         self.aborted: list[str] = []
         self.paused = asyncio.Event()
@@ -71,6 +81,16 @@ class FakeEngine:
 
     def finish(self, request_id: str, index: int) -> None:
         self.finished.append((request_id, index))
+
+    async def shorten(self, request: Shorten) -> Shortened:
+        """Drops the first token of each part."""
+        self.shortens.append(request)
+        if self.error is not None:
+            raise self.error
+        dropped = {part.first for part in request.parts}
+        tokens = sum(len(part.ends) for part in request.parts)
+        left = [token for i, token in enumerate(request.prompt) if i not in dropped]
+        return Shortened(request.request_id, left, tokens, tokens - len(dropped))
 
     async def generate(self, submit: Submit) -> AsyncGenerator[Output, None]:
         self.submits.append(submit)

@@ -124,7 +124,7 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"compression": []}, "compression"),
     ({"compression": "no_such_profile"}, "compression"),
     ({"compression": {"vision": {"policy": "div_prune"}}}, "compression.vision"),
-    ({"compression": {"prompt": {}}}, "compression.prompt"),
+    ({"compression": {"prompt": {}}}, "compression.prompt.policy"),
     ({"compression": {"kv": {"read": {"policy": "quest"}}}}, "compression.kv.read"),
     ({"compression": {"kw": {}}}, "compression.kw"),
     ({"compression": {"kv": {"format": "int3"}}}, "compression.kv.format"),

@@ -1,0 +1,52 @@
+"""What the engine is asked for when a plan shortens a prompt."""
+
+from __future__ import annotations
+
+from uuid import uuid4
+
+from winnow.engine.compression.prompt.plan import Prompt
+from winnow.engine.compression.prompt.policy import PromptSignal
+from winnow.engine.compression.registry import prompt_policy
+from winnow.engine.errors import PlanNotSupported, PromptTooLong, RequestError
+from winnow.engine.messages import EngineInfo, Shorten
+from winnow.server.marks import MarkedPrompt
+from winnow.server.settings import Settings
+
+HOW_TO_MARK = {
+    "messages": 'mark text parts that may be shortened: {"type": "text", "text": …, "context": true}',
+    "prompt": 'give the text that may be shortened in "context"',
+}
+
+
+def shorten_request(
+    marked: MarkedPrompt, plan: Prompt, info: EngineInfo, settings: Settings, prompt_param: str, cache_salt: str
+) -> Shorten:
+    """
+    Raises
+        RequestError: nothing is marked, the policy cannot be had here, or the prompt is too long for it
+    """
+    signal = prompt_policy(plan.policy).signal
+    if (why := info.missing_policies.get(plan.policy)) is not None:
+        raise PlanNotSupported("compression.prompt.policy", f"compression.prompt.policy: {why}")
+    if not marked.parts:
+        raise RequestError("compression.prompt", f"compression.prompt has no context: {HOW_TO_MARK[prompt_param]}")
+    if signal is PromptSignal.EMBEDDINGS and not marked.question:
+        message = f"{prompt_param}: '{plan.policy}' ranks by the question, and there is no text beside the context"
+        raise RequestError(prompt_param, message, "invalid_value")
+    length, longest = len(marked.tokens), settings.max_unshortened_tokens
+    if length > longest:
+        message = f"{prompt_param}: {length} tokens, and this server shortens at most {longest}"
+        raise PromptTooLong(prompt_param, message)
+    if signal.reads_prompt and length > info.max_model_len:
+        message = (
+            f"'{plan.policy}' has the model read the whole prompt: {length} tokens, of at most {info.max_model_len}"
+        )
+        raise PromptTooLong(prompt_param, message)
+    return Shorten(
+        request_id=uuid4().hex,
+        prompt=marked.tokens,
+        parts=marked.parts,
+        plan=plan.model_dump(exclude_unset=True),
+        question=marked.question,
+        cache_salt=cache_salt,
+    )
