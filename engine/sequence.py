@@ -95,7 +95,7 @@ class Sequence:
     @property
     def is_decoding(self) -> bool:
         """Reads its own last token next, and says another one."""
-        return self.is_running and self.remaining == 1 and self.computed >= self.prompt_tokens
+        return self.is_running and self.remaining == 1 and self.sampled > 0
 
     @property
     def first_needed(self) -> int:

@@ -27,6 +27,7 @@ class Ask:
     max_tokens: int
     plan: dict[str, Any] | None = None
     """None where the server knows no plans"""
+    speculative: dict[str, Any] | None = None
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Completion:
     tokens: int = 0
     cached_tokens: int = 0
     compression: dict[str, Any] | None = None
+    accepted_tokens: int = 0
     is_done: bool = False
 
     @property
@@ -140,6 +142,8 @@ class Client:
             body["ignore_eos"] = True
         if ask.plan is not None:
             body["compression"] = ask.plan
+        if ask.speculative is not None:
+            body["speculative"] = ask.speculative
         return body
 
 
@@ -155,3 +159,5 @@ def _take(chunk: dict[str, Any], into: Completion) -> None:
         into.tokens = usage["completion_tokens"]
         into.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
         into.compression = usage.get("compression")
+        details = usage.get("completion_tokens_details") or {}
+        into.accepted_tokens = details.get("accepted_prediction_tokens") or 0

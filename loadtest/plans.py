@@ -12,6 +12,12 @@ def _evict(policy: str, budget: float, **knobs: Any) -> dict[str, Any]:
 OFF = "off"
 SMALLEST = "snapkv 0.25 + int4"
 
+SPECULATION: dict[str, dict[str, Any]] = {
+    OFF: {},
+    "prompt_lookup": {"method": "prompt_lookup", "tokens": 8},
+    "token_recycling": {"method": "token_recycling", "tokens": 4},
+}
+
 SPEED: dict[str, dict[str, Any]] = {
     OFF: {},
     "int8": {"kv": {"format": "int8"}},

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import plans
-from client import Ask, Client, Completion
+from client import Ask, BenchError, Client, Completion
 from contenders import TRANSFORMERS, Contender, Server
 from report import Report, Table, Target
 from serving import metric
@@ -126,6 +126,24 @@ class Bench:
                 prompts = self.book.prompts(f"plans/{number}/{name}", count, sizes.together_prompt)
                 speed = server.under(name, plans.SPEED[name]).together(prompts, new)
                 self._add(table, name, f"{count} at once", "tok/s", speed.tok_s, speed.note)
+
+    # Speculation -----------------------------------------------------------------------------------------------------
+
+    def speculation(self, client: Client) -> None:
+        """A text that the model is copying, and one that goes on as it likes; answers must not differ."""
+        sizes, new = self.sizes, self.sizes.together_tokens
+        table = self.report.table("speculation", "Batch-1 decode with tokens guessed ahead", base_row=plans.OFF)
+        excerpt = self.book.prompt("speculation", sizes.together_prompt)
+        prompts = {"a copy": excerpt + excerpt[: len(excerpt) // 2], "plain text": excerpt}
+        texts: dict[str, str] = {}
+        for _ in range(sizes.rounds):
+            for name, speculative in plans.SPECULATION.items():
+                for kind, prompt in prompts.items():
+                    (done,) = client.complete([Ask(prompt, new, {}, speculative)])
+                    if texts.setdefault(kind, done.text) != done.text:
+                        raise BenchError(f"{name} says something else of {kind}")
+                    self._add(table, name, kind, "tok/s", done.decode_tok_s)
+                    table.add(name, f"{kind}: guessed", "tokens", done.accepted_tokens)
 
     # Capacity --------------------------------------------------------------------------------------------------------
 
