@@ -128,13 +128,16 @@ class Engine:
         lost: list[StepOutput] = []
         for seq, count in zip(batch.seqs, batch.counts.tolist(), strict=True):
             before = seq.computed
-            seq.computed += count
-            if before < seq.prompt_tokens <= seq.computed and self.cache is not None:
+            seq.advance(count)
+            if before < seq.prompt_tokens <= seq.computed and self.cache is not None and not seq.stage_bounds:
                 self.cache.publish(seq.block_keys, seq.slot)
         for seq in batch.seqs:
             # A sequence that is preempted here loses its place in this step; it will sample the same token later.
-            while seq.is_running and seq.timeline.acts_at(seq.computed):
+            while seq.is_running and (seq.ends_a_stage or seq.timeline.acts_at(seq.computed)):
                 try:
+                    if seq.ends_a_stage:
+                        self.compressor.end_stage(seq)
+                        continue
                     self.compressor.apply(seq)
                     break
                 except OutOfPages:
@@ -255,6 +258,10 @@ class Engine:
         check_profiles(plan, self.profiles, self.name)
         if plan.shortens is not None:
             raise PlanNotSupported("compression.prompt", "compression.prompt: shorten a prompt before it is submitted")
+        stage_bounds = () if plan.evict is None else plan.evict.stage_bounds(self.config.layers)
+        if stage_bounds and self._has_windows:
+            path = "compression.kv.evict.policy"
+            raise PlanNotSupported(path, f"{path}: prompts of a model with sliding windows are not read in stages")
         timeline = Timeline.of(plan, length, self.arena.layout)
         seed = int.from_bytes(os.urandom(8), "little") if sampling.seed is None else sampling.seed
         self._arrivals += 1
@@ -274,6 +281,7 @@ class Engine:
                 salt=request.cache_salt,
                 speculation=speculation,
                 forced=len(request.forced),
+                stage_bounds=stage_bounds,
             )
             for index in range(sampling.n)
         ]

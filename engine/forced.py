@@ -41,9 +41,9 @@ def forced_spans(batch: ScheduledBatch) -> list[Span]:
         if seq.told < seq.forced:
             # The row of a token foretells the next one.
             first = seq.prompt_tokens + seq.told
-            last = min(seq.computed + count, seq.prompt_tokens + seq.forced - 1)
+            last = min(seq.reads_from + count, seq.prompt_tokens + seq.forced - 1)
             if first <= last:
-                rows = np.arange(first, last + 1) - 1 - seq.computed + row
+                rows = np.arange(first, last + 1) - 1 - seq.reads_from + row
                 spans.append(Span(seq, seq.tokens[first : last + 1], rows[: None if seq.reports_logprobs else 0]))
                 seq.told += last + 1 - first
         row += count

@@ -118,13 +118,14 @@ class PageArena:
         return rows[np.arange(rows.shape[-1]) < self.columns[slot][..., None]]
 
     def pages_to_extend(self, slots: Ints, counts: Ints) -> NDArray[np.int64]:
-        """[B] pages that each sequence must get to take `counts` [B] more tokens in every lane."""
+        """[B] pages that each sequence must get to take `counts` [B] more tokens in every lane, or [B, layers]."""
         missing = (self._columns_for(slots, counts) - self.columns[slots]).clip(0).reshape(len(slots), -1)
         copies = np.where(self._tail_shared[slots], self.lanes, 0)
         return missing.sum(1, dtype=np.int64) + copies
 
     def extend(self, slots: Ints, counts: Ints) -> None:
-        """Makes room for `counts` [B] new tokens in every lane of the sequences, and counts them as kept."""
+        """Makes room for `counts` new tokens in every lane of the sequences [B], or of their layers [B, layers], and
+        counts them as kept."""
         for slot in slots[self._tail_shared[slots]]:
             self._unshare_tail(int(slot))
         wanted = self._columns_for(slots, counts)
@@ -136,7 +137,7 @@ class PageArena:
             pages = self.take(total)
             self.table.reshape(-1, self.table.shape[-1])[self._cells(slots, have, missing)] = pages
             self.columns[slots] = np.maximum(wanted, have)
-        self.kept[slots] += counts.reshape(-1, 1, 1)
+        self.kept[slots] += _by_lane(counts)
 
     def truncate(self, slots: Ints, counts: Ints) -> None:
         """Drops the newest `counts` [B] tokens of every lane of some distinct sequences, and the pages left empty.
@@ -178,7 +179,7 @@ class PageArena:
         return rows, first.reshape(-1)[lane] + within
 
     def _columns_for(self, slots: Ints, counts: Ints) -> Ints:
-        open_tokens = self.kept[slots] - self.sealed_tokens(slots) + counts.reshape(-1, 1, 1)
+        open_tokens = self.kept[slots] - self.sealed_tokens(slots) + _by_lane(counts)
         columns: Ints = self.sealed[slots] + self.rest[slots] + -(-open_tokens // np.int32(self.layout.page_tokens))
         return columns
 
@@ -282,3 +283,8 @@ class PageArena:
             assert np.array_equal(wanted, self.columns[slots]), "a lane has pages it does not need"
         idle = np.array(self._slots, np.int64)
         assert not self.columns[idle].any() and not self.kept[idle].any(), "a closed slot holds tokens"
+
+
+def _by_lane(counts: Ints) -> Ints:
+    """[B] or [B, layers] -> [B, layers or 1, 1]"""
+    return counts.reshape(len(counts), -1, 1)

@@ -25,6 +25,10 @@ class Model(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor: ...
 
+    def embed(self, tokens: Tensor) -> Tensor: ...
+
+    def through(self, x: Tensor, layers: range, batch: LaneBatch, kv: PagedKV, rows: Tensor) -> Tensor: ...
+
 
 @dataclass(frozen=True, slots=True)
 class Look:
@@ -50,30 +54,66 @@ class Runner:
 
         Returns:
             [R, vocab] float32 logits after the last known token of each sequence and after each guess behind it,
-            sequence after sequence (`ScheduledBatch.logit_rows`), then after its `more_rows`.
+            sequence after sequence (`ScheduledBatch.logit_rows`), then after its `more_rows`. A sequence amid the
+            stages of its prompt has none yet: its row is zero.
         """
-        counts = batch.counts
-        cu_rows = np.zeros(len(counts) + 1, np.int32)
-        np.cumsum(counts, out=cu_rows[1:])
+        stages = [None if seq.staging is None else seq.staging.layers for seq in batch.seqs]
+        if not any(stages):
+            return self._whole(batch)
+        ends, sizes = batch.counts.cumsum(), batch.drafts + 1
+        owner = np.searchsorted(ends, batch.more_rows, side="right")
+        logits: Tensor | None = None
+        for layers in dict.fromkeys(stages):
+            members = np.array([i for i, stage in enumerate(stages) if stage == layers])
+            part = ScheduledBatch([batch.seqs[i] for i in members], batch.counts[members], batch.drafts[members])
+            more = np.flatnonzero(np.isin(owner, members))
+            moved = part.counts.cumsum() - ends[members]
+            part.more_rows = batch.more_rows[more] + moved[np.searchsorted(members, owner[more])]
+            made = self._whole(part) if layers is None else self._stage(part, layers)
+            if made is None:
+                continue
+            if logits is None:
+                logits = made.new_zeros(int(sizes.sum()) + len(batch.more_rows), made.shape[-1])
+            own = np.arange(part.drafts.sum() + len(members))
+            own += np.repeat(batch.logit_rows[members] - part.logit_rows, sizes[members])
+            logits[torch.from_numpy(np.concatenate((own, more + sizes.sum())))] = made
+        return torch.zeros(len(batch.seqs), 1) if logits is None else logits
+
+    def _whole(self, batch: ScheduledBatch) -> Tensor:
+        """[R, vocab] logits after chunks that pass through all layers."""
+        counts, wanted = batch.counts, batch.drafts + 1
+        ends = counts.cumsum(dtype=np.int32)
         starts = np.array([seq.computed for seq in batch.seqs], np.int32)
-        positions = np.arange(cu_rows[-1], dtype=np.int32) + np.repeat(starts - cu_rows[:-1], counts)
+        positions = np.arange(ends[-1], dtype=np.int32) + np.repeat(starts - ends + counts, counts)
         chunks = zip(batch.seqs, counts.tolist(), strict=True)
         tokens = np.concatenate([seq.tokens[seq.computed : seq.computed + count] for seq, count in chunks])
-        votes = np.array([seq.vote_start for seq in batch.seqs], np.int64)
-        first_vote = np.clip(votes - starts, 0, counts).astype(np.int32)
-        lanes = LaneBatch(
-            slots=torch.from_numpy(batch.slots),
-            cu_rows=torch.from_numpy(cu_rows),
-            positions=torch.from_numpy(positions),
-            first_vote=torch.from_numpy(first_vote),
-        )
-        wanted = batch.drafts + 1
-        shift = cu_rows[1:] - wanted - batch.logit_rows
-        rows = torch.from_numpy(np.concatenate((np.arange(wanted.sum()) + np.repeat(shift, wanted), batch.more_rows)))
-        looks = _looks(batch, starts, cu_rows)
-        if looks:
+        rows = np.arange(wanted.sum()) + np.repeat(ends - wanted - batch.logit_rows, wanted)
+        rows = torch.from_numpy(np.concatenate((rows, batch.more_rows)))
+        lanes = _lanes(batch, starts, positions)
+        if looks := _looks(batch, starts, lanes.cu_rows.numpy()):
             return self._probe(torch.from_numpy(tokens), lanes, rows, looks)
         return self._model.forward(torch.from_numpy(tokens), lanes, self._arena.kv, rows)
+
+    def _stage(self, batch: ScheduledBatch, layers: range) -> Tensor | None:
+        """Passes chunks through the layers of a stage; [R, vocab] logits after them if it is the last."""
+        stagings = [seq.staging for seq in batch.seqs if seq.staging is not None]
+        counts = batch.counts.tolist()
+        chunks = [slice(staging.done, staging.done + count) for staging, count in zip(stagings, counts, strict=True)]
+        places = list(zip(stagings, chunks, strict=True))
+        if layers.start == 0:
+            tokens = np.concatenate([seq.tokens[chunk] for seq, chunk in zip(batch.seqs, chunks, strict=True)])
+            x = self._model.embed(torch.from_numpy(tokens))
+        else:
+            x = torch.cat([staging.hidden[chunk] for staging, chunk in places if staging.hidden is not None])
+        positions = np.concatenate([staging.rows[chunk] for staging, chunk in places])
+        lanes = _lanes(batch, np.array([staging.done for staging in stagings], np.int32), positions)
+        rows = torch.from_numpy(np.concatenate((batch.counts.cumsum(dtype=np.int64) - 1, batch.more_rows)))
+        made = self._model.through(x, layers, lanes, self._arena.kv, rows)
+        if stagings[0].is_last:
+            return self._model.logits(made)
+        for staging, hidden in zip(stagings, made.split(counts), strict=True):
+            staging.hand_on(hidden)
+        return None
 
     def _probe(self, tokens: Tensor, lanes: LaneBatch, rows: Tensor, looks: list[Look]) -> Tensor:
         """The same, and shows probes what they ask for."""
@@ -89,6 +129,19 @@ class Runner:
         for look, part in zip(asking, seen, strict=True):
             look.probe.see_hidden(look.position, part, self._model.logits)
         return self._model.logits(own)
+
+
+def _lanes(batch: ScheduledBatch, starts: Ints, positions: Ints) -> LaneBatch:
+    """The lanes of chunks that begin `starts` [B] tokens after the first that their layers have read."""
+    cu_rows = np.zeros(len(batch.seqs) + 1, np.int32)
+    np.cumsum(batch.counts, out=cu_rows[1:])
+    votes = np.array([seq.vote_start for seq in batch.seqs], np.int64)
+    return LaneBatch(
+        slots=torch.from_numpy(batch.slots),
+        cu_rows=torch.from_numpy(cu_rows),
+        positions=torch.from_numpy(positions),
+        first_vote=torch.from_numpy(np.clip(votes - starts, 0, batch.counts).astype(np.int32)),
+    )
 
 
 def _looks(batch: ScheduledBatch, starts: Ints, cu_rows: Ints) -> list[Look]:

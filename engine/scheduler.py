@@ -97,7 +97,8 @@ class Scheduler:
         while chosen:
             slots = np.array([seq.slot for seq, _ in chosen], np.int32)
             counts = np.array([count for _, count in chosen], np.int32)
-            if self._make_free(int(self._arena.pages_to_extend(slots, counts).sum())):
+            growth = self._growth(chosen)
+            if self._make_free(int(self._arena.pages_to_extend(slots, growth).sum())):
                 break
             if any(seq.drafted for seq, _ in chosen):
                 self._forget_drafts()
@@ -106,7 +107,7 @@ class Scheduler:
             chosen = self._choose()
         if not chosen:
             return ScheduledBatch([], np.zeros(0, np.int32), np.zeros(0, np.int32))
-        self._arena.extend(slots, counts)
+        self._arena.extend(slots, growth)
         for seq, count in chosen:
             if seq.plan.evict is not None:
                 self._prepare(seq, count)
@@ -124,7 +125,7 @@ class Scheduler:
                     # Guesses have what nobody's known tokens need.
                     seq.drafted = min(seq.drafted, max(0, unclaimed))
                     unclaimed -= seq.drafted
-                    known = min(seq.remaining, left, seq.timeline.next_event(seq.computed) - seq.computed)
+                    known = seq.chunk(left)
                     chosen.append((seq, known + seq.drafted))
                     left -= known + seq.drafted
         return chosen
@@ -132,6 +133,10 @@ class Scheduler:
     def _forget_drafts(self) -> None:
         for seq in self.running:
             seq.drafted = 0
+
+    def _growth(self, chosen: list[tuple[Sequence, int]]) -> Ints:
+        """[B, layers] tokens that lanes gain, or [B, 1] where all layers of all sequences gain alike."""
+        return np.stack(np.broadcast_arrays(*(seq.growth(count) for seq, count in chosen)))
 
     def _admit(self) -> None:
         """Starts waiting sequences, oldest first, while what they will hold at their peak fits beside the others."""
@@ -165,6 +170,8 @@ class Scheduler:
         else:
             target = seq.prompt_tokens
         count = np.array([max(1, target - seq.computed)], np.int32)
+        if seq.staging is not None:  # what later stages will read is not known yet: at most what this one does
+            count = seq.staging.growth(seq.staging.left, len(seq.staging.rows))[None]
         return int(self._arena.pages_to_extend(np.array([seq.slot], np.int32), count)[0]) + self._arena.lanes
 
     def _make_free(self, pages: int) -> bool:
@@ -179,8 +186,8 @@ class Scheduler:
 
     def _match(self, seq: Sequence) -> Ints | None:
         """Cached pages that the sequence may start with: at least one token is left to compute, and every query that
-        a policy or a probe must see."""
-        if self._cache is None or not seq.block_keys:
+        a policy or a probe must see. None for a prompt read in stages: what its lower layers hand on is in no page."""
+        if self._cache is None or not seq.block_keys or seq.stage_bounds:
             return None
         return self._cache.match(seq.block_keys[: seq.first_needed // self._cache.block_tokens])
 

@@ -13,6 +13,7 @@ from winnow.engine.pages import Ints
 from winnow.engine.probe import Probe
 from winnow.engine.sampler import Draw
 from winnow.engine.speculation.speculation import Speculation
+from winnow.engine.staging import Staging
 from winnow.kernels.layout import PageLayout
 
 NO_SLOT = -1
@@ -49,8 +50,14 @@ class Sequence:
     """How many tokens after the prompt are the caller's"""
     told: int = 0
     """How many of these have been reported"""
+    stage_bounds: tuple[int, ...] = ()
+    """`Staging.bounds`, for plans that act amid the prefill"""
     slot: int = NO_SLOT
     computed: int = 0
+    staging: Staging | None = None
+    """While the prompt is read in stages; `computed` is 0 until it is over"""
+    distilled: Ints | None = None
+    """Positions of the prompt that the layers of the last stage have read, from then on"""
     vote_start: int = NEVER
     """First position whose query votes in the next eviction"""
     positions_known: int = 0
@@ -74,6 +81,39 @@ class Sequence:
     def remaining(self) -> int:
         """Known tokens that have not been computed."""
         return self.length - self.computed
+
+    def chunk(self, most: int) -> int:
+        """Tokens of its next chunk: none crosses an event of the timeline, or a stage."""
+        if self.staging is not None:
+            return min(most, self.staging.left)
+        return min(most, self.remaining, self.timeline.next_event(self.computed) - self.computed)
+
+    def growth(self, count: int) -> Ints:
+        """[1] or [layers] tokens that its lanes gain by a chunk."""
+        return np.array([count], np.int32) if self.staging is None else self.staging.growth(count, 0)
+
+    def advance(self, count: int) -> None:
+        """Notes that a chunk was computed."""
+        if self.staging is None:
+            self.computed += count
+        else:
+            self.staging.done += count
+
+    @property
+    def rows_read(self) -> int:
+        """Tokens that the layers which come next have read."""
+        return self.computed if self.staging is None else self.staging.done
+
+    @property
+    def reads_from(self) -> int:
+        """Where in the text its next rows stand: with the last of the prompt's, it has been read by all layers."""
+        if self.staging is None:
+            return self.computed
+        return (self.prompt_tokens if self.staging.is_last else 0) - self.staging.left
+
+    @property
+    def ends_a_stage(self) -> bool:
+        return self.staging is not None and not self.staging.left
 
     @property
     def generated(self) -> int:
@@ -117,6 +157,8 @@ class Sequence:
         """Forgets what was computed; the tokens stay."""
         self.slot = NO_SLOT
         self.computed = self.positions_known = self.drafted = 0
+        self.staging = Staging.begin(self.stage_bounds, self.prompt_tokens) if self.stage_bounds else None
+        self.distilled = None
         self.vote_start = self.timeline.vote_start(0)
 
     def append(self, draw: Draw) -> None:

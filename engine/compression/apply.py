@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 from winnow.engine.calibration.store import NO_PROFILES, Profile
 from winnow.engine.compression.change import Change, from_place
 from winnow.engine.compression.plan import Evict
-from winnow.engine.compression.policy import LaneView, SetsBudgets
+from winnow.engine.compression.policy import LaneView, SetsBudgets, StagedPolicy
 from winnow.engine.compression.registry import eviction_policy
 from winnow.engine.compression.select import keep_sets, layer_budgets
 from winnow.engine.compression.signals import Signal
@@ -70,7 +70,7 @@ class Compressor:
         needed = int(self._arena.kept[slot].max())
         if slot in kv.log_weights:
             kv.log_weights[slot] = _grown(kv.log_weights[slot], self._lanes_of(slot), needed, torch.float32)
-        if seq.vote_start >= seq.computed + new_tokens:
+        if seq.vote_start >= seq.rows_read + new_tokens:
             return
         kv.mass[slot] = _grown(kv.mass.get(slot), self._lanes_of(slot), needed, torch.float32)
 
@@ -100,7 +100,9 @@ class Compressor:
         keep: Tensor | None = None
         change: Change | None = None
         count = kept
-        if seq.timeline.evicts_at(seen):
+        if seq.distilled is not None and seen == seq.prompt_tokens:
+            keep, count = self._distil(seq, seq.distilled)
+        elif seq.timeline.evicts_at(seen):
             assert seq.plan.evict is not None
             self.sync_positions(seq, seen)
             index, counts, scores = self._choose(seq, seq.plan.evict)
@@ -118,10 +120,9 @@ class Compressor:
     def _choose(self, seq: Sequence, evict: Evict) -> tuple[Tensor, Tensor, Tensor]:
         """Keep sets of all lanes, index [layers, kv_heads, most] int64 and count [layers, kv_heads] int64, and the
         policy's scores [layers, kv_heads, tokens]."""
-        slot, kv, seen = seq.slot, self._arena.kv, seq.computed
+        slot, seen = seq.slot, seq.computed
         policy = eviction_policy(evict.policy)
         layers, _ = self._lanes_of(slot)
-        kept = kv.kept[slot].long()
         budget = evict.budget_tokens(seen)
         recent = evict.recent_tokens(budget)
         protected = min(budget, recent + evict.sinks)
@@ -131,24 +132,10 @@ class Compressor:
         blocks = [slice(i, i + 1) for i in range(layers)] if Signal.KEYS in policy.signals else [slice(0, layers)]
         chosen = []
         for block in blocks:
-            tokens = int(kept[block].max())
-            held = torch.arange(tokens) < kept[block][..., None]
-            view = LaneView(
-                positions=kv.positions[slot][block, :, :tokens].long().masked_fill(~held, -1),
-                kept=kept[block],
-                layers=torch.arange(block.start, block.stop),
-                keys=self._keys(slot, block.start) if Signal.KEYS in policy.signals else None,
-                mass=kv.mass[slot][block, :, :tokens] if Signal.ATTENTION in policy.signals else None,
-                votes=max(0, votes),
-                q_per_kv=self._q_per_kv,
-                seen=seen,
-                seed=seq.plan_seed,
-                inv_freq=self._inv_freq,
-                profile=self._profiles.get(evict.policy),
-            )
+            view = self._view(seq, evict.policy, block, seen, votes)
             scores = policy.score(view, evict)
             lanes = policy.lane_budgets(view, evict) if isinstance(policy, SetsBudgets) else budgets[block]
-            index, count = keep_sets(scores, kept[block], lanes, evict.sinks, recent, evict.head_budget)
+            index, count = keep_sets(scores, view.kept, lanes, evict.sinks, recent, evict.head_budget)
             chosen.append((index, count, scores))
         indices, counts, all_scores = zip(*chosen, strict=True)
         return _stacked(indices, -1), torch.cat(counts), _stacked(all_scores, 0.0)
@@ -169,8 +156,60 @@ class Compressor:
             recent=evict.recent_tokens(evict.budget_tokens(seq.computed)),
         )
 
+    def _view(self, seq: Sequence, name: str, block: slice, seen: int, votes: int) -> LaneView:
+        """What a policy is shown of some layers, whose positions are noted already."""
+        slot, kv, policy = seq.slot, self._arena.kv, eviction_policy(name)
+        kept = kv.kept[slot, block].long()
+        tokens = int(kept.max())
+        held = torch.arange(tokens) < kept[..., None]
+        return LaneView(
+            positions=kv.positions[slot][block, :, :tokens].long().masked_fill(~held, -1),
+            kept=kept,
+            layers=torch.arange(block.start, block.stop),
+            keys=self._keys(slot, block.start) if Signal.KEYS in policy.signals else None,
+            mass=kv.mass[slot][block, :, :tokens] if Signal.ATTENTION in policy.signals else None,
+            votes=max(0, votes),
+            q_per_kv=self._q_per_kv,
+            seen=seen,
+            seed=seq.plan_seed,
+            inv_freq=self._inv_freq,
+            profile=self._profiles.get(name),
+        )
+
     def _keys(self, slot: int, layer: int) -> Tensor:
         return self._ops.read_lanes(self._arena.kv, slot, layer)[0][None]
+
+    # Prompts that are read in stages ---------------------------------------------------------------------------------
+
+    def end_stage(self, seq: Sequence) -> None:
+        """A stage has read all its rows: chooses those of the next one, or ends the reading of the prompt."""
+        staging, evict, kv, slot = seq.staging, seq.plan.evict, self._arena.kv, seq.slot
+        assert staging is not None and evict is not None
+        layers, rows = slice(staging.layers.start, staging.layers.stop), len(staging.rows)
+        kv.positions[slot] = _grown(kv.positions.get(slot), self._lanes_of(slot), rows, torch.int32)
+        kv.positions[slot][layers, :, :rows] = torch.from_numpy(staging.rows)
+        if staging.is_last:
+            seq.computed = seq.positions_known = seq.prompt_tokens
+            seq.distilled, seq.staging = staging.rows, None
+            return
+        policy = eviction_policy(evict.policy)
+        view = self._view(seq, evict.policy, slice(layers.stop - 1, layers.stop), seq.prompt_tokens, votes=1)
+        budget = evict.budget_tokens(seq.prompt_tokens)
+        recent = evict.recent_tokens(budget)
+        index, count = keep_sets(policy.score(view, evict), view.kept, torch.tensor([budget]), evict.sinks, recent)
+        staging.next(index[0, 0, : int(count[0, 0])].numpy().astype(np.int32))
+        seq.vote_start = NEVER
+
+    def _distil(self, seq: Sequence, chosen: Ints) -> tuple[Tensor | None, Ints]:
+        """Keep sets and counts of lanes whose upper layers hold the chosen positions only, and lower ones all."""
+        kept, evict = self._arena.kept[seq.slot], seq.plan.evict
+        assert evict is not None
+        policy = eviction_policy(evict.policy)
+        if not isinstance(policy, StagedPolicy) or not policy.truncates(evict):
+            return None, kept
+        keep = torch.arange(len(chosen)).expand(*kept.shape, len(chosen)).clone()
+        keep[: seq.stage_bounds[1]] = torch.from_numpy(chosen).long()
+        return keep, np.full_like(kept, len(chosen))
 
     def _rewrite(self, seq: Sequence, keep: Tensor | None, count: Ints, change: Change | None) -> None:
         """Moves the kept tokens (None: all) to where the plan wants them, and seals what is to be sealed."""

@@ -23,7 +23,7 @@ from pydantic_core import PydanticCustomError
 from winnow.engine.compression.budget import MAX_TOKENS, Budget, is_everything, tokens_of
 from winnow.engine.compression.merge_plan import AnyMerge, merge_model
 from winnow.engine.compression.plan_errors import explain
-from winnow.engine.compression.policy import PolicyParams, SetsBudgets
+from winnow.engine.compression.policy import PolicyParams, SetsBudgets, StagedPolicy
 from winnow.engine.compression.prompt.plan import AnyPrompt, Prompt, prompt_model
 from winnow.engine.compression.registry import EVICTION, MERGE, OWN_MERGE, PROMPT, eviction_policy, merge_method
 from winnow.engine.errors import PlanNotSupported, RequestError
@@ -102,6 +102,18 @@ class Evict(PolicyParams):
     def voters(self, seen: int) -> int | None:
         """`EvictionPolicy.voters` of the plan's policy."""
         return eviction_policy(self.policy).voters(self, seen)
+
+    def stage_bounds(self, layers: int) -> tuple[int, ...]:
+        """`Staging.bounds` of a policy that acts amid the prefill, () of all others; PlanNotSupported if the model is
+        not that deep."""
+        policy = eviction_policy(self.policy)
+        if not isinstance(policy, StagedPolicy):
+            return ()
+        chooses = policy.choosing_layer(self, layers)
+        if chooses >= layers - 1:
+            path = "compression.kv.evict.layer"
+            raise PlanNotSupported(path, f"{path}: the model's last layer is {layers - 1}, and one must be above this")
+        return 0, chooses + 1, layers
 
     def recent_tokens(self, budget_tokens: int) -> int:
         """Newest tokens to protect: the caller's number, or the policy's for this budget."""

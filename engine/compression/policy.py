@@ -92,3 +92,14 @@ class SetsBudgets(Protocol):
 
     def lane_budgets(self, view: LaneView, params: Any) -> Tensor:
         """[layers, kv_heads] int64: tokens that the view's lanes keep, at least one; more than kept means all."""
+
+
+@runtime_checkable
+class StagedPolicy(EvictionPolicy, Protocol):
+    """An eviction policy that acts amid the prefill: the layers above the one that chooses read only what it chose."""
+
+    def choosing_layer(self, params: Any, layers: int) -> int:
+        """The layer whose view `score` is shown, once it has read the whole prompt."""
+
+    def truncates(self, params: Any) -> bool:
+        """Whether the layers up to that one forget the others too, once the prompt is read."""

@@ -22,6 +22,7 @@ EVICTION: dict[str, str] = {
     "keydiff": "winnow.engine.compression.eviction.keydiff:KeyDiff",
     "tri_attention": "winnow.engine.compression.eviction.tri_attention:TriAttention",
     "razor_attention": "winnow.engine.compression.eviction.razor_attention:RazorAttention",
+    "prompt_distill": "winnow.engine.compression.eviction.prompt_distill:PromptDistill",
     "random": "winnow.engine.compression.eviction.random:Random",
 }
 

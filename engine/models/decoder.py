@@ -82,10 +82,23 @@ class Decoder:
 
     def hidden(self, tokens: Tensor, batch: LaneBatch, kv: PagedKV, rows: Tensor, watch: Watch | None = None) -> Tensor:
         """`forward` up to the last norm: [R, hidden_size] float32, of which `logits` makes logits."""
+        return self.through(self.embed(tokens), range(self.config.layers), batch, kv, rows, watch)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """[T] int32 -> [T, hidden_size] float32: what the first layer reads."""
+        return self._ops.embed(tokens, self._embedding)
+
+    def through(
+        self, x: Tensor, layers: range, batch: LaneBatch, kv: PagedKV, rows: Tensor, watch: Watch | None = None
+    ) -> Tensor:
+        """A pass of hidden states [T, hidden_size], which are overwritten, through some layers.
+
+        Returns what the next layer reads [T, hidden_size], or behind the last one, for `rows` alone, what `logits` does.
+        """
         ops, eps, cos, sin, scale = self._ops, self.config.rms_eps, self._cos, self._sin, self._scale
         last = self._blocks[-1]
-        x = ops.embed(tokens, self._embedding)
-        for layer, block in enumerate(self._blocks):
+        for layer in layers:
+            block = self._blocks[layer]
             qkv = ops.linear(ops.rms_norm(x, block.attention_norm, eps), block.qkv)
             q = ops.rope_write(qkv, cos, sin, batch, kv, layer, block.q_norm, block.k_norm, eps)
             if watch is not None:
@@ -96,7 +109,7 @@ class Decoder:
             ops.linear(mixed, block.out, out=x, accumulate=True)
             gate_up = ops.linear(ops.rms_norm(x, block.mlp_norm, eps), block.gate_up)
             ops.linear(ops.silu_mul(gate_up), block.down, out=x, accumulate=True)
-        return ops.rms_norm(x, self._norm, eps)
+        return x if layers.stop < len(self._blocks) else ops.rms_norm(x, self._norm, eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, hidden_size] -> [R, vocab] float32."""

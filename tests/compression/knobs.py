@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from winnow.engine.compression.policy import SetsBudgets
+from winnow.engine.compression.policy import SetsBudgets, StagedPolicy
 from winnow.engine.compression.registry import EVICTION, eviction_policy
 
-BUDGETED = [name for name in EVICTION if not isinstance(eviction_policy(name), SetsBudgets)]
+BUDGETED = [name for name in EVICTION if not isinstance(eviction_policy(name), SetsBudgets | StagedPolicy)]
 """Policies whose lanes keep what the plan's budget says, shared out by `head_budget` and `layer_budget`"""
 
 

@@ -158,7 +158,7 @@ class Bench:
             self.batches.append([])
             parts = (part.tolist() for part in (batch.counts, batch.logit_rows, batch.drafts))
             for seq, count, first, drafts in zip(batch.seqs, *parts, strict=True):
-                choice, computed = (seq.request_id, seq.index), seq.computed + count - drafts
+                choice, computed = (seq.request_id, seq.index), seq.reads_from + count - drafts
                 self.batches[-1].append((choice, count))
                 if computed >= seq.prompt_tokens:
                     guess = seq.tokens[seq.length : seq.length + drafts].tolist()

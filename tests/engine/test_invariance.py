@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from winnow.engine.compression.plan import Plan
-from winnow.engine.compression.registry import EVICTION, MERGE
+from winnow.engine.compression.registry import MERGE
 from winnow.engine.models.decoder import Decoder
 
 from ..compression.knobs import taken
+from ..compression.oracles import ORACLES
 from ..models.checkpoints import prompt_of
 from .bench import Bench, Seen, assert_same, pages_for
 
@@ -62,7 +63,7 @@ MERGES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module", params=[*EVICTION, *(f"{name}, merged" for name in MERGE), "formats only"])
+@pytest.fixture(scope="module", params=[*ORACLES, *(f"{name}, merged" for name in MERGE), "formats only"])
 def requests(request: pytest.FixtureRequest, tiny: Decoder) -> list[Request]:
     """Requests with every plan of a policy; their prompts begin alike, so that they meet in the prefix cache."""
     if request.param == "formats only":

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from winnow.engine.compression.registry import EVICTION
 from winnow.engine.models.decoder import Decoder
 from winnow.engine.models.loader import load_model
 from winnow.kernels.dispatch import Backend, WeightKind
 
 from ..compression.knobs import taken
+from ..compression.oracles import ORACLES
 from ..models.checkpoints import prompt_of, random_model
 from .bench import Bench, Seen, assert_same
 from .texts import tokens_of_text
@@ -72,7 +72,7 @@ def test_families(
     model = load_model(str(tmp_path), ops, weights)
     evicting = [
         {"kv": {"evict": taken({"policy": policy, "budget": 0.5, "during": during, **every, "head_budget": heads})}}
-        for policy in EVICTION
+        for policy in ORACLES
         for during, every, heads in (("prefill", {}, "adaptive"), ("both", {"interval": 7}, "uniform"))
     ]
     plans = [*PLANS, *evicting]

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from winnow.engine.calibration.store import PACKAGED, load_profiles
 from winnow.engine.compression.plan import Plan
 from winnow.engine.compression.policy import LaneView, SetsBudgets
-from winnow.engine.compression.registry import EVICTION, eviction_policy
+from winnow.engine.compression.registry import eviction_policy
 from winnow.engine.compression.select import keep_sets, layer_budgets
 from winnow.engine.models.config import read_config
 from winnow.engine.models.decoder import Decoder
@@ -40,8 +40,8 @@ ROUNDING = 1e-5
 # A plan that changes nothing ---------------------------------------------------------------------------------------
 
 IDLE: list[dict[str, Any]] = [
-    *({"kv": {"evict": {"policy": policy, "budget": 1.0, "during": "both"}}} for policy in EVICTION),
-    *({"kv": {"evict": {"policy": policy, "budget": 10_000}}} for policy in EVICTION),
+    *({"kv": {"evict": {"policy": policy, "budget": 1.0, "during": "both"}}} for policy in ORACLES),
+    *({"kv": {"evict": {"policy": policy, "budget": 10_000}}} for policy in ORACLES),
     {"kv": {"format": "f32"}},
     {"kv": {"evict": {"policy": "snapkv", "budget": 1.0}, "format": "f32", "residual": 0}},
 ]
@@ -108,7 +108,7 @@ def test_eviction_is_a_mask(ops: Backend, tmp_path: Path, window: int | None) ->
     reference = random_model("mistral", sliding_window=window, max_position_embeddings=256)
     reference.save_pretrained(tmp_path)
     bench = Bench(load_model(str(tmp_path), ops, "f32"), max_step_tokens=64)
-    for policy, during, heads in product(EVICTION, ("prefill", "decode", "both"), ("uniform", "adaptive")):
+    for policy, during, heads in product(ORACLES, ("prefill", "decode", "both"), ("uniform", "adaptive")):
         evict = taken({"policy": policy, "budget": 0.5, "during": during, "head_budget": heads})
         evict |= {} if during == "prefill" else {"interval": 6}
         check_is_masked(bench, reference, prompt_of(100, 3), {"kv": {"evict": evict}})
@@ -124,7 +124,7 @@ def differ_by_rounding(scores: Tensor, one: Tensor, other: Tensor) -> bool:
     return len(swapped) == 0 or bool(swapped.max() - swapped.min() <= ROUNDING * held.abs().max())
 
 
-@pytest.mark.parametrize("policy", EVICTION)
+@pytest.mark.parametrize("policy", ORACLES)
 def test_keeps_what_the_oracle_keeps(default_model: Decoder, attention: Dense, policy: str) -> None:
     """At the end of a prompt on the real model, judged by its full attention matrices."""
     oracle, recent, knobs = ORACLES[policy]
@@ -172,7 +172,7 @@ def view_at(event: int, last: int | None, held: Tensor, run: MaskedRun, plan: Pl
     )
 
 
-@pytest.mark.parametrize("policy", EVICTION)
+@pytest.mark.parametrize("policy", ORACLES)
 def test_decode_evicts_what_a_dense_run_says(tiny: Decoder, policy: str) -> None:
     """At every event, ragged lanes and all: the engine shows its policies what a dense run would."""
     reference = random_model("llama", max_position_embeddings=1024)
