@@ -87,8 +87,8 @@ class Runner:
         positions = np.arange(ends[-1], dtype=np.int32) + np.repeat(starts - ends + counts, counts)
         chunks = zip(batch.seqs, counts.tolist(), strict=True)
         tokens = np.concatenate([seq.tokens[seq.computed : seq.computed + count] for seq, count in chunks])
-        rows = np.arange(wanted.sum()) + np.repeat(ends - wanted - batch.logit_rows, wanted)
-        rows = torch.from_numpy(np.concatenate((rows, batch.more_rows)))
+        own = np.arange(wanted.sum()) + np.repeat(ends - wanted - batch.logit_rows, wanted)
+        rows = torch.from_numpy(np.concatenate((own, batch.more_rows)))
         lanes = _lanes(batch, starts, positions)
         if looks := _looks(batch, starts, lanes.cu_rows.numpy()):
             return self._probe(torch.from_numpy(tokens), lanes, rows, looks)

@@ -281,8 +281,8 @@ class Compressor:
             # All of a layer is read before any of it is written: its new pages may be its old ones.
             stay = change.survivors(self._ops, layer, *self._ops.read_lanes(kv, slot, layer))
             moved = from_place(stay, first[layer], int(counts[layer].max()))
-            parts = (part[layer] for part in (counts, start, table, sealed))
-            self._ops.write_lanes(kv, slot, layer, *moved, *parts, fmt)
+            to = counts[layer], start[layer], table[layer], sealed[layer]
+            self._ops.write_lanes(kv, slot, layer, *moved, *to, fmt)
             if stay.log_weights is not None:
                 weights.append(stay.log_weights.masked_fill(~held[layer], 0.0))
         return torch.stack(weights) if weights else None

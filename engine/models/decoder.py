@@ -93,7 +93,7 @@ class Decoder:
     ) -> Tensor:
         """A pass of hidden states [T, hidden_size], which are overwritten, through some layers.
 
-        Returns what the next layer reads [T, hidden_size], or behind the last one, for `rows` alone, what `logits` does.
+        Returns what the next layer reads [T, hidden_size], or behind the last one, of `rows`, what `logits` does.
         """
         ops, eps, cos, sin, scale = self._ops, self.config.rms_eps, self._cos, self._sin, self._scale
         last = self._blocks[-1]

@@ -32,6 +32,9 @@ class Stub:
         self._model, self._spoil = model, spoil
         self.config = model.config
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
     def forward(self, tokens: Tensor, batch: LaneBatch, kv: PagedKV, rows: Tensor) -> Tensor:
         logits = self._model.forward(tokens, batch, kv, rows)
         return self._spoil(tokens[rows], logits)
