@@ -106,6 +106,7 @@ def evaluate(
     text_new: Annotated[int, typer.Option(min=2, help="Tokens of real text after them.")] = 64,
     model: Annotated[str, typer.Option(help="As for `winnow serve`.")] = "default",
     weights: Annotated[str, typer.Option(help="How weights are held: f32 or int8.")] = "int8",
+    against_f32: Annotated[bool, typer.Option(help="Compare the weights with f32 ones too.")] = False,
     url: Annotated[
         str | None,
         typer.Option(help="A running Winnow server to ask instead; its key is read from WINNOW_API_KEY."),

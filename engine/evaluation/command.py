@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +16,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from winnow.engine.errors import EvalError
 from winnow.engine.evaluation.facts import facts
 from winnow.engine.evaluation.harness import PROTOCOLS, Harness, Protocol, Scope
-from winnow.engine.evaluation.http import ServerTarget
 from winnow.engine.evaluation.page import page
 from winnow.engine.evaluation.plans import check, read_plans
 from winnow.engine.evaluation.result import Result, write_text
+from winnow.engine.evaluation.server import ServerTarget
 from winnow.engine.evaluation.tables import show
 from winnow.engine.evaluation.targets import EngineTarget, Target
 from winnow.engine.evaluation.tasks import TASKS
 from winnow.engine.evaluation.text import PromptBook, corpus, digest
 
 KEY = "WINNOW_API_KEY"
+WIDTH = 150
+"""Columns of what is no terminal"""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Options:
     protocols: str
     model: str
     weights: str
+    against_f32: bool
     url: str | None
     kvpress: Path | None
     threads: int | None
@@ -54,7 +58,7 @@ def run(options: Options, console: Console | None = None) -> None:
     Raises
         EvalError, ModelError
     """
-    console = console or Console()
+    console = console or Console(width=None if sys.stdout.isatty() else WIDTH)
     written = run_plans(options, console) if options.kvpress is None else run_parity(options, options.kvpress, console)
     console.print("written: " + ", ".join(map(str, written)), highlight=False, soft_wrap=True)
 
@@ -69,6 +73,8 @@ def run_plans(options: Options, console: Console) -> list[Path]:
         text_new=options.text_new,
         protocols=_protocols(options.protocols),
     )
+    if options.against_f32 and (options.url is not None or options.weights == "f32"):
+        raise EvalError("--against-f32 needs an engine in this process, with weights that are not f32")
     plans = read_plans(options.plans, _numbers("budgets", options.budgets, float))
     for name, why in check(plans).items():
         raise EvalError(f"{name}: {why}")
@@ -90,7 +96,11 @@ def run_plans(options: Options, console: Console) -> list[Path]:
             progress.update(bar, description=what, advance=int(started))
             started = True
 
-        Harness(target, text, plans, result).run(scope, say, save)
+        harness = Harness(target, text, plans, result)
+        if options.against_f32:
+            exact = EngineTarget(options.model, "f32", options.threads, options.kv_memory_gib)
+            harness.compare_weights(exact, scope, lambda what: progress.update(bar, description=what))
+        harness.run(scope, say, save)
         progress.update(bar, description="done", completed=scope.units)
         result.facts["seconds"] = round(progress.tasks[0].elapsed or 0.0)
     show(result, console)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from winnow.engine.errors import EvalError, RequestError
 from winnow.engine.evaluation.haystack import Haystack
 from winnow.engine.evaluation.measures import distance
-from winnow.engine.evaluation.plans import OFF, Plans
+from winnow.engine.evaluation.plans import OFF, WEIGHTS, Plans
 from winnow.engine.evaluation.result import Result
 from winnow.engine.evaluation.targets import Answer, Ask, Target
 from winnow.engine.evaluation.tasks import TASKS, sample
@@ -68,17 +68,30 @@ class Harness:
         longest = max((*scope.lengths, scope.text_context + scope.text_new + 1 if scope.text_prompts else 0))
         if longest > self._target.max_model_len:
             raise EvalError(f"{longest} tokens are more than the {self._target.max_model_len} of the model's context")
+        for prompt in self._prompts(scope):
+            say(f"text after {scope.text_context} tokens")
+            self._measure_text(prompt[: scope.text_context], prompt[scope.text_context :])
         if scope.text_prompts:
-            size = scope.text_context + scope.text_new
-            for prompt in self._book.prompts("eval/text", scope.text_prompts, size):
-                say(f"text after {scope.text_context} tokens")
-                self._measure_text(prompt[: scope.text_context], prompt[scope.text_context :])
             save()
         for task, length in scope.cells:
             for index in range(scope.samples):
                 say(f"{task}, {length} tokens")
                 self._measure_task(task, length, index, scope.protocols)
             save()
+
+    def compare_weights(self, exact: Target, scope: Scope, say: Callable[[str], None]) -> None:
+        """How far the target's weights alone bring it from those of `exact`, on the same real text."""
+        for prompt in self._prompts(scope):
+            say("weights")
+            ask = Ask(prompt[: scope.text_context], {}, prompt[scope.text_context :], foretells=True)
+            (one,), (other,) = exact.ask([ask]), self._target.ask([ask])
+            if isinstance(one, RequestError) or isinstance(other, RequestError):
+                raise EvalError("the uncompressed model refuses to answer")
+            self._note_text(WEIGHTS, scope.text_context, one, other)
+
+    def _prompts(self, scope: Scope) -> list[list[int]]:
+        """[prompts][text_context + text_new] tokens of real text"""
+        return self._book.prompts("eval/text", scope.text_prompts, scope.text_context + scope.text_new)
 
     def _measure_text(self, context: list[int], text: list[int]) -> None:
         def ask(plan: dict[str, Any]) -> Ask:
@@ -102,7 +115,9 @@ class Harness:
         context, question = self._target.encode(one.context), self._target.encode(one.question)
         asks: dict[Protocol, Callable[[dict[str, Any]], Ask]] = {
             "query-agnostic": lambda plan: Ask(context, plan, question, new),
-            "query-aware": lambda plan: Ask(context + question, plan, [], new),
+            # The token after a prompt is foretold before its memory is compressed: the last one of the question must
+            # follow, or an answer of one token would cost nothing.
+            "query-aware": lambda plan: Ask(context + question[:-1], plan, question[-1:], new),
         }
         exact = self._uncompressed(asks["query-agnostic"]({}))
         for protocol in protocols:

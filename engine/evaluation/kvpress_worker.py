@@ -1,7 +1,7 @@
 """Runs kvpress: `PYTHON kvpress_worker.py JOB.json OUT.npz`, with the interpreter of an environment that has it.
 
 It stands alone: that environment has neither Winnow nor its transformers. The job is {model, threads, prompts, texts,
-cases}, where a case is {name, press, knobs, ratio, attention}. For each case and prompt it compresses the prompt as
+cases}, where a case is {name, press, knobs, ratio, attention, sums}. For each case and prompt it compresses the prompt as
 kvpress does, reads the text after it, and writes how likely the text was, how far the distributions are from the
 uncompressed ones, and the tokens that were kept. It says a line for each case that is done.
 """
@@ -23,13 +23,16 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 
 @contextmanager
-def recorded(press: Any) -> Iterator[list[Tensor]]:
-    """The scores [kv_heads, tokens] that a press gives, layer by layer."""
+def recorded(press: Any, sums: bool) -> Iterator[list[Tensor]]:
+    """The scores [kv_heads, tokens] that a press gives, layer by layer; means over the queries that could see a token
+    are made sums again where they are wanted."""
     scores: list[Tensor] = []
     score = press.score
 
     def recording(*args: Any, **more: Any) -> Tensor:
         found: Tensor = score(*args, **more)
+        if sums:
+            found = found * torch.arange(found.shape[-1], 0, -1)
         scores.append(found[0])
         return found
 
@@ -41,7 +44,9 @@ def recorded(press: Any) -> Iterator[list[Tensor]]:
 
 
 @torch.inference_mode()
-def read(model: Any, prompt: list[int], text: list[int], press: Any | None) -> tuple[Tensor, Tensor | None]:
+def read(
+    model: Any, prompt: list[int], text: list[int], press: Any | None = None, sums: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """[text - 1, vocab] logprobs after each token of the text but the last, and the kept tokens.
 
     Kept are [layers, kv_heads, kept] positions, ascending; None without a press.
@@ -51,7 +56,7 @@ def read(model: Any, prompt: list[int], text: list[int], press: Any | None) -> t
         model.model(input_ids=torch.tensor([prompt]), past_key_values=cache)
         kept = None
     else:
-        with recorded(press) as scores, press(model):
+        with recorded(press, sums) as scores, press(model):
             model.model(input_ids=torch.tensor([prompt]), past_key_values=cache)
         size = cache.get_seq_length()
         kept = torch.stack([layer.topk(size, dim=-1).indices.sort(-1).values for layer in scores])
@@ -67,7 +72,7 @@ def main(job_path: str, out_path: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32, attn_implementation="sdpa").eval()
     out: dict[str, Any] = {"versions": np.array([kvpress_version(), transformers.__version__, torch.__version__])}
     pairs = list(zip(job["prompts"], job["texts"], strict=True))
-    exact = [read(model, prompt, text, None)[0] for prompt, text in pairs]
+    exact = [read(model, prompt, text)[0] for prompt, text in pairs]
     for i, ((_, text), logprobs) in enumerate(zip(pairs, exact, strict=True)):
         out[f"off/{i}/true"] = chosen(logprobs, text)
     print("off", flush=True)
@@ -75,7 +80,7 @@ def main(job_path: str, out_path: str) -> None:
         model.set_attn_implementation(case["attention"])
         press = getattr(kvpress, case["press"])(compression_ratio=case["ratio"], **case["knobs"])
         for i, (prompt, text) in enumerate(pairs):
-            logprobs, kept = read(model, prompt, text, press)
+            logprobs, kept = read(model, prompt, text, press, case["sums"])
             key = f"{case['name']}/{i}"
             out[f"{key}/true"] = chosen(logprobs, text)
             out[f"{key}/kl"] = (exact[i].exp() * (exact[i] - logprobs)).sum(-1).mean().item()

@@ -7,7 +7,7 @@ from html import escape
 from winnow.engine.evaluation.chart import Line, Point, log_axis, percent_axis, plot, swatch
 from winnow.engine.evaluation.harness import TEXT
 from winnow.engine.evaluation.measures import Mean
-from winnow.engine.evaluation.plans import OFF, family, is_control
+from winnow.engine.evaluation.plans import OFF, WEIGHTS, family, is_control
 from winnow.engine.evaluation.result import Result
 from winnow.engine.evaluation.tables import number, percent, with_error
 from winnow.engine.evaluation.tasks import TASKS
@@ -85,6 +85,8 @@ def _lines(result: Result, measure: str, protocol: str | None) -> list[Line]:
     """One for each family of plans; where all that is measured is alike, colours are too."""
     families: dict[str, list[str]] = {}
     for name in result.measured_plans:
+        if name == WEIGHTS:
+            continue
         families.setdefault(family(name), []).append(name)
     numbers = {name: i for i, name in enumerate(f for f, plans in families.items() if not is_control(plans[0]))}
     lines = []

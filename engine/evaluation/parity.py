@@ -34,33 +34,50 @@ BUDGETS = (0.25, 0.5, 0.75)
 class Method:
     """One method as both have it."""
 
+    policy: str
     knobs: dict[str, Any]
     """Of ours"""
     press: str
     press_knobs: dict[str, Any] = field(default_factory=dict)
     attention: str = "sdpa"
     """What transformers must run for it"""
+    sums: bool = False
+    """Whether the press' means over the queries that could see a token are made sums again"""
     note: str = ""
     """Why the two may differ"""
 
 
-ROUNDING = "same rule; sums in another order move scores in their last bits, so tokens at the threshold may swap"
+ROUNDING = "sums in another order move scores in their last bits, so tokens at the threshold may swap"
+SAME = f"same rule; {ROUNDING}"
 METHODS: dict[str, Method] = {
-    "random": Method({"sinks": 0}, "RandomPress", {"seed": 1}, note="other random numbers: the same by chance only"),
-    "streaming_llm": Method({"sinks": 4}, "StreamingLLMPress", {"n_sink": 4}, note="same rule"),
-    "knorm": Method({"sinks": 0}, "KnormPress", note=ROUNDING),
-    "keydiff": Method({"sinks": 0}, "KeyDiffPress", note=ROUNDING),
-    "tova": Method({"sinks": 0}, "TOVAPress", note=ROUNDING),
-    "snapkv": Method({"sinks": 0, "recent": 64}, "SnapKVPress", {"window_size": 64, "kernel_size": 5}, note=ROUNDING),
+    "random": Method(
+        "random", {"sinks": 0}, "RandomPress", {"seed": 1}, note="other random numbers: the same by chance only"
+    ),
+    "streaming_llm": Method("streaming_llm", {"sinks": 4}, "StreamingLLMPress", {"n_sink": 4}, note="same rule"),
+    "knorm": Method("knorm", {"sinks": 0}, "KnormPress", note=SAME),
+    "keydiff": Method("keydiff", {"sinks": 0}, "KeyDiffPress", note=SAME),
+    "tova": Method("tova", {"sinks": 0}, "TOVAPress", note=SAME),
+    "snapkv": Method(
+        "snapkv", {"sinks": 0, "recent": 64}, "SnapKVPress", {"window_size": 64, "kernel_size": 5}, note=SAME
+    ),
     "h2o": Method(
+        "h2o",
         {"sinks": 0, "recent": 0},
         "ObservedAttentionPress",
         attention="eager",
-        note="another rule: h2o sums the attention that a token received, as its paper does; ObservedAttention divides "
-        "by the number of queries that could see it, which favours the newest",
+        sums=True,
+        note="same rule: ObservedAttention, its means made sums again, with no recent tokens protected; " + ROUNDING,
     ),
-    "lagkv": Method({}, "LagKVPress", note=ROUNDING),
-    "expected_attention": Method({}, "ExpectedAttentionPress", note=ROUNDING),
+    "h2o as served": Method(
+        "h2o",
+        {},
+        "ObservedAttentionPress",
+        attention="eager",
+        note="another rule: h2o sums the attention that a token received and protects the newest half, as its paper "
+        "says; ObservedAttention divides by the number of queries that could see the token and protects none",
+    ),
+    "lagkv": Method("lagkv", {}, "LagKVPress", note=SAME),
+    "expected_attention": Method("expected_attention", {}, "ExpectedAttentionPress", note=SAME),
 }
 
 
@@ -180,7 +197,7 @@ class KeptTarget(EngineTarget):
 
 
 def plan_of(name: str, budget: float) -> dict[str, Any]:
-    return {"kv": {"evict": {"policy": name, "budget": budget, **METHODS[name].knobs}}}
+    return {"kv": {"evict": {"policy": METHODS[name].policy, "budget": budget, **METHODS[name].knobs}}}
 
 
 def compare(
@@ -202,7 +219,7 @@ def compare(
     Raises
         EvalError: kvpress' side failed
     """
-    names = [name for name in names if name in EVICTION]
+    names = [name for name in names if METHODS[name].policy in EVICTION]
     cases = [(name, budget) for name in names for budget in BUDGETS]
     theirs = _kvpress(model, python, prompts, cases, threads, say)
     off = [target.kept_after(Ask(prompt, {}, text, foretells=True))[0] for prompt, text in prompts]
@@ -273,6 +290,7 @@ def _kvpress(
                 "knobs": METHODS[name].press_knobs,
                 "ratio": 1 - budget,
                 "attention": METHODS[name].attention,
+                "sums": METHODS[name].sums,
             }
             for name, budget in cases
         ],
@@ -281,7 +299,7 @@ def _kvpress(
         job_path, out_path, log_path = (Path(folder) / name for name in ("job.json", "out.npz", "log"))
         job_path.write_text(json.dumps(job), "utf-8")
         with log_path.open("w") as log:
-            command = [str(python), str(WORKER), str(job_path), str(out_path)]
+            command = [str(python), "-I", str(WORKER), str(job_path), str(out_path)]
             with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=folder) as process:
                 assert process.stdout is not None
                 for line in process.stdout:

@@ -23,6 +23,8 @@ Plans = dict[str, dict[str, Any]]
 
 OFF = "off"
 """The uncompressed model, to which all others are compared"""
+WEIGHTS = "off, against f32 weights"
+"""The uncompressed model, compared with itself in exact weights"""
 CONTROLS = ("random", "streaming_llm")
 """What any other eviction has to beat; they stand beside it at its budget"""
 BUDGETS = (0.5, 0.25)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from winnow.engine.evaluation.measures import Mean
-from winnow.engine.evaluation.plans import OFF, Plans, is_control
+from winnow.engine.evaluation.plans import OFF, WEIGHTS, Plans, is_control
 
 
 class Cell(NamedTuple):
@@ -42,8 +42,8 @@ class Result:
     def measured_plans(self) -> list[str]:
         """Uncompressed, the controls, then the others, as they were named."""
         seen = {cell.plan for cell in self.values}
-        names = [name for name in self.plans if name in seen]
-        return sorted(names, key=lambda name: (name != OFF, not is_control(name)))
+        names = [name for name in (*self.plans, WEIGHTS) if name in seen]
+        return sorted(names, key=lambda name: (name not in (OFF, WEIGHTS), not is_control(name)))
 
     @property
     def parts(self) -> list[tuple[str, int]]:

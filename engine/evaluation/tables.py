@@ -60,7 +60,7 @@ def _tasks(result: Result, protocol: str) -> Table:
 
 def _table(title: str) -> Table:
     table = Table(title=title, title_justify="left")
-    table.add_column("plan")
+    table.add_column("plan", no_wrap=True)
     return table
 
 

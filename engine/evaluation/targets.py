@@ -1,6 +1,6 @@
 """Whom the harness asks: what an ask is, what an answer tells, and the engine in this process.
 
-`http.py` has the other one, a server.
+`server.py` has the other one, a server.
 """
 
 from __future__ import annotations

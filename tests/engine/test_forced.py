@@ -13,6 +13,7 @@ from winnow.engine.models.decoder import Decoder
 
 from ..models.checkpoints import prompt_of
 from .bench import Bench, Seen, assert_same, pages_for
+from .test_speculation import LOOKUP, foreseen
 
 PLANS: dict[str, dict[str, Any]] = {
     "no plan": {},
@@ -60,6 +61,18 @@ def test_other_tokens_are_told_once_in_any_company(tiny: Decoder, plan: dict[str
     for i in range(3):
         assert_same(bench.seen[str(i), 0], wanted)
         assert logprobs_of(bench.seen[str(i), 0]) == logprobs_of(wanted)
+
+
+def test_guesses_change_nothing(tiny: Decoder) -> None:
+    """Speculation begins where forced tokens end."""
+    forced = prompt_of(17, 5)
+    wanted = Bench(tiny).alone(prompt_of(100), 60, forced=forced, logprobs=1)
+    bench = Bench(tiny)
+    foreseen(bench, {"alone": [wanted.tokens]})
+    seen = bench.alone(prompt_of(100), 60, forced=forced, logprobs=1, speculative=LOOKUP)
+    assert_same(seen, wanted)
+    assert logprobs_of(seen) == logprobs_of(wanted)
+    assert seen.last.accepted_tokens
 
 
 def test_forced_tokens_are_not_compressed_with_the_prompt(tiny: Decoder) -> None:

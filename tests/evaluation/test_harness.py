@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 
 from winnow.engine.errors import EvalError, RequestError
 from winnow.engine.evaluation.harness import PROTOCOLS, TEXT, Harness, Scope
-from winnow.engine.evaluation.http import ServerTarget
 from winnow.engine.evaluation.page import page
 from winnow.engine.evaluation.parity import KeptTarget
-from winnow.engine.evaluation.plans import OFF, Plans, read_plans
+from winnow.engine.evaluation.plans import OFF, WEIGHTS, Plans, read_plans
 from winnow.engine.evaluation.result import Cell, Result
+from winnow.engine.evaluation.server import ServerTarget
 from winnow.engine.evaluation.tables import show
 from winnow.engine.evaluation.targets import Answer, Ask
 from winnow.server.cli import app
@@ -83,6 +83,16 @@ def test_the_question_is_read_after_the_context_was_compressed(target: KeptTarge
     page_bytes, lanes = target.engine.arena.layout.page_bytes, target.engine.arena.lanes
     assert agnostic.held == page_bytes * lanes * -(-(64 + len(question) + 4) // 16)
     assert aware.held == page_bytes * lanes * -(-(64 + 4) // 16)
+
+
+def test_weights_are_compared_with_exact_ones(target: KeptTarget, tiny_folder: Path) -> None:
+    rounded = KeptTarget(str(tiny_folder), "int8", threads=1, kv_memory_gib=0.1)
+    result = Result("unit", {}, {})
+    Harness(rounded, TEXT_OF_ALL, {}, result).compare_weights(target, SCOPE, lambda _: None)
+    (cell,) = result.values.values()
+    assert len(cell["kl"]) == 2
+    assert 0 < max(cell["kl"]) < 0.5
+    assert result.measured_plans == [WEIGHTS]
 
 
 def test_refused_plans_are_noted_and_asked_once(target: KeptTarget) -> None:
