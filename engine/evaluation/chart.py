@@ -10,7 +10,7 @@ from html import escape
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#3b4cc0")
 SHAPES = ("circle", "square", "triangle", "diamond")
 WIDTH, HEIGHT = 620, 380
-LEFT, RIGHT, TOP, BOTTOM = 62, 14, 14, 46
+LEFT, RIGHT, TOP, BOTTOM = 74, 26, 14, 46
 
 
 @dataclass(frozen=True)
@@ -28,16 +28,18 @@ class Line:
 
     name: str
     points: tuple[Point, ...]
-    number: int | None
-    """Which colour and shape; None is a control, drawn in grey"""
+    number: int
+    """Decides its colour and shape"""
+    is_control: bool = False
+    """Drawn in grey"""
 
     @property
     def colour(self) -> str:
-        return "var(--control)" if self.number is None else COLOURS[self.number % len(COLOURS)]
+        return "var(--control)" if self.is_control else COLOURS[self.number % len(COLOURS)]
 
     @property
     def shape(self) -> str:
-        return SHAPES[0 if self.number is None else self.number // len(COLOURS) % len(SHAPES)]
+        return SHAPES[(self.number if self.is_control else self.number // len(COLOURS)) % len(SHAPES)]
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def _line(line: Line, across: Axis, up: Axis) -> str:
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
     places = [(across.place(p.x, LEFT, right), up.place(p.y, bottom, TOP), p) for p in line.points]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in sorted(places, key=lambda place: place[0]))
-    dash = ' stroke-dasharray="4 3"' if line.number is None else ""
+    dash = ' stroke-dasharray="4 3"' if line.is_control else ""
     parts = [f'<polyline points="{path}" fill="none" stroke="{line.colour}" stroke-width="1.5"{dash}/>']
     for x, y, point in places:
         if point.error:

@@ -1,8 +1,8 @@
 """Runs kvpress: `PYTHON kvpress_worker.py JOB.json OUT.npz`, with the interpreter of an environment that has it.
 
 It stands alone: that environment has neither Winnow nor its transformers. The job is {model, threads, prompts, texts,
-cases}, where a case is {name, press, knobs, ratio, attention, sums}. For each case and prompt it compresses the prompt as
-kvpress does, reads the text after it, and writes how likely the text was, how far the distributions are from the
+cases}, where a case is {name, press, knobs, ratio, attention, sums}. For each case and prompt it compresses the prompt
+as kvpress does, reads the text after it, and writes how likely the text was, how far the distributions are from the
 uncompressed ones, and the tokens that were kept. It says a line for each case that is done.
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from html import escape
+from itertools import count
 
 from winnow.engine.evaluation.chart import Line, Point, log_axis, percent_axis, plot, swatch
 from winnow.engine.evaluation.harness import TEXT
@@ -88,17 +89,20 @@ def _lines(result: Result, measure: str, protocol: str | None) -> list[Line]:
         if name == WEIGHTS:
             continue
         families.setdefault(family(name), []).append(name)
-    numbers = {name: i for i, name in enumerate(f for f, plans in families.items() if not is_control(plans[0]))}
+    numbers = {False: count(), True: count()}
+    part = TEXT if protocol is None else None
     lines = []
     for name, plans in families.items():
         points = []
+        is_grey = is_control(plans[0])
+        place = next(numbers[is_grey])
         for plan in plans:
-            value, held = result.mean(plan, measure, protocol=protocol), result.mean(plan, "held", protocol=protocol)
+            value, held = (result.mean(plan, of, part, protocol=protocol) for of in (measure, "held"))
             if value is not None and held is not None and not (measure == "kl" and plan == OFF):
                 label = f"{plan}: {with_error(value)} at {percent(held)}"
                 points.append(Point(held.value, value.value, value.error, label))
         if points:
-            lines.append(Line(name, tuple(points), numbers.get(name)))
+            lines.append(Line(name, tuple(points), place, is_grey))
     return lines
 
 

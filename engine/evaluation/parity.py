@@ -50,16 +50,12 @@ class Method:
 ROUNDING = "sums in another order move scores in their last bits, so tokens at the threshold may swap"
 SAME = f"same rule; {ROUNDING}"
 METHODS: dict[str, Method] = {
-    "random": Method(
-        "random", {"sinks": 0}, "RandomPress", {"seed": 1}, note="other random numbers: the same by chance only"
-    ),
+    "random": Method("random", {"sinks": 0}, "RandomPress", {"seed": 1}, note="other random numbers"),
     "streaming_llm": Method("streaming_llm", {"sinks": 4}, "StreamingLLMPress", {"n_sink": 4}, note="same rule"),
     "knorm": Method("knorm", {"sinks": 0}, "KnormPress", note=SAME),
     "keydiff": Method("keydiff", {"sinks": 0}, "KeyDiffPress", note=SAME),
     "tova": Method("tova", {"sinks": 0}, "TOVAPress", note=SAME),
-    "snapkv": Method(
-        "snapkv", {"sinks": 0, "recent": 64}, "SnapKVPress", {"window_size": 64, "kernel_size": 5}, note=SAME
-    ),
+    "snapkv": Method("snapkv", {"sinks": 0, "recent": 64}, "SnapKVPress", {"window_size": 64}, note=SAME),
     "h2o": Method(
         "h2o",
         {"sinks": 0, "recent": 0},
