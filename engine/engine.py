@@ -16,6 +16,8 @@ from winnow.engine.calibration.registry import check_profiles
 from winnow.engine.calibration.store import NO_PROFILES, Profile
 from winnow.engine.compression.apply import Compressor
 from winnow.engine.compression.plan import Plan
+from winnow.engine.compression.read_policy import LaneShape
+from winnow.engine.compression.reader import Reader
 from winnow.engine.compression.timeline import Timeline
 from winnow.engine.config import EngineSettings
 from winnow.engine.errors import ModelError, PlanNotSupported, PromptTooLong, RequestError
@@ -72,6 +74,8 @@ class Engine:
         self.arena = PageArena(layout, pages, settings.max_seqs, config.layers, config.kv_heads, ops)
         self.cache = PrefixCache(self.arena) if settings.prefix_caching else None
         self.compressor = Compressor(self.arena, self.cache, ops, config, profiles)
+        shape = LaneShape(config.layers, config.kv_heads, config.heads, config.head_dim)
+        self.reader = Reader(self.arena, shape, profiles)
         self.table = SamplingTable(settings.max_seqs, config.vocab_size)
         self.scheduler = Scheduler(self.arena, self.cache, self.table, settings.max_step_tokens, self._prepare)
         self.runner = Runner(model, self.arena)
@@ -111,6 +115,9 @@ class Engine:
         return outputs
 
     def _prepare(self, seq: Sequence, count: int) -> None:
+        self.reader.prepare(seq)
+        if seq.plan.evict is None:
+            return
         self.compressor.prepare(seq, count)
         if self._has_windows:  # the kernels look positions up, where a window meets evicted lanes
             self.compressor.sync_positions(seq, seq.computed + count)

@@ -100,6 +100,14 @@ class CompressionReport(msgspec.Struct, frozen=True):
     """Bytes of the pages that the same tokens take with no plan"""
     bytes_held: int
     """Bytes of the pages that the sequence's lanes refer to"""
+    bytes_beside: int = 0
+    """Bytes kept beside the pages to choose what is read: plans that read a part free none"""
+    tokens_read: int = 0
+    """Generated tokens that read a part of the lanes"""
+    bytes_read: int = 0
+    """Bytes of keys, values and what they were chosen by that those tokens' attention read, counted by the kernels"""
+    bytes_read_dense: int = 0
+    """Bytes that the same tokens read with no `kv.read`"""
 
 
 class Output(msgspec.Struct, frozen=True, tag="output", omit_defaults=True):

@@ -109,6 +109,7 @@ class PageArena:
         self._tail_shared[slot] = False
         for side in self._side_state:
             side.pop(slot, None)
+        self.kv.reading.pop(slot, None)
         self._slots.append(slot)
         return freed
 
@@ -165,9 +166,12 @@ class PageArena:
         tails = table[lanes, wanted.reshape(lanes.shape) - 1].reshape(wanted.shape)
         is_shared = (open_tokens % self.layout.page_tokens > 0) & (self.refs[tails] > 1)
         self._tail_shared[slots] |= is_shared.any((1, 2))
-        for slot in slots:
-            if (mass := self.kv.mass.get(int(slot))) is not None:
-                mass[torch.arange(mass.shape[-1]) >= self.kv.kept[int(slot)][..., None]] = 0
+        for slot, full in zip(slots.tolist(), open_tokens // self.layout.page_tokens, strict=True):
+            if (mass := self.kv.mass.get(slot)) is not None:
+                mass[torch.arange(mass.shape[-1]) >= self.kv.kept[slot][..., None]] = 0
+            if (reading := self.kv.reading.get(slot)) is not None:
+                has_grid = PageFormat(int(self.formats[slot])).is_integer
+                reading.forget_newest(torch.from_numpy(full if has_grid else full + self.sealed[slot]))
 
     def _cells(self, slots: Ints, first: Ints, count: Ints) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Row and column, in the table of all lanes one below the other, of `count` entries from `first` on in each
@@ -247,13 +251,16 @@ class PageArena:
         self.table[slot, :, :, :width] = np.where(in_use, table, -1)
         self.columns[slot], self.kept[slot], self.sealed[slot] = columns, kept, sealed
         self.rest[slot] = 0 if rest is None else rest
+        if (reading := self.kv.reading.get(slot)) is not None:
+            reading.forget_pages()
         return self.release(dropped)
 
     # What it looks like ----------------------------------------------------------------------------------------------
 
     def report(self, slot: int, seen: int) -> CompressionReport:
         """What the sequence holds now, beside what `seen` tokens hold uncompressed."""
-        kept = self.kept[slot]
+        kept, reading = self.kept[slot], self.kv.reading.get(slot)
+        bytes_read, bytes_read_dense, rows = (0, 0, 0) if reading is None else reading.touched.tolist()
         return CompressionReport(
             tokens_seen=seen,
             tokens_kept_min=int(kept.min()),
@@ -261,6 +268,10 @@ class PageArena:
             tokens_kept_max=int(kept.max()),
             bytes_uncompressed=self.layout.pages(seen) * self.lanes * self.layout.page_bytes,
             bytes_held=int(self.columns[slot].sum()) * self.layout.page_bytes,
+            bytes_beside=0 if reading is None else reading.nbytes,
+            tokens_read=rows,
+            bytes_read=bytes_read,
+            bytes_read_dense=bytes_read_dense,
         )
 
     def check_integrity(self, cached: Ints) -> None:

@@ -109,7 +109,7 @@ class Scheduler:
             return ScheduledBatch([], np.zeros(0, np.int32), np.zeros(0, np.int32))
         self._arena.extend(slots, growth)
         for seq, count in chosen:
-            if seq.plan.evict is not None:
+            if seq.plan.evict is not None or seq.plan.read is not None:
                 self._prepare(seq, count)
         drafts = np.array([seq.drafted for seq, _ in chosen], np.int32)
         return ScheduledBatch([seq for seq, _ in chosen], counts, drafts)

@@ -86,7 +86,7 @@ class Sequence:
         """Tokens of its next chunk: none crosses an event of the timeline, or a stage."""
         if self.staging is not None:
             return min(most, self.staging.left)
-        return min(most, self.remaining, self.timeline.next_event(self.computed) - self.computed)
+        return min(most, self.remaining, self.timeline.chunk_end(self.computed) - self.computed)
 
     def growth(self, count: int) -> Ints:
         """[1] or [layers] tokens that its lanes gain by a chunk."""

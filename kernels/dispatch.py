@@ -69,6 +69,9 @@ class Backend(Protocol):
     def attention(self, q: Tensor, batch: LaneBatch, kv: PagedKV, layer: int, scale: float, window: int) -> Tensor:
         """q [T, Hq, D] f32 -> [T, Hq * D] f32, causal over the kept tokens; adds to `kv.mass` where rows vote."""
 
+    def choose_reads(self, q: Tensor, batch: LaneBatch, kv: PagedKV, layer: int, scale: float, window: int) -> None:
+        """Before `attention`: rows of sequences in `kv.reading` choose what they read. q [T, Hq, D] f32."""
+
     def read_lanes(self, kv: PagedKV, slot: int, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a sequence's layer, each [Hkv, n, D] f32; zeros beyond a lane's kept length."""
 

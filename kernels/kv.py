@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from winnow.kernels.layout import PageFormat, PageLayout
+from winnow.kernels.reading import ReadState
 
 
 @dataclass(slots=True)
@@ -51,6 +52,8 @@ class PagedKV:
     log_weights: dict[int, Tensor] = field(default_factory=dict)
     """slot -> [layers, kv_heads, capacity] f32, finite: added to the scores of a lane's tokens, by lane index. The log
     of how many tokens a token stands for; a slot without any counts each token once"""
+    reading: dict[int, ReadState] = field(default_factory=dict)
+    """slot -> how its rows choose what they read; those of other slots read all"""
     native: Any = field(default=None, repr=False, compare=False)
     """A backend's own handle"""
 
@@ -95,5 +98,16 @@ class LaneBatch:
     first_vote: Tensor
     """[B] int32: first of the sequence's rows, counted from its own first, whose attention adds to the slot's mass;
     no row does from `rows` on, or in a slot without mass"""
+    choices: dict[int, Tensor] = field(default_factory=dict)
+    """b -> [rows, kv_heads, tokens] uint8: lane tokens that the rows of a sequence in `PagedKV.reading` chose, in the
+    last layer where they did"""
     native: Any = field(default=None, repr=False, compare=False)
     """A backend's own handle"""
+
+    def make_room_for_choices(self, kv: PagedKV) -> None:
+        """Empty choices for the sequences that read by a rule; once a step, before its first layer."""
+        bounds, heads = self.cu_rows.tolist(), kv.table.shape[2]
+        for b, slot in enumerate(self.slots.tolist()):
+            if slot in kv.reading:
+                room = (bounds[b + 1] - bounds[b], heads, int(kv.kept[slot].max()))
+                self.choices[b] = torch.zeros(room, dtype=torch.uint8)

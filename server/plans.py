@@ -10,6 +10,7 @@ from winnow.engine.compression.merge_plan import merge_schema
 from winnow.engine.compression.plan import FormatName, Maximum, Plan, evict_schema, plan_schema
 from winnow.engine.compression.profiles import PROFILES, load_profiles
 from winnow.engine.compression.prompt.plan import prompt_schema
+from winnow.engine.compression.read import read_schema
 from winnow.engine.errors import RequestError
 from winnow.engine.messages import EngineInfo
 from winnow.kernels.layout import PageFormat
@@ -51,6 +52,7 @@ class Plans:
             "policies": evict_schema(),
             "merges": merge_schema(),
             "prompt": prompt_schema(),
+            "read": read_schema(),
             "formats": list(FormatName.__args__),  # type: ignore[attr-defined]
             "profiles": {name: described(plan) for name, plan in self.profiles.items()},
             "default": described(self.default),

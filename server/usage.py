@@ -14,7 +14,9 @@ class Usage:
 
     `compression` counts every choice of every prompt: each of its numbers is the sum over these `sequences`, so that
     tokens_kept.mean / tokens_seen is the share of the context that was kept and bytes_held / bytes_uncompressed that of
-    the memory. A page that several sequences share counts once for each of them.
+    the memory. A page that several sequences share counts once for each of them. `read` is there under a plan that lets
+    generated tokens read a part: bytes that one reads on average, and would with no such plan. Such a plan frees
+    nothing: bytes_held does not fall for it, and `bytes_beside` comes on top.
 
     `prompt_tokens` is what the model read: of a prompt that was shortened, what was left of it.
     """
@@ -64,7 +66,7 @@ def _prompt(shortened: list[tuple[int, Shortened]]) -> dict[str, Any]:
 
 
 def _kept(plan: dict[str, Any] | None, reports: list[CompressionReport]) -> dict[str, Any]:
-    return {
+    said = {
         "plan": plan,
         "sequences": len(reports),
         "tokens_seen": sum(report.tokens_seen for report in reports),
@@ -76,3 +78,11 @@ def _kept(plan: dict[str, Any] | None, reports: list[CompressionReport]) -> dict
         "bytes_uncompressed": sum(report.bytes_uncompressed for report in reports),
         "bytes_held": sum(report.bytes_held for report in reports),
     }
+    if tokens := sum(report.tokens_read for report in reports):
+        said["read"] = {
+            "tokens": tokens,
+            "bytes_per_token": round(sum(report.bytes_read for report in reports) / tokens),
+            "bytes_per_token_dense": round(sum(report.bytes_read_dense for report in reports) / tokens),
+            "bytes_beside": sum(report.bytes_beside for report in reports),
+        }
+    return said

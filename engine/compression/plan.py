@@ -25,7 +25,8 @@ from winnow.engine.compression.merge_plan import AnyMerge, merge_model
 from winnow.engine.compression.plan_errors import explain
 from winnow.engine.compression.policy import PolicyParams, SetsBudgets, StagedPolicy
 from winnow.engine.compression.prompt.plan import AnyPrompt, Prompt, prompt_model
-from winnow.engine.compression.registry import EVICTION, MERGE, OWN_MERGE, PROMPT, eviction_policy, merge_method
+from winnow.engine.compression.read import AnyRead, Read, read_model
+from winnow.engine.compression.registry import EVICTION, MERGE, OWN_MERGE, PROMPT, READ, eviction_policy, merge_method
 from winnow.engine.errors import PlanNotSupported, RequestError
 from winnow.kernels.layout import PageFormat
 
@@ -148,6 +149,7 @@ class KV(Part):
     evict: AnyEvict | None = None
     format: FormatName | None = Field(None, description="page format of full pages; the engine's own if unset")
     residual: int = Field(32, ge=0, le=65536, description="newest tokens that stay unquantized")
+    read: AnyRead | None = None
 
     @model_validator(mode="after")
     def _residual_is_used(self) -> KV:
@@ -174,9 +176,15 @@ class Plan(Part):
         return None if evict is None or evict.keeps_all else evict
 
     @property
+    def read(self) -> Read | None:
+        """What generated tokens read by; None if they read everything."""
+        read = self.kv.read
+        return None if read is None or read.reads_all else read
+
+    @property
     def is_off(self) -> bool:
-        """Neither shortens, nor evicts, nor names a format: the request is served as if there were no plan."""
-        return self.shortens is None and self.evict is None and self.format is None
+        """Neither shortens, nor evicts, nor names a format, nor reads a part: as if there were no plan."""
+        return self.shortens is None and self.evict is None and self.format is None and self.read is None
 
     @property
     def evicts_at_prefill_end(self) -> bool:
@@ -231,9 +239,12 @@ class Plan(Part):
         if not isinstance(data, dict):
             raise RequestError(at, f"{at} must be an object")
         try:
-            return cls.model_validate(_without_future(data, at))
+            plan = cls.model_validate(_without_future(data, at))
         except ValidationError as error:
             raise explain(error, at, _fields) from None
+        if plan.read is not None:
+            plan.read.check_with(plan.evict, at)
+        return plan
 
     @classmethod
     def resolve(
@@ -303,13 +314,7 @@ def plan_schema() -> dict[str, Any]:
 
 def _without_future(data: dict[str, Any], at: str) -> dict[str, Any]:
     """The data without the parts of the design that this version does not serve; they may only be null."""
-    data = _refuse(data, ("vision",), at)
-    if isinstance(data.get("kv"), dict):
-        data["kv"] = _refuse(data["kv"], ("read",), f"{at}.kv")
-    return data
-
-
-def _refuse(data: dict[str, Any], names: tuple[str, ...], at: str) -> dict[str, Any]:
+    names = ("vision",)
     for name in names:
         if data.get(name) is not None:
             raise PlanNotSupported(f"{at}.{name}", f"{at}.{name} is not supported by this server; leave it out")
@@ -326,4 +331,6 @@ def _fields(path: tuple[str, ...], policy: str | None) -> list[str]:
         return list(merge_model(policy or next(iter(MERGE))).model_fields)
     if path == ("prompt",):
         return list(prompt_model(policy or next(iter(PROMPT))).model_fields)
+    if path == ("kv", "read"):
+        return list(read_model(policy or next(iter(READ))).model_fields)
     return list(evict_model(policy or next(iter(EVICTION))).model_fields)

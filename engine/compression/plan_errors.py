@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from winnow.engine.compression.registry import EVICTION, MERGE, PROMPT
+from winnow.engine.compression.registry import EVICTION, MERGE, PROMPT, READ
 from winnow.engine.errors import PlanNotSupported, RequestError
 
 SENTENCES = {
@@ -35,6 +35,7 @@ UNIONS: dict[tuple[str, ...], str] = {
     ("kv", "evict"): ", ".join(EVICTION),
     ("kv", "evict", "merge"): ", ".join(MERGE),
     ("prompt",): ", ".join(PROMPT),
+    ("kv", "read"): ", ".join(READ),
 }
 """Objects whose "policy" says what else they hold, and its known values. Pydantic names the policy in its paths."""
 

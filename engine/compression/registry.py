@@ -1,5 +1,4 @@
-"""The policies by name. A new one is a file in `eviction/`, `merging/` or `prompt/` and a line here; nothing else names
-it.
+"""The policies by name. A new one is a file in its folder and a line here; nothing else names it.
 
 The request schema, the OpenAPI page, `/v1/models` and the conformance tests follow from this table.
 """
@@ -8,10 +7,12 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
+from typing import Any
 
 from winnow.engine.compression.merge import MergeMethod
 from winnow.engine.compression.policy import EvictionPolicy
 from winnow.engine.compression.prompt.policy import PromptPolicy
+from winnow.engine.compression.read_policy import ReadPolicy
 
 EVICTION: dict[str, str] = {
     "streaming_llm": "winnow.engine.compression.eviction.streaming_llm:StreamingLLM",
@@ -33,6 +34,13 @@ PROMPT: dict[str, str] = {
     "spec_pc": "winnow.engine.compression.prompt.spec_pc:SpecPC",
 }
 
+READ: dict[str, str] = {
+    "quest": "winnow.engine.compression.selection.quest:Quest",
+    "tidal_decode": "winnow.engine.compression.selection.tidal_decode:TidalDecode",
+    "double_sparsity": "winnow.engine.compression.selection.double_sparsity:DoubleSparsity",
+    "token_select": "winnow.engine.compression.selection.token_select:TokenSelect",
+}
+
 
 MERGE: dict[str, str] = {
     "kv_merging": "winnow.engine.compression.merging.kv_merging:KVMerging",
@@ -47,22 +55,31 @@ OWN_MERGE: dict[str, str] = {}
 @cache
 def eviction_policy(name: str) -> EvictionPolicy:
     """The one instance of the policy; KeyError if there is none of this name."""
-    module, attribute = EVICTION[name].split(":")
-    policy: EvictionPolicy = getattr(import_module(module), attribute)()
+    policy: EvictionPolicy = _made(EVICTION[name])
     return policy
 
 
 @cache
 def merge_method(name: str) -> MergeMethod:
     """The one instance of the merge method; KeyError if there is none of this name."""
-    module, attribute = MERGE[name].split(":")
-    method: MergeMethod = getattr(import_module(module), attribute)()
+    method: MergeMethod = _made(MERGE[name])
     return method
 
 
 @cache
 def prompt_policy(name: str) -> PromptPolicy:
     """The one instance of the policy; KeyError if there is none of this name."""
-    module, attribute = PROMPT[name].split(":")
-    policy: PromptPolicy = getattr(import_module(module), attribute)()
+    policy: PromptPolicy = _made(PROMPT[name])
     return policy
+
+
+@cache
+def read_policy(name: str) -> ReadPolicy:
+    """The one instance of the policy; KeyError if there is none of this name."""
+    policy: ReadPolicy = _made(READ[name])
+    return policy
+
+
+def _made(place: str) -> Any:
+    module, attribute = place.split(":")
+    return getattr(import_module(module), attribute)()

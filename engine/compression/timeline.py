@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from winnow.engine.compression.plan import Plan
+from winnow.engine.compression.read import STEP_ROWS
 from winnow.kernels.layout import PageFormat, PageLayout
 
 NEVER = 1 << 62
@@ -34,8 +35,8 @@ class Timeline:
 
     @property
     def never_acts(self) -> bool:
-        """Lanes hold every token, uncompressed, to the end."""
-        return self.plan.evict is None and not self.seal_every
+        """Lanes hold every token, uncompressed, to the end, and as an engine without plans computes it."""
+        return self.plan.evict is None and not self.seal_every and self.plan.read is None
 
     def evicts_at(self, position: int) -> bool:
         """Whether policies choose when `position` tokens have been read."""
@@ -57,6 +58,13 @@ class Timeline:
         generated = position - self.prompt_tokens
         steps = [every for every in (self.plan.interval, self.seal_every) if every]
         return min((position + every - generated % every for every in steps), default=NEVER)
+
+    def chunk_end(self, position: int) -> int:
+        """The first position after this one that a step may not go beyond."""
+        end = self.next_event(position)
+        if self.plan.read is None or position < self.prompt_tokens:
+            return end
+        return min(end, position + STEP_ROWS)
 
     def vote_start(self, position: int) -> int:
         """First position whose query votes in the eviction that follows `position` tokens; far away if none does."""

@@ -103,6 +103,8 @@ class Decoder:
             q = ops.rope_write(qkv, cos, sin, batch, kv, layer, block.q_norm, block.k_norm, eps)
             if watch is not None:
                 watch(layer, q)
+            if kv.reading:
+                ops.choose_reads(q, batch, kv, layer, scale, block.window)
             mixed = ops.attention(q, batch, kv, layer, scale, block.window)
             if block is last:  # beyond its attention only the wanted rows matter
                 x, mixed = x[rows], mixed[rows]

@@ -73,8 +73,11 @@ def check_combination(speculation: Speculation | None, plan: Plan, at: str = "sp
 def obstacle(plan: Plan) -> str | None:
     """Why nothing can be guessed ahead under this plan; None if it can.
 
-    A query's vote counts for good, so a guess is read only where queries do not vote.
+    A query's vote counts for good, so a guess is read only where queries do not vote. So does what it chose to
+    read, where the next query may read the same.
     """
+    if plan.read is not None and plan.read.keeps_choices:
+        return f"under '{plan.read.policy}' a token may read what the one before it chose, which a guess would change"
     evict = plan.evict
     if evict is None or not plan.evicts_in_decode:
         return None

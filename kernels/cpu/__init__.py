@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from winnow.kernels import _cpu
+from winnow.kernels.cpu.reading import set_reading
 from winnow.kernels.dispatch import WeightKind
 from winnow.kernels.kv import LaneBatch, PagedKV, Rest
 from winnow.kernels.layout import PageFormat
@@ -169,6 +170,14 @@ def attention(q: Tensor, batch: LaneBatch, kv: PagedKV, layer: int, scale: float
         _native_kv(kv), native, layer, q.data_ptr(), q_heads, scale, window, out.data_ptr(), _address(lse), votes
     )
     return out
+
+
+def choose_reads(q: Tensor, batch: LaneBatch, kv: PagedKV, layer: int, scale: float, window: int) -> None:
+    rows, q_heads, dim = q.shape
+    if rows != batch.positions.shape[0] or dim != kv.layout.head_dim:
+        raise ValueError(f"q of shape {tuple(q.shape)} does not fit the batch")
+    q = _floats(q)
+    _cpu.choose_reads(_native_kv(kv), _native_batch(batch, kv), layer, q.data_ptr(), q_heads, scale, window)
 
 
 def read_lanes(kv: PagedKV, slot: int, layer: int) -> tuple[Tensor, Tensor]:
@@ -346,6 +355,11 @@ def _native_batch(batch: LaneBatch, kv: PagedKV) -> Any:
                     native.set_positions(b, positions.data_ptr(), positions.shape[2])
                 if (weights := kv.log_weights.get(slot)) is not None:
                     native.set_log_weights(b, weights.data_ptr(), weights.shape[2])
+        if kv.reading:
+            batch.make_room_for_choices(kv)
+            slots = batch.slots.tolist()
+            for b, choice in batch.choices.items():
+                set_reading(native, b, kv.reading[slots[b]], choice, kv)
         batch.native = native
     return batch.native
 

@@ -9,6 +9,7 @@
 #pragma once
 #include <cstdlib>
 
+#include "chosen.h"
 #include "kernels.h"
 #include "pages.h"
 #include "simd.h"
@@ -57,19 +58,32 @@ struct Block {
   int *low, *high;
   int first, last;  // min low, max high
   const float* log_weights;  // of the lane's tokens, or null
+  const uint8_t* chosen;     // lane tokens that its one token may see, null for all
+  int64_t* touched;          // bytes read are added here, null where nobody asks
 };
+
+// Whether page `p` of a group holds tokens that the block looks at.
+INLINE bool looks_at(const Block& x, const Group& g, int p) {
+  const int first = g.first + p * g.capacity;
+  return any_chosen(x.chosen, first, min_i(g.capacity, x.last - first));
+}
 
 // Scores of a group for every row, -inf where a row may not look. False where a page lies outside the arena.
 static bool group_scores(const KV& kv, const Lane& lane, const Group& g, const Block& x, int64_t lds) {
   const PageShape& shape = kv.shapes[g.fmt];
   for (int p = 0; p < g.pages; p++) {
+    float* scores = x.scores + p * g.capacity;
+    if (!looks_at(x, g, p)) {
+      for (int r = 0; r < x.rows; r++)
+        for (int t = 0; t < g.capacity; t += LANES) store(scores + r * lds + t, splat(NEG_INF));
+      continue;
+    }
     const uint8_t* page = lane.page(kv, g.column + p);
     if (!page) return false;
     // The processor's own prefetching ends with a page, and the next one lies anywhere.
-    if (p + 1 < g.pages)
+    if (p + 1 < g.pages && looks_at(x, g, p + 1))
       if (const uint8_t* next = lane.page(kv, g.column + p + 1))
         for (int64_t line = 0; line < shape.values; line += 64) __builtin_prefetch(next + line);
-    float* scores = x.scores + p * g.capacity;
     page_scores(g.fmt, shape, kv.dim, page, x.q, x.rows, x.folded, scores, lds);
   }
   const int tokens = g.pages * g.capacity;
@@ -82,6 +96,8 @@ static bool group_scores(const KV& kv, const Lane& lane, const Group& g, const B
     const int low = max_i(0, min_i(tokens, x.low[r] - g.first)), high = max_i(low, min_i(tokens, x.high[r] - g.first));
     for (int t = 0; t < low; t++) x.scores[r * lds + t] = NEG_INF;
     for (int t = high; t < tokens; t++) x.scores[r * lds + t] = NEG_INF;
+    if (x.chosen)
+      for (int t = low; t < high; t++) if (!x.chosen[g.first + t]) x.scores[r * lds + t] = NEG_INF;
   }
   return true;
 }
@@ -115,11 +131,18 @@ static bool attend_group(const KV& kv, const Lane& lane, const Group& g, const B
   for (int p = 0; p < g.pages; p++) {
     const int n = min_i(g.capacity, x.last - g.first - p * g.capacity);
     if (n <= 0) break;
+    if (!looks_at(x, g, p)) continue;
     const uint8_t* page = lane.page(kv, g.column + p);
-    if (p + 1 < g.pages)
+    if (p + 1 < g.pages && looks_at(x, g, p + 1))
       if (const uint8_t* next = lane.page(kv, g.column + p + 1))
         for (int64_t line = 0; line < shape.values; line += 64) __builtin_prefetch(next + shape.values + line);
-    page_values(g.fmt, shape, dim, page, x.scores + p * g.capacity, lds, x.rows, n, x.folded, x.o);
+    // Of a page in a float format only the values of chosen tokens are read; others share scales and are read whole.
+    const uint8_t* chosen = x.chosen && !is_quantized(g.fmt) ? x.chosen + g.first + p * g.capacity : nullptr;
+    int64_t read = 0;
+    for (int from = 0, to; chosen_run(chosen, n, from, to); read += to - from, from = to)
+      page_values(g.fmt, shape, dim, page + row_bytes(g.fmt, dim) * from, x.scores + p * g.capacity + from, lds, x.rows,
+                  to - from, x.folded, x.o);
+    if (x.touched) *x.touched += page_bytes_read(g.fmt, shape, dim, read);
   }
   return true;
 }
@@ -133,6 +156,7 @@ static bool attend_span(const KV& kv, const Lane& lane, const Groups& groups, in
     const Group g = group_at(groups, i);
     if (g.first >= x.last) break;
     if (g.first + g.pages * g.capacity <= x.first) continue;
+    if (!any_chosen(x.chosen, g.first, min_i(g.pages * g.capacity, x.last - g.first))) continue;
     if (!attend_group(kv, lane, g, x, groups.max_tokens)) return false;
   }
   return true;
@@ -195,6 +219,8 @@ static bool make_block(const KV& kv, const Batch& batch, const Lane& lane, const
   x->high = x->low + rows;
   x->first = lane.kept;
   x->last = 0;
+  x->chosen = nullptr;
+  x->touched = nullptr;
   x->log_weights = batch.log_weights[it.b];
   if (x->log_weights) x->log_weights += ((int64_t)layer * kv.heads + it.head) * batch.log_weights_capacity[it.b];
   for (int j = 0; j < it.rows; j++) {
@@ -220,18 +246,21 @@ static int make_items(const KV& kv, const Batch& batch, int layer, int q_heads, 
   *parts = 0;
   for (int b = 0; b < batch.size; b++) {
     const int rows = batch.cu_rows[b + 1] - batch.cu_rows[b];
+    const bool chosen = reads_chosen(batch, b, layer);  // by each row for itself
     for (int h = 0; h < kv.heads; h++) {
-      if (rows > block) {
+      if (rows > block && !chosen) {
         // The last rows look furthest: they come first, so that no thread is left with a long one at the end.
         for (int r = (rows - 1) / block * block; r >= 0; r -= block, count++)
           if (items) items[count] = {b, h, r, min_i(block, rows - r), -1, -1};
       } else if (rows > 0) {
         const Lane lane = lane_of(kv, batch.slots[b], layer, h);
         const int spans = max_i(1, (groups_of(kv, lane).count + SPAN_GROUPS - 1) / SPAN_GROUPS);
-        for (int s = 0; s < spans; s++, count++) {
-          if (items) items[count] = {b, h, 0, rows, s, *parts};
-          *parts += rows * group;
-        }
+        const int together = chosen ? 1 : rows;
+        for (int r = 0; r < rows; r += together)
+          for (int s = 0; s < spans; s++, count++) {
+            if (items) items[count] = {b, h, r, together, s, *parts};
+            *parts += together * group;
+          }
       }
     }
   }
@@ -261,11 +290,21 @@ static bool attention(const KV& kv, const Batch& batch, int layer, const float* 
     Block x;
     float* total;
     if (!make_block(kv, batch, lane, groups, it, layer, q, q_heads, scale, window, scratch, &x, &total)) { ok = false; continue; }
+    int64_t touched = 0;
+    if (reads_chosen(batch, it.b, layer)) {
+      if (lane.kept > batch.reading[it.b].choice_capacity) { ok = false; continue; }
+      x.chosen = choice_of(kv, batch.reading[it.b], it.row, it.head);
+      x.touched = &touched;
+    }
     if (it.span >= 0) {
       x.o = part_o + (size_t)it.part * dim;
       x.m = part_m + it.part;
       x.l = part_l + it.part;
       ok = attend_span(kv, lane, groups, it.span, x) && ok;
+      if (touched) {
+#pragma omp atomic
+        batch.reading[it.b].touched[0] += touched;
+      }
       continue;
     }
     float *tm = total + x.rows * dim, *tl = tm + x.rows;

@@ -27,6 +27,30 @@ struct KV {  // PagedKV in kv.py
   PageShape shapes[FORMATS];
 };
 
+// What a row does in a layer; the values of ReadMode in reading.py. Rows that choose before they read, or while they
+// read all, write down what they chose.
+enum ReadMode : uint8_t { READ_ALL = 0, READ_ALL_AND_CHOOSE = 1, READ_CHOSEN = 2, READ_CHOSEN_BEFORE = 3 };
+
+struct Reading {  // ReadRule and ReadState of one sequence (reading.py)
+  const uint8_t* modes;  // [layers]; null where the sequence reads all
+  bool by_bounds, by_layer;
+  int tokens, sinks, recent, pool;
+  double share;                 // of the tokens seen, in place of `tokens` where it is positive
+  float similarity;             // above 1: every row chooses anew
+  const int32_t* channels;      // [layers, heads, channel_count]
+  int channel_count;
+  uint16_t* bounds;             // [layers, heads, bounds_capacity, 2, dim] bf16
+  int32_t* bounded;             // [layers, heads]
+  int bounds_capacity;
+  float* anchors;               // [layers, q_heads, dim]
+  int32_t* anchored;            // [layers]
+  uint8_t* anchor_choice;       // [layers, anchor_capacity]
+  int anchor_capacity, anchor_heads;
+  uint8_t* choice;              // [rows, heads, choice_capacity]: this step's
+  int choice_capacity;
+  int64_t* touched;             // [3]: bytes read, bytes that reading all takes, rows
+};
+
 struct Batch {  // LaneBatch in kv.py
   int size, rows;
   const int32_t *slots, *cu_rows, *positions;
@@ -36,6 +60,7 @@ struct Batch {  // LaneBatch in kv.py
   const int32_t* const* lane_positions;
   const float* const* log_weights;
   const int32_t *mass_capacity, *positions_capacity, *log_weights_capacity, *first_vote;
+  const Reading* reading;  // per sequence; null where all of them read all
 };
 
 struct Rest {  // the second sealed part of lanes to write, Rest in kv.py; null arrays where there is none
@@ -65,6 +90,7 @@ struct Kernels {
                     float* out, float* lse);
   bool (*attention_mass)(const KV& kv, const Batch& batch, int layer, const float* q, int q_heads, float scale,
                          int window, const float* lse);
+  bool (*choose_reads)(const KV& kv, const Batch& batch, int layer, const float* q, int q_heads, float scale, int window);
   bool (*read_lanes)(const KV& kv, int slot, int layer, int count, float* keys, float* values);
   bool (*write_lanes)(const KV& kv, int slot, int layer, int count, const float* keys, const float* values,
                       const int32_t* counts, const int32_t* start, const int32_t* dst_table, int dst_width,

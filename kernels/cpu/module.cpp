@@ -70,9 +70,10 @@ struct PyBatch : Batch {
   std::vector<const int32_t*> positions_;
   std::vector<const float*> log_weights_;
   std::vector<int32_t> mass_capacity_, positions_capacity_, log_weights_capacity_;
+  std::vector<Reading> reading_;
   PyBatch(int size_, int rows_, uintptr_t slots_, uintptr_t cu_rows_, uintptr_t rows_positions, uintptr_t first_vote_)
       : mass_(size_), positions_(size_), log_weights_(size_), mass_capacity_(size_), positions_capacity_(size_),
-        log_weights_capacity_(size_) {
+        log_weights_capacity_(size_), reading_(size_) {
     size = size_;
     rows = rows_;
     slots = at<const int32_t>(slots_);
@@ -85,11 +86,22 @@ struct PyBatch : Batch {
     positions_capacity = positions_capacity_.data();
     log_weights = log_weights_.data();
     log_weights_capacity = log_weights_capacity_.data();
+    reading = nullptr;
   }
   PyBatch(const PyBatch&) = delete;
   void set_mass(int b, uintptr_t p, int capacity) { mass_.at(b) = at<float>(p); mass_capacity_.at(b) = capacity; }
   void set_positions(int b, uintptr_t p, int capacity) { positions_.at(b) = at<const int32_t>(p); positions_capacity_.at(b) = capacity; }
   void set_log_weights(int b, uintptr_t p, int capacity) { log_weights_.at(b) = at<const float>(p); log_weights_capacity_.at(b) = capacity; }
+  void set_reading(int b, uintptr_t modes, bool by_bounds, bool by_layer, int tokens, double share, int sinks, int recent, int pool,
+                   float similarity, uintptr_t channels, int channel_count, uintptr_t bounds, uintptr_t bounded, int bounds_capacity,
+                   uintptr_t anchors, uintptr_t anchored, uintptr_t anchor_choice, int anchor_capacity, int anchor_heads, uintptr_t choice,
+                   int choice_capacity, uintptr_t touched) {
+    reading_.at(b) = {at<const uint8_t>(modes), by_bounds, by_layer, tokens, sinks, recent, pool, share, similarity,
+                      at<const int32_t>(channels), channel_count, at<uint16_t>(bounds), at<int32_t>(bounded), bounds_capacity,
+                      at<float>(anchors), at<int32_t>(anchored), at<uint8_t>(anchor_choice), anchor_capacity, anchor_heads, at<uint8_t>(choice),
+                      choice_capacity, at<int64_t>(touched)};
+    reading = reading_.data();
+  }
 };
 
 struct PyMatrix : Matrix {
@@ -117,7 +129,8 @@ NB_MODULE(_cpu, m) {
       .def(nb::init<int, int, uintptr_t, uintptr_t, uintptr_t, uintptr_t>())
       .def("set_mass", &PyBatch::set_mass)
       .def("set_positions", &PyBatch::set_positions)
-      .def("set_log_weights", &PyBatch::set_log_weights);
+      .def("set_log_weights", &PyBatch::set_log_weights)
+      .def("set_reading", &PyBatch::set_reading);
   nb::class_<PyMatrix>(m, "Matrix").def(nb::init<uintptr_t, uintptr_t, uintptr_t, int, int, bool>());
   m.def("target", [] { return std::string(active->name); });
   m.def("use", [](const std::string& name) {
@@ -151,6 +164,9 @@ NB_MODULE(_cpu, m) {
     check(active->attention(kv, batch, layer, at<const float>(q), q_heads, scale, window, at<float>(out), at<float>(lse)), "attention");
     if (votes)
       check(active->attention_mass(kv, batch, layer, at<const float>(q), q_heads, scale, window, at<const float>(lse)), "attention_mass");
+  }, release());
+  m.def("choose_reads", [](const PyKV& kv, const PyBatch& batch, int layer, uintptr_t q, int q_heads, float scale, int window) {
+    check(active->choose_reads(kv, batch, layer, at<const float>(q), q_heads, scale, window), "choose_reads");
   }, release());
   m.def("read_lanes", [](const PyKV& kv, int slot, int layer, int count, uintptr_t keys, uintptr_t values) {
     check(active->read_lanes(kv, slot, layer, count, at<float>(keys), at<float>(values)), "read_lanes");

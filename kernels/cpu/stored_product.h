@@ -162,7 +162,6 @@ static void page_values(Format fmt, const PageShape& shape, int dim, const uint8
   EACH_FORMAT(CALL)
 #undef CALL
 }
-#undef EACH_FORMAT
 
 }  // namespace TARGET
 }  // namespace winnow

@@ -4,11 +4,13 @@ from winnow.kernels.reference.attention import attention
 from winnow.kernels.reference.linear import embed, linear, pack
 from winnow.kernels.reference.norm import rms_norm, silu_mul
 from winnow.kernels.reference.pages import copy_pages, read_lanes, repack, write_lanes
+from winnow.kernels.reference.reading import choose_reads
 from winnow.kernels.reference.rope_write import rope_write
 from winnow.kernels.reference.rows import nearest_rows, sum_rows
 
 __all__ = [
     "attention",
+    "choose_reads",
     "copy_pages",
     "embed",
     "linear",

@@ -3,6 +3,7 @@
     row r of a sequence's R rows, at position p, sees the lane's token j, at position pos(j), if
         j <= kept - R + r                   rows are the newest tokens; none sees a later one
         pos(j) > p - window                 when window > 0
+        the row chose it                    when the sequence reads by a rule (reading.py), in layers where it does
     P = softmax over the tokens seen of scale · q·K + w      o = P · V
     mass[j] += Σ P[j]  over the query heads of the lane's group, for one row r >= first_vote after the other
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from winnow.kernels.kv import LaneBatch, PagedKV
+from winnow.kernels.reading import ReadMode
 from winnow.kernels.reference.lanes import Sequence, lane_part, sequences
 from winnow.kernels.reference.pages import read_lane
 
@@ -27,11 +29,15 @@ def attention(q: Tensor, batch: LaneBatch, kv: PagedKV, layer: int, scale: float
         raise ValueError(f"q {list(q.shape)} is not [T, heads, {dim}] for {kv_heads} KV heads")
     groups = q.double().unflatten(1, (kv_heads, -1))
     out = torch.empty_like(groups)
-    for sequence in sequences(batch, kv, layer, q.shape[0]):
+    for b, sequence in enumerate(sequences(batch, kv, layer, q.shape[0])):
+        state = kv.reading.get(sequence.slot)
+        chooses = state is not None and int(state.rule.modes[layer]) >= ReadMode.CHOSEN
         positions = batch.positions[sequence.rows].long()
         for head in range(kv_heads):
             keys, values = read_lane(kv, sequence.slot, layer, head)
             seen = _seen(kv, sequence, layer, head, positions, window)
+            if chooses:
+                seen &= batch.choices[b][:, head, : seen.shape[1]].bool()
             scores = torch.einsum("rgd,nd->rgn", groups[sequence.rows, head], keys.double()) * scale
             if sequence.slot in kv.log_weights:
                 scores = scores + lane_part(kv.log_weights[sequence.slot], layer, head, keys.shape[0])

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from winnow.engine.compression.plan import MAX_TOKENS, Maximum, Plan, plan_schema
-from winnow.engine.compression.registry import EVICTION, MERGE, PROMPT
+from winnow.engine.compression.registry import EVICTION, MERGE, PROMPT, READ
 from winnow.engine.errors import PlanNotSupported, RequestError
 from winnow.kernels.layout import PageFormat
 
@@ -85,7 +85,7 @@ NO_BUDGET = "must be a fraction in (0, 1] or a count of tokens from 1 to 1000000
         ({"kw": {}}, ".kw", "is not a known field; known here: kv, prompt"),
         ({"kv": None}, ".kv", "must be an object, not null"),
         ({"kv": 3}, ".kv", "must be an object, not 3"),
-        ({"kv": {"evicted": {}}}, ".kv.evicted", "is not a known field; known here: evict, format, residual"),
+        ({"kv": {"evicted": {}}}, ".kv.evicted", "is not a known field; known here: evict, format, residual, read"),
         ({"kv": {"evict": []}}, ".kv.evict", "must be an object, not a list"),
         ({"kv": {"evict": {"budget": 0.5}}}, ".kv.evict.policy", f"is required; known policies: {POLICIES}"),
         ({"kv": {"evict": {"policy": "h2o"}}}, ".kv.evict.budget", "is required"),
@@ -154,8 +154,6 @@ def test_what_is_said(data: Any, param: str, message: str) -> None:
     ("data", "param"),
     [
         ({"vision": {"policy": "div_prune", "keep": 64}}, "compression.vision"),
-        ({"kv": {"read": {"policy": "quest", "tokens": 512}}}, "compression.kv.read"),
-        ({"kv": {"read": False, "nonsense": 1}}, "compression.kv.read"),
     ],
 )
 def test_parts_that_are_not_served(data: Any, param: str) -> None:
@@ -172,6 +170,55 @@ def test_a_merge_that_weighs_by_attention_needs_a_policy_that_looks_at_it() -> N
     assert error.message == f"{error.param}: 'ems' weighs tokens by attention, which 'knorm' does not look at"
     for policy in ("snapkv", "h2o", "tova"):
         assert Plan.parse(evict(policy=policy, merge={"policy": "ems"})).evict is not None
+
+
+@pytest.mark.parametrize(
+    ("read", "param", "message"),
+    [
+        ({}, ".policy", "is required; known policies: " + ", ".join(READ)),
+        ({"policy": "conquest"}, ".policy", f"must be one of {', '.join(READ)}, not 'conquest'"),
+        (False, "", "must be an object, not false"),
+        ({"policy": "quest", "tokens": 0}, ".tokens", None),
+        ({"policy": "quest", "tokens": 1.5}, ".tokens", None),
+        ({"policy": "quest", "recent": 0}, ".recent", "must be at least 1, not 0"),
+        ({"policy": "token_select", "pool": 4}, ".pool", "must be odd, not 4"),
+        ({"policy": "token_select", "similarity": 1.1}, ".similarity", "must be at most 1.0, not 1.1"),
+        ({"policy": "tidal_decode", "corrector": 1}, ".corrector", None),
+        (
+            {"policy": "quest", "pool": 3},
+            ".pool",
+            "is not a knob of 'quest'; known here: tokens, sinks, recent, dense_layers, policy",
+        ),
+    ],
+)
+def test_what_is_said_of_reading(read: Any, param: str, message: str | None) -> None:
+    error = refused({"kv": {"read": read}})
+    assert error.param == f"compression.kv.read{param}"
+    if message is not None:
+        assert error.message == f"{error.param} {message}"
+
+
+@pytest.mark.parametrize(
+    ("read", "evict", "why"),
+    [
+        ("tidal_decode", {"policy": "knorm", "budget": 0.5}, "each holds its own"),
+        ("token_select", {"policy": "snapkv", "budget": 64}, "each holds its own"),
+        ("quest", {"policy": "h2o", "budget": 0.5, "during": "both"}, "'h2o' during 'both' scores what"),
+        ("quest", {"policy": "knorm", "budget": 0.5, "merge": {"policy": "kv_merging"}}, "leave out 'evict.merge'"),
+    ],
+)
+def test_reading_and_eviction_that_do_not_go_together(read: str, evict: dict[str, Any], why: str) -> None:
+    error = refused({"kv": {"read": {"policy": read}, "evict": evict}})
+    assert isinstance(error, PlanNotSupported)
+    assert error.param == "compression.kv.read.policy"
+    assert why in error.message
+    Plan.parse({"kv": {"read": {"policy": read}, "evict": evict | {"budget": 1.0}}})
+    Plan.parse({"kv": {"read": {"policy": read, "tokens": 1.0}, "evict": evict}})
+
+
+def test_reading_everything_is_no_plan() -> None:
+    assert Plan.parse({"kv": {"read": {"policy": "quest", "tokens": 1.0}}}).is_off
+    assert not Plan.parse({"kv": {"read": {"policy": "quest", "tokens": 1}}}).is_off
 
 
 def test_null_is_absent() -> None:

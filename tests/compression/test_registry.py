@@ -8,12 +8,24 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 
 from winnow.engine.compression.merge_plan import merge_model, merge_schema
 from winnow.engine.compression.plan import Evict, evict_model, evict_schema
 from winnow.engine.compression.policy import PolicyParams
-from winnow.engine.compression.registry import EVICTION, MERGE, OWN_MERGE, eviction_policy, merge_method
+from winnow.engine.compression.read import read_model, read_schema
+from winnow.engine.compression.read_policy import LaneShape
+from winnow.engine.compression.registry import (
+    EVICTION,
+    MERGE,
+    OWN_MERGE,
+    READ,
+    eviction_policy,
+    merge_method,
+    read_policy,
+)
 from winnow.engine.compression.signals import Signal
+from winnow.kernels.reading import ReadMode
 
 
 def test_one_file_and_one_line_per_policy() -> None:
@@ -57,6 +69,36 @@ def test_conforms(name: str) -> None:
     assert "score(" in module.__doc__
 
 
+def test_one_file_and_one_line_per_read_policy() -> None:
+    folder = Path(import_module("winnow.engine.compression.selection").__path__[0])
+    files = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    assert files == set(READ)
+    for name, place in READ.items():
+        assert place.startswith(f"winnow.engine.compression.selection.{name}:")
+
+
+@pytest.mark.parametrize("name", READ)
+def test_read_policies_conform(name: str) -> None:
+    policy = read_policy(name)
+    assert policy is read_policy(name)
+    assert all(field.description for field in policy.Params.model_fields.values())
+    params = read_model(name).model_validate({"policy": name})
+    assert isinstance(params, policy.Params)
+    profile = {"channels": torch.arange(16, dtype=torch.int16).expand(5, 2, 16)}
+    rule = params.rule(LaneShape(5, 2, 6, 16), profile)
+    assert rule.modes.shape == (5,)
+    assert rule.reuses is policy.keeps_choices
+    assert params.keeps_choices is policy.keeps_choices
+    assert rule.votes_by_layer <= policy.shares_choices
+    assert bool((rule.modes == ReadMode.CHOSEN_BEFORE).any()) <= policy.shares_choices
+    module = import_module(READ[name].split(":")[0])
+    assert module.__doc__ is not None
+    assert "score(" in module.__doc__
+    schema = read_schema()[name]["properties"]
+    assert schema["policy"]["const"] == name
+    assert {"tokens", "sinks", "recent", "dense_layers"} <= set(schema)
+
+
 def test_schemas_name_all_knobs() -> None:
     schemas = evict_schema()
     assert list(schemas) == list(EVICTION)
@@ -79,8 +121,12 @@ def test_plans_are_validated_without_torch() -> None:
 import sys
 from winnow.engine.compression.plan import Plan, evict_schema, plan_schema
 from winnow.engine.compression.profiles import load_profiles
+from winnow.engine.compression.read import read_schema
 from winnow.engine.sampling import SamplingTable
 profiles = load_profiles()
+for name in read_schema():
+    read = Plan.resolve({"kv": {"read": {"policy": name, "tokens": 64}}}, profiles).read
+    read.keeps_choices, read.share, read.count
 for name in evict_schema():
     plan = Plan.resolve({"kv": {"evict": {"policy": name, "budget": 0.5}, "format": "int8"}}, profiles)
     plan.evict.voters(100), plan.evict.recent_tokens(100), plan.fingerprint

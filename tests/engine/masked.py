@@ -49,8 +49,16 @@ def hide_evicted(visible: Tensor, kept: dict[int, Tensor]) -> Tensor:
     return visible
 
 
-def run_masked(model: PreTrainedModel, tokens: Sequence[int], visible: Tensor) -> MaskedRun:
-    """Passes a text through a transformers model, every query seeing what `visible` lets it."""
+def run_masked(
+    model: PreTrainedModel,
+    tokens: Sequence[int],
+    visible: Tensor,
+    look: Callable[[int, Tensor, Tensor], None] | None = None,
+) -> MaskedRun:
+    """Passes a text through a transformers model, every query seeing what `visible` lets it.
+
+    `look(layer, q [q_heads, tokens, D], keys [kv_heads, tokens, D])` may change what a layer's queries see.
+    """
     run = MaskedRun(visible)
     queries: dict[int, Tensor] = {}
     keys: dict[int, Tensor] = {}
@@ -61,6 +69,8 @@ def run_masked(model: PreTrainedModel, tokens: Sequence[int], visible: Tensor) -
     ) -> tuple[Tensor, None]:
         group = query.shape[1] // key.shape[1]
         queries[module.layer_idx], keys[module.layer_idx] = query[0], key[0]
+        if look is not None:
+            look(module.layer_idx, query[0], key[0])
         scores = query @ key.repeat_interleave(group, 1).mT * scaling
         seen = visible[module.layer_idx].repeat_interleave(group, 0)
         probabilities = scores.masked_fill(~seen, -torch.inf).softmax(-1)

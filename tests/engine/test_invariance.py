@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from winnow.engine.compression.plan import Plan
-from winnow.engine.compression.registry import MERGE
+from winnow.engine.compression.registry import MERGE, READ, read_policy
 from winnow.engine.models.decoder import Decoder
 
 from ..compression.knobs import taken
@@ -56,6 +56,28 @@ def plans_of(policy: str, merge: dict[str, Any] | None = None) -> list[dict[str,
     return plans
 
 
+def reading_plans(policy: str) -> list[dict[str, Any]]:
+    read = {"policy": policy, "dense_layers": 0, "recent": 7}
+    plans: list[dict[str, Any]] = [
+        {"read": read | {"tokens": 40}},
+        {"read": read | {"tokens": 0.2, "sinks": 5}, "format": "int8", "residual": 8},
+        {"read": read | {"tokens": 30, "dense_layers": 1}, "format": "int4", "residual": 0},
+        {"read": read | {"tokens": 1}, "format": "bf16"},
+        {"read": read | {"tokens": 50}, "format": "int2", "residual": 16},
+    ]
+    if not read_policy(policy).shares_choices:
+        plans += [
+            {"read": read | {"tokens": 30}, "evict": {"policy": "snapkv", "budget": 0.6, "head_budget": "adaptive"}},
+            {
+                "read": read | {"tokens": 0.3},
+                "evict": {"policy": "knorm", "budget": 90, "during": "both", "interval": 9},
+                "format": "fp8",
+                "residual": 0,
+            },
+        ]
+    return [{"kv": plan} for plan in plans]
+
+
 MERGES: dict[str, tuple[str, dict[str, Any]]] = {
     "kv_merging": ("knorm", {"proportional": True}),
     "ems": ("snapkv", {"threshold": 0.1}),
@@ -63,7 +85,7 @@ MERGES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module", params=[*ORACLES, *(f"{name}, merged" for name in MERGE), "formats only"])
+@pytest.fixture(scope="module", params=[*ORACLES, *(f"{name}, merged" for name in MERGE), "formats only", *READ])
 def requests(request: pytest.FixtureRequest, tiny: Decoder) -> list[Request]:
     """Requests with every plan of a policy; their prompts begin alike, so that they meet in the prefix cache."""
     if request.param == "formats only":
@@ -75,6 +97,8 @@ def requests(request: pytest.FixtureRequest, tiny: Decoder) -> list[Request]:
         name = request.param.removesuffix(", merged")
         policy, knobs = MERGES[name]
         plans = plans_of(policy, {"policy": name} | knobs)[::3]
+    elif request.param in READ:
+        plans = reading_plans(request.param)
     else:
         plans = plans_of(request.param)
     bench = Bench(tiny, max_step_tokens=1024, prefix_caching=False)

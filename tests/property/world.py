@@ -45,6 +45,15 @@ PLANS: list[dict[str, Any]] = [
         "residual": 0,
     },
     {"evict": {"policy": "streaming_llm", "budget": 30, "during": "both", "interval": 4}, "format": "bf16"},
+    {"read": {"policy": "quest", "tokens": 24, "dense_layers": 0}},
+    {
+        "read": {"policy": "quest", "tokens": 0.2, "dense_layers": 1},
+        "evict": {"policy": "knorm", "budget": 0.8, "during": "both", "interval": 6},
+        "format": "int8",
+        "residual": 0,
+    },
+    {"read": {"policy": "tidal_decode", "tokens": 12, "dense_layers": 0}, "format": "int4", "residual": 0},
+    {"read": {"policy": "token_select", "tokens": 10, "sinks": 2, "recent": 8, "similarity": 0.5}, "format": "bf16"},
 ]
 
 Answers = list[tuple[int, ...]]

@@ -17,6 +17,7 @@ from .fake_engine import FakeEngine
 pytestmark = pytest.mark.anyio
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 EVICT = "compression.kv.evict"
+HALF = {"policy": "knorm", "budget": 0.5}
 
 
 def error_of(answer: httpx.Response, status: int = 400) -> dict[str, Any]:
@@ -125,7 +126,10 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"compression": "no_such_profile"}, "compression"),
     ({"compression": {"vision": {"policy": "div_prune"}}}, "compression.vision"),
     ({"compression": {"prompt": {}}}, "compression.prompt.policy"),
-    ({"compression": {"kv": {"read": {"policy": "quest"}}}}, "compression.kv.read"),
+    ({"compression": {"kv": {"read": {"policy": "conquest"}}}}, "compression.kv.read.policy"),
+    ({"compression": {"kv": {"read": {"policy": "quest", "tokens": 0}}}}, "compression.kv.read.tokens"),
+    ({"compression": {"kv": {"read": {"policy": "quest", "pool": 3}}}}, "compression.kv.read.pool"),
+    ({"compression": {"kv": {"read": {"policy": "tidal_decode"}, "evict": HALF}}}, "compression.kv.read.policy"),
     ({"compression": {"kw": {}}}, "compression.kw"),
     ({"compression": {"kv": {"format": "int3"}}}, "compression.kv.format"),
     (evict(policy="h3o"), f"{EVICT}.policy"),
