@@ -1,9 +1,9 @@
 """The plans that are compared, written briefly: `snapkv:0.25:adaptive+int4`.
 
 plan    part+part…
-part    a page format (int4), or policy:budget and options
+part    a page format (int4), an eviction policy with its budget (h2o:0.5), or another policy of `kv` (quest:tokens=256)
 budget  as in a request: 0.25 is a fraction of the tokens, 512 a count
-option  adaptive, pyramid, decode, both, or knob=value (window=32)
+option  adaptive, pyramid, decode, both, merge=method, or knob=value (window=32)
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any, get_args
 
 import yaml
 
+from winnow.engine.compression import registry
 from winnow.engine.compression.plan import FormatName, Plan
-from winnow.engine.compression.registry import EVICTION
+from winnow.engine.compression.registry import EVICTION, MERGE
 from winnow.engine.errors import EvalError, RequestError
 
 Plans = dict[str, dict[str, Any]]
@@ -28,7 +29,10 @@ WEIGHTS = "off, against f32 weights"
 CONTROLS = ("random", "streaming_llm")
 """What any other eviction has to beat; they stand beside it at its budget"""
 BUDGETS = (0.5, 0.25)
+MERGED = "h2o:0.25"
 FORMATS = ("int8", "int4", "int2", "fp8")
+OTHERS = {name: part for part in ("read", "mix") for name in getattr(registry, part.upper(), ())}
+"""The part of `kv` that a policy belongs to"""
 COMPOSED = ("snapkv:0.25:adaptive", "snapkv:0.25:pyramid", "snapkv:0.5+int8", "snapkv:0.25+int4")
 
 _OPTIONS = {
@@ -40,9 +44,11 @@ _OPTIONS = {
 
 
 def default_plans(budgets: Iterable[float] = BUDGETS) -> list[str]:
-    """Every eviction policy there is at these budgets, the formats, and some of both together."""
-    formats = [name for name in FORMATS if name in get_args(FormatName)]
-    return [*formats, *(f"{policy}:{budget}" for policy in EVICTION for budget in budgets), *COMPOSED]
+    """Every eviction policy there is at these budgets, the formats, the other policies of `kv` as they are by default,
+    the merging of what was evicted, and some of these together."""
+    evictions = [f"{policy}:{budget}" for policy in EVICTION for budget in budgets]
+    merges = [f"{MERGED}:merge={method}" for method in MERGE]
+    return [*FORMATS, *evictions, *OTHERS, *merges, *COMPOSED]
 
 
 def read_plans(text: str, budgets: Iterable[float] = BUDGETS) -> Plans:
@@ -73,8 +79,10 @@ def read_plan(text: str) -> dict[str, Any]:
             _set(kv, "evict", {"policy": name, "budget": _number(options[0]), **dict(map(_option, options[1:]))}, text)
         elif name in EVICTION:
             raise EvalError(f"{text}: {name} needs a budget, as in {name}:0.5")
+        elif name in OTHERS:
+            _set(kv, OTHERS[name], {"policy": name, **dict(map(_option, options))}, text)
         else:
-            raise EvalError(f"{text}: {part!r} is no page format and no eviction policy")
+            raise EvalError(f"{text}: {part!r} is no page format and no policy")
     return {"kv": kv}
 
 
@@ -88,7 +96,7 @@ def with_controls(plans: Plans) -> Plans:
 
 
 def is_control(name: str) -> bool:
-    return name.split(":")[0] in CONTROLS and "+" not in name
+    return name.count(":") == 1 and name.split(":")[0] in CONTROLS and "+" not in name
 
 
 def family(name: str) -> str:
@@ -118,8 +126,10 @@ def _option(text: str) -> tuple[str, Any]:
     if text in _OPTIONS:
         return _OPTIONS[text]
     name, equals, value = text.partition("=")
+    if name == "merge" and value:
+        return name, {"policy": value}
     if not equals:
-        raise EvalError(f"{text!r} is no option; known: {', '.join(_OPTIONS)}, and knob=value")
+        raise EvalError(f"{text!r} is no option; known: {', '.join(_OPTIONS)}, merge=method and knob=value")
     return name, yaml.safe_load(value)
 
 

@@ -26,6 +26,10 @@ from winnow.engine.evaluation.plans import (
     [
         ("int4", {"format": "int4"}),
         ("snapkv:0.25", {"evict": {"policy": "snapkv", "budget": 0.25}}),
+        (
+            "h2o:0.25:merge=kv_merging",
+            {"evict": {"policy": "h2o", "budget": 0.25, "merge": {"policy": "kv_merging"}}},
+        ),
         ("h2o:512+int8", {"evict": {"policy": "h2o", "budget": 512}, "format": "int8"}),
         (
             "snapkv:0.5:adaptive:pyramid:both:window=32",
