@@ -6,7 +6,7 @@ ARGS ?=
 
 NATIVE := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h kernels/cpu/CMakeLists.txt)
 
-.PHONY: serve test check bench eval parity install install-dev format clean
+.PHONY: serve test check bench eval parity methods install install-dev format clean
 
 serve: install  ## start the server on 127.0.0.1:8000 with the default model
 	$(BIN)/winnow serve $(ARGS)
@@ -28,6 +28,9 @@ eval: install  ## what compression costs in quality: a few minutes; writes eval.
 
 parity: install-dev build/kvpress/.installed  ## the methods that kvpress has too, beside it; writes loadtest/results/
 	$(BIN)/winnow eval --kvpress build/kvpress/bin/python --name kvpress-parity --out loadtest/results $(ARGS)
+
+methods: install-dev  ## docs/methods.md, from the registry and the committed result of `winnow eval`
+	$(BIN)/python loadtest/methods.py loadtest/results/smollm2-135m-eval.json docs/methods.md
 
 # kvpress pins an older transformers: an environment of its own.
 build/kvpress/.installed: loadtest/kvpress.txt

@@ -1,0 +1,98 @@
+"""`make methods`: the table of methods, from the registry and from what `winnow eval` measured.
+
+python loadtest/methods.py loadtest/results/smollm2-135m-eval.json docs/methods.md
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from winnow.engine.compression.registry import EVICTION, MERGE, PROMPT, eviction_policy, merge_method, prompt_policy
+from winnow.engine.evaluation.plans import FORMATS, MERGED, OFF
+from winnow.engine.evaluation.result import Result, write_text
+
+BUDGETS = (0.5, 0.25)
+HEAD = ("method", "what it does", "sees", "keeps half", "keeps a quarter")
+
+
+def methods(result: Result) -> str:
+    """Markdown."""
+    facts = result.facts
+    lines = [
+        "# Methods",
+        "",
+        "Made by `make methods` from the registry and from a result of `winnow eval`: do not edit.",
+        "",
+        f"Measured on {facts.get('model')} with {facts.get('weights')} weights, on real text. A cell has the share of "
+        "tokens before which the plan and the uncompressed model find the same one likeliest, the KL divergence "
+        "between the two, and the bytes held, of those under no plan.",
+        *_table("Eviction: `kv.evict`, frees pages", HEAD, _evictions(result)),
+        *_table("Merging what was evicted: `kv.evict.merge`", (*HEAD[:3], f"with {MERGED}"), _merges(result)),
+        *_table("Page formats: `kv.format`", ("format", "measured"), _formats(result)),
+        *_table("Prompts: `prompt`, shortens what is marked as context", HEAD[:2], _prompts()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _evictions(result: Result) -> Iterator[tuple[str, ...]]:
+    for name in EVICTION:
+        policy = eviction_policy(name)
+        cells = (_measured(result, f"{name}:{budget}") for budget in BUDGETS)
+        yield f"`{name}`", _first_line(policy), _signals(policy), *cells
+
+
+def _merges(result: Result) -> Iterator[tuple[str, ...]]:
+    for name in MERGE:
+        method = merge_method(name)
+        yield f"`{name}`", _first_line(method), _signals(method), _measured(result, f"{MERGED}:merge={name}")
+
+
+def _formats(result: Result) -> Iterator[tuple[str, ...]]:
+    for name in FORMATS:
+        yield f"`{name}`", _measured(result, name)
+
+
+def _prompts() -> Iterator[tuple[str, ...]]:
+    for name in PROMPT:
+        yield f"`{name}`", _first_line(prompt_policy(name))
+
+
+def _measured(result: Result, plan: str) -> str:
+    agreement, kl, held = (result.mean(plan, measure, "text") for measure in ("agreement", "kl", "held"))
+    if agreement is None or kl is None or held is None:
+        return result.refused.get(plan, "not measured")
+    return f"{agreement.value:.0%}, {kl.value:.2g} nats, {held.value:.0%} held"
+
+
+def _signals(method: Any) -> str:
+    return ", ".join(sorted(method.signals)) or "positions"
+
+
+def _first_line(method: Any) -> str:
+    return (type(method).__doc__ or "").strip().partition("\n")[0]
+
+
+def _table(title: str, head: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> list[str]:
+    def line(cells: tuple[str, ...]) -> str:
+        return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+
+    return ["", f"## {title}", "", line(head), line(("---",) * len(head)), *map(line, rows)]
+
+
+def main(
+    result: Annotated[Path, typer.Argument(help="What `winnow eval` wrote.")],
+    out: Annotated[Path, typer.Argument(help="The page.")],
+) -> None:
+    """Writes the table of methods."""
+    measured = Result.from_dict(json.loads(result.read_text("utf-8")))
+    assert OFF in measured.plans
+    write_text(out, methods(measured))
+
+
+if __name__ == "__main__":
+    typer.run(main)

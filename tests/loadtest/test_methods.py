@@ -1,0 +1,23 @@
+"""The table of methods: everything that is registered stands in it, with what was measured of it."""
+
+from __future__ import annotations
+
+import methods
+
+from winnow.engine.compression.registry import EVICTION, MERGE, PROMPT
+from winnow.engine.evaluation.plans import FORMATS
+from winnow.engine.evaluation.result import Result
+
+
+def test_the_table_of_methods() -> None:
+    result = Result("unit", {"model": "tiny", "weights": "f32"}, {"off": {}}, refused={"tova:0.25": "needs a profile"})
+    for kl in (0.1, 0.3):
+        result.add("snapkv:0.5", "text", 100, "", kl=kl, agreement=0.9, held=0.55)
+    page = methods.methods(result)
+    for name in (*EVICTION, *MERGE, *PROMPT, *FORMATS):
+        assert f"| `{name}` |" in page
+    row = next(line for line in page.splitlines() if line.startswith("| `snapkv` |"))
+    assert "| attention | 90%, 0.2 nats, 55% held | not measured |" in row
+    assert "needs a profile" in page
+    widths = {line.count("|") for line in page.splitlines() if line.startswith("| `") and "not measured" in line}
+    assert widths <= {3, 5, 6}
