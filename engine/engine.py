@@ -16,6 +16,7 @@ from winnow.engine.calibration.registry import check_profiles
 from winnow.engine.calibration.store import NO_PROFILES, Profile
 from winnow.engine.compression.apply import Compressor
 from winnow.engine.compression.plan import Plan
+from winnow.engine.compression.reach import longest_text
 from winnow.engine.compression.read_policy import LaneShape
 from winnow.engine.compression.reader import Reader
 from winnow.engine.compression.timeline import Timeline
@@ -136,8 +137,9 @@ class Engine:
         for seq, count in zip(batch.seqs, batch.counts.tolist(), strict=True):
             before = seq.computed
             seq.advance(count)
-            if before < seq.prompt_tokens <= seq.computed and self.cache is not None and not seq.stage_bounds:
-                self.cache.publish(seq.block_keys, seq.slot)
+            intact = seq.timeline.intact_tokens
+            if before < intact <= seq.computed and self.cache is not None and not seq.stage_bounds:
+                self.cache.publish(seq.block_keys[: intact // self.cache.block_tokens], seq.slot)
         for seq in batch.seqs:
             # A sequence that is preempted here loses its place in this step; it will sample the same token later.
             while seq.is_running and (seq.ends_a_stage or seq.timeline.acts_at(seq.computed)):
@@ -254,12 +256,12 @@ class Engine:
             raise RequestError("n", "n must be 1 where tokens are forced")
         if not 1 <= sampling.n <= self.settings.max_seqs:
             raise RequestError("n", f"n must be from 1 to {self.settings.max_seqs}")
-        if length + sampling.max_tokens > self.max_model_len:
-            raise PromptTooLong(
-                "max_tokens",
-                f"{length} prompt tokens and {sampling.max_tokens} new ones exceed the model's {self.max_model_len}",
-            )
         plan = Plan.parse(request.plan)
+        longest = longest_text(plan, self.info)
+        if length + sampling.max_tokens > longest:
+            raise PromptTooLong(
+                "max_tokens", f"{length} prompt tokens and {sampling.max_tokens} new ones exceed the model's {longest}"
+            )
         speculation = parse_speculation(request.speculative)
         check_combination(speculation, plan)
         check_profiles(plan, self.profiles, self.name)
@@ -362,6 +364,8 @@ class Engine:
             weights=self.settings.weights,
             profiles=tuple(sorted(self.profiles)),
             missing_policies=self.shortener.missing,
+            max_stream_len=max(self.max_model_len, self.settings.max_stream_len),
+            has_windows=self._has_windows,
         )
 
     @property

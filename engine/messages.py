@@ -166,6 +166,10 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
     """Methods whose profile of this model exists (`winnow calibrate`)"""
     missing_policies: dict[str, str] = {}
     """Prompt policies whose model this engine lacks, and what to do about it"""
+    max_stream_len: int = 0
+    """Longest prompt plus output under a plan with compact positions"""
+    has_windows: bool = False
+    """Some layers attend to a window of the newest positions only"""
 
 
 class EngineStats(msgspec.Struct, frozen=True, tag="stats"):

@@ -166,10 +166,10 @@ class Scheduler:
         if seq.remaining <= 1:
             return self._arena.lanes  # the next page of each lane
         if seq.computed >= seq.prompt_tokens:
-            target = min(seq.length, seq.timeline.next_event(seq.computed))
+            more = min(seq.length, seq.timeline.next_event(seq.computed)) - seq.computed
         else:
-            target = seq.prompt_tokens
-        count = np.array([max(1, target - seq.computed)], np.int32)
+            more = seq.timeline.intact_tokens - int(self._arena.kept[seq.slot].max())
+        count = np.array([max(1, more)], np.int32)
         if seq.staging is not None:  # what later stages will read is not known yet: at most what this one does
             count = seq.staging.growth(seq.staging.left, len(seq.staging.rows))[None]
         return int(self._arena.pages_to_extend(np.array([seq.slot], np.int32), count)[0]) + self._arena.lanes
@@ -213,6 +213,7 @@ class Scheduler:
             self._arena.fork(seq.slot, sibling.slot)
             sibling.computed, sibling.vote_start = seq.computed, seq.vote_start
             sibling.positions_known, sibling.cached_tokens = seq.positions_known, seq.cached_tokens
+            sibling.turned_back = seq.turned_back
             self._admit_sampling(sibling)
             self.running.append(sibling)
         self.running.sort(key=lambda other: (other.arrival, other.index))

@@ -62,6 +62,8 @@ class Sequence:
     """First position whose query votes in the next eviction"""
     positions_known: int = 0
     """Tokens whose positions are noted lane by lane, for plans that evict"""
+    turned_back: int = 0
+    """Places by which the newest tokens stand before their position in the text (compact positions)"""
     cached_tokens: int = 0
     """Prompt tokens that the prefix cache had when the sequence first ran"""
     last_report: CompressionReport | None = None
@@ -140,7 +142,7 @@ class Sequence:
     @property
     def first_needed(self) -> int:
         """The first position whose row must be computed, whatever the prefix cache has."""
-        first = min(self.prompt_tokens - 1, self.timeline.vote_start(0))
+        first = min(self.timeline.intact_tokens - 1, self.timeline.vote_start(0))
         return first if self.probe is None else min(first, self.probe.first_row)
 
     def stops_at(self, token: int, generated: int) -> bool:
@@ -156,7 +158,7 @@ class Sequence:
     def restart(self) -> None:
         """Forgets what was computed; the tokens stay."""
         self.slot = NO_SLOT
-        self.computed = self.positions_known = self.drafted = 0
+        self.computed = self.positions_known = self.turned_back = self.drafted = 0
         self.staging = Staging.begin(self.stage_bounds, self.prompt_tokens) if self.stage_bounds else None
         self.distilled = None
         self.vote_start = self.timeline.vote_start(0)

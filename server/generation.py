@@ -9,6 +9,7 @@ from contextlib import aclosing
 from uuid import uuid4
 
 from winnow.engine.compression.plan import Plan
+from winnow.engine.compression.reach import longest_text
 from winnow.engine.errors import EngineDied, PromptTooLong, RequestError
 from winnow.engine.messages import EngineInfo, Output, Submit
 from winnow.engine.speculation.speculation import Speculation
@@ -144,7 +145,7 @@ class Generation:
     def _submit(
         self, prompt: list[int], forced: list[int], info: EngineInfo, plan: Plan, speculation: Speculation | None
     ) -> Submit:
-        limit = self._output_tokens(len(prompt), len(forced), info)
+        limit = self._output_tokens(len(prompt), len(forced), info, plan)
         if self.request.min_tokens > limit:
             message = f"min_tokens is {self.request.min_tokens}, and at most {limit} tokens can be generated"
             raise RequestError("min_tokens", message, "invalid_value")
@@ -158,18 +159,20 @@ class Generation:
             speculative={} if speculation is None else speculation.model_dump(),
         )
 
-    def _output_tokens(self, prompt: int, forced: int, info: EngineInfo) -> int:
-        """Tokens to generate at most, of which the first are forced."""
-        longest, asked = info.max_model_len, self.request.output_limit
+    def _output_tokens(self, prompt: int, forced: int, info: EngineInfo, plan: Plan) -> int:
+        """Tokens to generate at most, of which the first are forced; no more than a context where no end is given."""
+        longest, asked = longest_text(plan, info), self.request.output_limit
         if not prompt:
             raise RequestError(self.prompt_param, f"{self.prompt_param} has no tokens", "invalid_value")
         left = longest - prompt
         if left < 1 or (asked is not None and asked > left):
             wanted = f" and {asked} for the output" if asked is not None else ""
-            message = f"this model's context holds {longest} tokens, but there are {prompt} in the prompt{wanted}"
+            holds = "this model's context holds" if longest == info.max_model_len else "a stream holds"
+            message = f"{holds} {longest} tokens, but there are {prompt} in the prompt{wanted}"
             raise PromptTooLong(self.prompt_param, message)
         if asked is None:
-            asked = left if self.default_output is None else min(self.default_output + forced, left)
+            most = info.max_model_len if self.default_output is None else self.default_output + forced
+            asked = min(most, left)
         if asked <= forced:
             message = (
                 f"max_tokens: {asked} tokens can be generated, and {forced} are forced; at least one more is needed"

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from winnow.engine.calibration.store import NO_PROFILES, Profile
-from winnow.engine.compression.change import Change, from_place
+from winnow.engine.compression.change import Change, Turn, from_place
 from winnow.engine.compression.plan import Evict
 from winnow.engine.compression.policy import LaneView, SetsBudgets, StagedPolicy
 from winnow.engine.compression.registry import eviction_policy
@@ -110,7 +110,10 @@ class Compressor:
             if (count < kept).any():
                 keep, change = index, self._change(seq, seq.plan.evict, index, counts, scores)
         before = int(arena.columns[slot].sum())
+        given_up = int(kept.flat[0]) - int(count.flat[0])
         self._rewrite(seq, keep, count, change)
+        if change is not None and change.turn is not None:  # all lanes gave up as many
+            seq.turned_back += given_up
         # A lane may take more pages than before, where what is left of a sealed page no longer fills one.
         self.freed.bytes += max(0, before - int(arena.columns[slot].sum())) * arena.layout.page_bytes
         seq.vote_start = seq.timeline.vote_start(seen)
@@ -142,11 +145,12 @@ class Compressor:
 
     def _change(self, seq: Sequence, evict: Evict, keep: Tensor, count: Tensor, scores: Tensor) -> Change | None:
         """How the survivors of an eviction change; None where they only move."""
-        if evict.merge is None:
+        if evict.merge is None and not evict.is_compact:
             return None
         kv, slot = self._arena.kv, seq.slot
         return Change(
             merge=evict.merge,
+            turn=Turn.to_places(keep[0, 0], self._inv_freq) if evict.is_compact else None,
             kept=kv.kept[slot].long(),
             keep=keep,
             count=count,

@@ -1,12 +1,14 @@
-"""What an eviction does to the tokens that stay, beside moving them: others are merged into them.
+"""What an eviction does to the tokens that stay, beside moving them: others are merged into them, and keys are turned
+to their place in the cache.
 
 Layer by layer, since keys and values of all layers together, in float32, may be larger than the arena.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from winnow.engine.compression.merge import MergeView, Survivors, rows
@@ -19,7 +21,8 @@ from winnow.kernels.dispatch import Backend
 class Change:
     """One eviction whose survivors change. Tensors are those of all layers, [layers, kv_heads, ...]."""
 
-    merge: Merge
+    merge: Merge | None
+    turn: Turn | None
     kept: Tensor
     """[layers, kv_heads] int64"""
     keep: Tensor
@@ -35,6 +38,14 @@ class Change:
 
     def survivors(self, ops: Backend, layer: int, keys: Tensor, values: Tensor) -> Survivors:
         """What stays of a layer whose lanes hold `keys` and `values` [kv_heads, n, head_dim]."""
+        stay = self._merged(ops, layer, keys, values)
+        if self.turn is not None:
+            stay = replace(stay, keys=self.turn.back(stay.keys))
+        return stay
+
+    def _merged(self, ops: Backend, layer: int, keys: Tensor, values: Tensor) -> Survivors:
+        if self.merge is None:
+            return Survivors(rows(keys, self.keep[layer]), rows(values, self.keep[layer]))
         tokens = keys.shape[1]
         scores = self.scores[layer, :, :tokens]
         log_weights = (
@@ -53,6 +64,30 @@ class Change:
             ops=ops,
         )
         return merge_method(self.merge.policy).merge(view, self.merge)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Turns keys, which RoPE has turned to their old places, back to their new ones: the same in all lanes.
+
+    k = R(new - old) k,  R the rotation of RoPE by so many places
+    """
+
+    cos: Tensor
+    """[most, head_dim / 2] float32"""
+    sin: Tensor
+
+    @classmethod
+    def to_places(cls, keep: Tensor, inv_freq: Tensor) -> Turn:
+        """keep [most] int64: the old place of each token; inv_freq [head_dim / 2]."""
+        back = keep - torch.arange(len(keep))
+        angles = back.double()[:, None] * inv_freq.double()
+        return cls(angles.cos().float(), angles.sin().float())
+
+    def back(self, keys: Tensor) -> Tensor:
+        """keys [kv_heads, most, head_dim] after RoPE."""
+        first, second = keys.chunk(2, dim=-1)
+        return torch.cat([first * self.cos + second * self.sin, second * self.cos - first * self.sin], dim=-1)
 
 
 def from_place(survivors: Survivors, first: Tensor, most: int) -> tuple[Tensor, Tensor]:

@@ -92,6 +92,33 @@ class Evict(PolicyParams):
                     raise PydanticCustomError("unused", why, {"at": name})
         return self
 
+    @model_validator(mode="after")
+    def _compact_positions_are_possible(self) -> Evict:
+        """Compact positions need lanes that all keep the same tokens, and no more than a window of them."""
+        if not self.is_compact:
+            if "block" in self.model_fields_set and hasattr(self, "positions"):
+                raise PydanticCustomError("unused", "has no effect unless `positions` is 'compact'", {"at": "block"})
+            return self
+        wanted = {"during": "both", "head_budget": "uniform", "layer_budget": "uniform"}
+        for name, value in wanted.items():
+            if getattr(self, name) != value:
+                raise PydanticCustomError(
+                    "combination", "compact positions need '{value}'", {"at": name, "value": value}
+                )
+        if isinstance(self.budget, float):
+            raise PydanticCustomError("combination", "compact positions need a count of tokens", {"at": "budget"})
+        return self
+
+    @property
+    def is_compact(self) -> bool:
+        """Tokens are placed where they stand in the cache, and the prompt is evicted block by block."""
+        return getattr(self, "positions", "original") == "compact"
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of the prompt between two evictions; 0: it is evicted at its end only."""
+        return getattr(self, "block", 0) if self.is_compact else 0
+
     @property
     def keeps_all(self) -> bool:
         return is_everything(self.budget)

@@ -49,6 +49,9 @@ class Read(ReadParams):
             raise PlanNotSupported(
                 path, f"{path}: {reason}; leave out 'evict.merge' ('{evict.merge.policy}') or 'read'"
             )
+        if evict.is_compact:
+            reason = f"{self.policy} knows keys by what they were, and compact positions turn them at every eviction"
+            raise PlanNotSupported(path, f"{path}: {reason}")
         if read_policy(self.policy).shares_choices:
             reason = f"{self.policy} reads the same tokens in several lanes; after '{evict.policy}' each holds its own"
             raise PlanNotSupported(path, f"{path}: {reason}")

@@ -1,7 +1,8 @@
 """When a plan acts on a sequence: fixed positions of its text, whatever the schedule.
 
 A sequence is compressed when it has reached an event: the end of its prompt, then every `interval` generated tokens
-(eviction) and every full page of them (sealing). No chunk crosses an event, so a sequence that is preempted and read
+(eviction) and every full page of them (sealing). With compact positions the prompt has events too: where budget and
+block have been read, and every block from there on. No chunk crosses an event, so a sequence that is preempted and read
 again goes through the same states as one that was not.
 """
 
@@ -38,10 +39,18 @@ class Timeline:
         """Lanes hold every token, uncompressed, to the end, and as an engine without plans computes it."""
         return self.plan.evict is None and not self.seal_every and self.plan.read is None
 
+    @property
+    def intact_tokens(self) -> int:
+        """Tokens of the prompt that lanes hold, as they are without a plan, when the first event comes. They never hold
+        more while the prompt is read."""
+        return self.next_event(0)
+
     def evicts_at(self, position: int) -> bool:
         """Whether policies choose when `position` tokens have been read."""
-        if position <= self.prompt_tokens:
-            return position == self.prompt_tokens and self.plan.evicts_at_prefill_end
+        if position < self.prompt_tokens:
+            return position == self._next_block(position - 1)
+        if position == self.prompt_tokens:
+            return self.plan.evicts_at_prefill_end
         interval = self.plan.interval
         return interval > 0 and (position - self.prompt_tokens) % interval == 0
 
@@ -54,7 +63,7 @@ class Timeline:
     def next_event(self, position: int) -> int:
         """The first position after this one where a chunk must end."""
         if position < self.prompt_tokens:
-            return self.prompt_tokens
+            return min(self.prompt_tokens, self._next_block(position))
         generated = position - self.prompt_tokens
         steps = [every for every in (self.plan.interval, self.seal_every) if every]
         return min((position + every - generated % every for every in steps), default=NEVER)
@@ -65,6 +74,14 @@ class Timeline:
         if self.plan.read is None or position < self.prompt_tokens:
             return end
         return min(end, position + STEP_ROWS)
+
+    def _next_block(self, position: int) -> int:
+        """The first place after this one where blocks of the prompt end, wherever the prompt does."""
+        evict = self.plan.evict
+        if evict is None or not evict.block_tokens:
+            return NEVER
+        budget = evict.budget_tokens(NEVER)
+        return budget + evict.block_tokens * (max(0, position - budget) // evict.block_tokens + 1)
 
     def vote_start(self, position: int) -> int:
         """First position whose query votes in the eviction that follows `position` tokens; far away if none does."""

@@ -221,6 +221,42 @@ def test_reading_everything_is_no_plan() -> None:
     assert not Plan.parse({"kv": {"read": {"policy": "quest", "tokens": 1}}}).is_off
 
 
+STREAM = {"policy": "streaming_llm", "budget": 64, "positions": "compact"}
+
+
+@pytest.mark.parametrize(
+    ("knobs", "param", "message"),
+    [
+        ({"budget": 0.5}, "budget", ": compact positions need a count of tokens"),
+        ({"during": "prefill"}, "during", ": compact positions need 'both'"),
+        ({"head_budget": "adaptive"}, "head_budget", ": compact positions need 'uniform'"),
+        ({"layer_budget": "pyramid"}, "layer_budget", ": compact positions need 'uniform'"),
+        ({"positions": "original", "block": 64}, "block", " has no effect unless `positions` is 'compact'"),
+        ({"block": 15}, "block", " must be at least 16, not 15"),
+    ],
+)
+def test_compact_positions_that_are_impossible(knobs: dict[str, Any], param: str, message: str) -> None:
+    error = refused({"kv": {"evict": STREAM | knobs}})
+    assert (error.param, error.message) == (f"compression.kv.evict.{param}", f"compression.kv.evict.{param}{message}")
+    assert isinstance(error, PlanNotSupported) is message.startswith(":")
+
+
+def test_compact_positions_are_not_read_in_part() -> None:
+    error = refused({"kv": {"evict": STREAM, "read": {"policy": "quest"}}})
+    assert isinstance(error, PlanNotSupported)
+    assert error.param == "compression.kv.read.policy"
+    assert "compact positions turn them at every eviction" in error.message
+
+
+def test_compact_positions_evict_all_along() -> None:
+    plan = Plan.parse({"kv": {"evict": STREAM}})
+    assert plan.evict is not None and plan.evict.is_compact
+    assert (plan.evict.during, plan.interval, plan.evict.block_tokens) == ("both", 32, 256)
+    assert plan.evicts_at_prefill_end
+    assert Plan.parse(plan.to_wire()) == plan
+    assert not Plan.parse(evict(policy="streaming_llm")).evict.is_compact  # type: ignore[union-attr]
+
+
 def test_null_is_absent() -> None:
     data = {"vision": None, "prompt": None, "kv": {"read": None, "evict": None, "format": None}}
     assert Plan.parse(data).is_off

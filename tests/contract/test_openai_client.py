@@ -25,6 +25,8 @@ PLANS: list[Any] = [
     {"kv": {"evict": {"policy": "streaming_llm", "budget": 128, "during": "both", "interval": 4}}},
     {"kv": {"evict": {"policy": "h2o", "budget": 0.5, "head_budget": "adaptive"}}},
     {"kv": {"evict": {"policy": "knorm", "budget": 0.5, "layer_budget": "pyramid"}, "format": "int8"}},
+    {"kv": {"evict": {"policy": "h2o", "budget": 0.3, "merge": {"policy": "kv_merging"}}, "format": "int8"}},
+    {"kv": {"evict": {"policy": "streaming_llm", "budget": 128, "block": 64, "positions": "compact"}}},
     "balanced",
 ]
 

@@ -78,20 +78,33 @@ def reading_plans(policy: str) -> list[dict[str, Any]]:
     return [{"kv": plan} for plan in plans]
 
 
+MERGING = {"policy": "kv_merging", "proportional": True}
 MERGES: dict[str, tuple[str, dict[str, Any]]] = {
-    "kv_merging": ("knorm", {"proportional": True}),
+    "kv_merging": ("knorm", MERGING),
     "ems": ("snapkv", {"threshold": 0.1}),
     "compensation": ("streaming_llm", {}),
 }
 
 
-@pytest.fixture(scope="module", params=[*ORACLES, *(f"{name}, merged" for name in MERGE), "formats only", *READ])
+@pytest.fixture(
+    scope="module", params=[*ORACLES, *(f"{name}, merged" for name in MERGE), "compact", "formats only", *READ]
+)
 def requests(request: pytest.FixtureRequest, tiny: Decoder) -> list[Request]:
     """Requests with every plan of a policy; their prompts begin alike, so that they meet in the prefix cache."""
     if request.param == "formats only":
         plans = [
             {},
             *({"kv": {"format": fmt, "residual": 8}} for fmt in ("f32", "bf16", "int8", "int4", "int2", "fp8")),
+        ]
+    elif request.param == "compact":
+        plans = [
+            {"kv": {"evict": evict} | quantized}
+            for evict in (
+                {"policy": "streaming_llm", "positions": "compact", "budget": 60, "block": 16, "interval": 8},
+                {"policy": "streaming_llm", "positions": "compact", "budget": 90, "block": 50, "sinks": 0},
+                {"policy": "streaming_llm", "positions": "compact", "budget": 30, "block": 64, "merge": MERGING},
+            )
+            for quantized in ({}, {"format": "int8", "residual": 8}, {"format": "int4", "residual": 0})
         ]
     elif request.param.endswith(", merged"):
         name = request.param.removesuffix(", merged")

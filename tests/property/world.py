@@ -54,6 +54,17 @@ PLANS: list[dict[str, Any]] = [
     },
     {"read": {"policy": "tidal_decode", "tokens": 12, "dense_layers": 0}, "format": "int4", "residual": 0},
     {"read": {"policy": "token_select", "tokens": 10, "sinks": 2, "recent": 8, "similarity": 0.5}, "format": "bf16"},
+    {
+        "evict": {
+            "policy": "h2o",
+            "budget": 0.5,
+            "during": "both",
+            "interval": 5,
+            "merge": {"policy": "kv_merging", "proportional": True},
+        },
+        "format": "int8",
+        "residual": 0,
+    },
 ]
 
 Answers = list[tuple[int, ...]]

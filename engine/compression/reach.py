@@ -1,0 +1,27 @@
+"""How long a text may get under a plan. The server asks before the engine does, of the same numbers."""
+
+from __future__ import annotations
+
+from winnow.engine.compression.plan import Plan
+from winnow.engine.errors import PlanNotSupported
+from winnow.engine.messages import EngineInfo
+
+
+def longest_text(plan: Plan, info: EngineInfo) -> int:
+    """Most tokens of prompt and output: the model's context, or beyond it the server's limit on streams, whose window
+    alone must fit the context. PlanNotSupported where it does not."""
+    evict = plan.evict
+    if evict is None or not evict.is_compact:
+        return info.max_model_len
+    path = "compression.kv.evict"
+    if info.has_windows:
+        message = f"{path}.positions: 'compact' does not go with this model's own attention windows"
+        raise PlanNotSupported(f"{path}.positions", message)
+    window = evict.budget_tokens(info.max_stream_len) + max(evict.block_tokens, evict.interval)
+    if window > info.max_model_len:
+        raise PlanNotSupported(
+            f"{path}.budget",
+            f"{path}.budget: compact positions come to {window} tokens with a block or an interval, "
+            f"and the model's context holds {info.max_model_len}",
+        )
+    return info.max_stream_len
