@@ -117,7 +117,8 @@ def _located(
     tokens, bounds = tokenizer.encode_with_bounds(text, add_special_tokens)
     parts, at = [], 0
     for start, end in spans:
-        while at < len(tokens) and bounds[at][0] < start:
+        # A token that ends with the one before it holds the rest of the same character.
+        while at < len(tokens) and (bounds[at][0] < start or (at and bounds[at][1] == bounds[at - 1][1])):
             at += 1
         first = at
         while at < len(tokens) and bounds[at][1] <= end:

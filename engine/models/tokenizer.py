@@ -65,8 +65,8 @@ class Tokenizer:
     def encode_with_bounds(self, text: str, add_special_tokens: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
         """The same tokens, and the characters that each covers: begin and end.
 
-        Between two tokens nothing is left out: a space belongs to the token after it. Tokens that are parts of one
-        character all have its bounds; special tokens that were added have (-1, -1).
+        Between two tokens nothing is left out: a space belongs to the token after it. Tokens that hold parts of one
+        character end with it; special tokens that were added have (-1, -1).
         """
         encoding = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)[0]
         bounds, before = [], 0

@@ -13,15 +13,19 @@ import torch
 from winnow.engine.compression.merge_plan import merge_model, merge_schema
 from winnow.engine.compression.plan import Evict, evict_model, evict_schema
 from winnow.engine.compression.policy import PolicyParams
+from winnow.engine.compression.prompt.plan import Prompt, prompt_model, prompt_schema
+from winnow.engine.compression.prompt.policy import PromptSignal
 from winnow.engine.compression.read import read_model, read_schema
 from winnow.engine.compression.read_policy import LaneShape
 from winnow.engine.compression.registry import (
     EVICTION,
     MERGE,
     OWN_MERGE,
+    PROMPT,
     READ,
     eviction_policy,
     merge_method,
+    prompt_policy,
     read_policy,
 )
 from winnow.engine.compression.signals import Signal
@@ -122,6 +126,7 @@ import sys
 from winnow.engine.compression.plan import Plan, evict_schema, plan_schema
 from winnow.engine.compression.profiles import load_profiles
 from winnow.engine.compression.read import read_schema
+from winnow.engine.compression.prompt.plan import prompt_schema
 from winnow.engine.sampling import SamplingTable
 profiles = load_profiles()
 for name in read_schema():
@@ -130,7 +135,32 @@ for name in read_schema():
 for name in evict_schema():
     plan = Plan.resolve({"kv": {"evict": {"policy": name, "budget": 0.5}, "format": "int8"}}, profiles)
     plan.evict.voters(100), plan.evict.recent_tokens(100), plan.fingerprint
+for name in prompt_schema():
+    Plan.parse({"prompt": {"policy": name, "keep": 0.5}})
 plan_schema()
 assert "torch" not in sys.modules, "torch was imported"
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+def test_one_file_and_one_line_per_prompt_policy() -> None:
+    folder = Path(import_module("winnow.engine.compression.prompt").__path__[0])
+    assert {path.stem for path in folder.glob("*.py")} - {"__init__", "plan", "policy", "units"} == set(PROMPT)
+    for name, place in PROMPT.items():
+        assert place.startswith(f"winnow.engine.compression.prompt.{name}:")
+    assert list(prompt_schema()) == list(PROMPT)
+
+
+@pytest.mark.parametrize("name", PROMPT)
+def test_prompt_policies_conform(name: str) -> None:
+    policy = prompt_policy(name)
+    assert policy is prompt_policy(name)
+    assert policy.signal in PromptSignal
+    assert not set(policy.Params.model_fields) & set(Prompt.model_fields), "a knob hides a common one"
+    assert all(field.description for field in policy.Params.model_fields.values())
+    params = prompt_model(name).model_validate({"policy": name, "keep": 0.5})
+    assert isinstance(params, policy.Params)
+    assert not params.keeps_all
+    assert params.budget_tokens(10) == 5
+    assert policy.unit(params) in ("token", "word", "phrase", "sentence")
+    assert "(" in str(import_module(PROMPT[name].split(":")[0]).__doc__)

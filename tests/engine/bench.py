@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from winnow.engine.config import EngineSettings
 from winnow.engine.engine import Engine, StepOutput
-from winnow.engine.messages import Output, Rejected, SamplingParams, Submit
+from winnow.engine.messages import Output, Rejected, SamplingParams, Shorten, Shortened, Submit
 from winnow.engine.models.decoder import Decoder
 from winnow.engine.scheduler import ScheduledBatch
 from winnow.engine.sequence import Sequence as EngineSequence
@@ -73,6 +74,7 @@ class Bench:
             EngineSettings(kv_memory_gib=gib, **settings), model, backend("cpu"), profiles=profiles_of(model)
         )
         self.seen: dict[Choice, Seen] = defaultdict(Seen)
+        self.shortened: dict[str, Shortened] = {}
         self.batches: list[list[tuple[Choice, int]]] = []
         """Who took part in each step, with how many tokens"""
         self.complaints: list[str] = []
@@ -96,6 +98,14 @@ class Bench:
         params = SamplingParams(**({"temperature": 0.0, "max_tokens": tokens, "seed": 7} | sampling))
         self.engine.submit(Submit(request_id, list(prompt), params, plan or {}, salt, speculative or {}, list(forced)))
 
+    def shorten(self, message: Shorten) -> Shortened:
+        """What is left of one prompt, with nobody else there."""
+        self.engine.shorten(message)
+        self.run()
+        rejected = self.seen[message.request_id, 0].rejected if message.request_id not in self.shortened else None
+        assert rejected is None, rejected
+        return self.shortened.pop(message.request_id)
+
     def step(self) -> list[StepOutput]:
         outputs = self._note(self.engine.step())
         assert not self.complaints
@@ -111,6 +121,8 @@ class Bench:
             if self.engine.is_idle:
                 self.engine.check_integrity()
                 return dict(self.seen)
+            if not self.engine.can_step:
+                time.sleep(0.001)  # threads of its own are at work
             self.step()
             after_step()
         raise AssertionError(f"the engine is not done after {most} steps")
@@ -140,7 +152,9 @@ class Bench:
     def _note(self, outputs: Iterable[StepOutput]) -> list[StepOutput]:
         outputs = list(outputs)
         for output in outputs:
-            if isinstance(output, Rejected):
+            if isinstance(output, Shortened):
+                self.shortened[output.request_id] = output
+            elif isinstance(output, Rejected):
                 self.seen[output.request_id, 0].rejected = output
             else:
                 seen = self.seen[output.request_id, output.index]
