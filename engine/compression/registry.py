@@ -24,6 +24,7 @@ EVICTION: dict[str, str] = {
     "tri_attention": "winnow.engine.compression.eviction.tri_attention:TriAttention",
     "razor_attention": "winnow.engine.compression.eviction.razor_attention:RazorAttention",
     "prompt_distill": "winnow.engine.compression.eviction.prompt_distill:PromptDistill",
+    "ems": "winnow.engine.compression.eviction.ems:EMS",
     "random": "winnow.engine.compression.eviction.random:Random",
 }
 
@@ -48,7 +49,7 @@ MERGE: dict[str, str] = {
     "compensation": "winnow.engine.compression.merging.compensation:Compensation",
 }
 
-OWN_MERGE: dict[str, str] = {}
+OWN_MERGE: dict[str, str] = {"ems": "ems"}
 """Eviction policies whose papers merge what they evict: the method that `merge` is unless the caller says otherwise."""
 
 
