@@ -57,7 +57,7 @@ class PageArena:
     @property
     def _side_state(self) -> tuple[dict[int, torch.Tensor], ...]:
         """What the lanes of some sequences have beside their pages, by slot."""
-        return self.kv.mass, self.kv.earlier_mass, self.kv.positions, self.kv.log_weights
+        return self.kv.mass, self.kv.positions, self.kv.log_weights
 
     @property
     def total(self) -> int:

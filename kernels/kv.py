@@ -46,8 +46,6 @@ class PagedKV:
     """[slots] uint8: the second sealed PageFormat"""
     mass: dict[int, Tensor] = field(default_factory=dict)
     """slot -> [layers, kv_heads, capacity] f32: attention mass by lane index, for plans that score with it"""
-    earlier_mass: dict[int, Tensor] = field(default_factory=dict)
-    """slot -> its mass when the newest queries began to vote, for plans that hear them apart from the others"""
     positions: dict[int, Tensor] = field(default_factory=dict)
     """slot -> [layers, kv_heads, capacity] int32: positions by lane index, for plans that evict; otherwise position
     and lane index are the same"""

@@ -19,8 +19,6 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from winnow.kernels.layout import PageLayout
-
 
 class ReadMode(IntEnum):
     """What a row does in a layer. The values are those of kernels/cpu/kernels.h."""
@@ -119,9 +117,8 @@ class ReadState:
         kept = (self.bounds, self.anchors, self.anchor_choice)
         return sum(part.nbytes for part in kept if part is not None)
 
-    def reserve(self, tokens: int, layout: PageLayout) -> None:
-        """Room for lanes of so many tokens; grows by a quarter, so that growth is rare."""
-        pages = layout.pages(tokens)
+    def reserve(self, tokens: int, pages: int) -> None:
+        """Room for lanes of so many tokens, and pages to be bounded; grows by a quarter, so that growth is rare."""
         if self.bounds is not None and self.bounds.shape[2] < pages:
             self.bounds = _grown(self.bounds, 2, pages)
         if self.anchor_choice is not None and self.anchor_choice.shape[1] < tokens:

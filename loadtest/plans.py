@@ -27,4 +27,6 @@ SPEED: dict[str, dict[str, Any]] = {
     SMALLEST: {"kv": {"evict": _evict("snapkv", 0.25), "format": "int4"}},
     "streaming_llm 0.25": {"kv": {"evict": _evict("streaming_llm", 0.25)}},
     "h2o 0.5": {"kv": {"evict": _evict("h2o", 0.5)}},
+    "quest 512": {"kv": {"read": {"policy": "quest", "tokens": 512}}},
+    "quest 512 + int4": {"kv": {"read": {"policy": "quest", "tokens": 512}, "format": "int4"}},
 }

@@ -73,8 +73,6 @@ class Compressor:
         if seq.vote_start >= seq.rows_read + new_tokens:
             return
         kv.mass[slot] = _grown(kv.mass.get(slot), self._lanes_of(slot), needed, torch.float32)
-        if seq.computed == seq.timeline.newest_start(seq.computed):
-            kv.earlier_mass[slot] = kv.mass[slot].clone()
 
     def sync_positions(self, seq: Sequence, upto: int) -> None:
         """Notes the positions of the tokens that came since the last event; lanes already count them as kept."""
@@ -119,8 +117,6 @@ class Compressor:
         # A lane may take more pages than before, where what is left of a sealed page no longer fills one.
         self.freed.bytes += max(0, before - int(arena.columns[slot].sum())) * arena.layout.page_bytes
         seq.vote_start = seq.timeline.vote_start(seen)
-        if seq.timeline.evicts_at(seen):
-            arena.kv.earlier_mass.pop(slot, None)
         if seq.vote_start == NEVER:
             arena.kv.mass.pop(slot, None)
 
@@ -146,14 +142,6 @@ class Compressor:
             chosen.append((index, count, scores))
         indices, counts, all_scores = zip(*chosen, strict=True)
         return _stacked(indices, -1), torch.cat(counts), _stacked(all_scores, 0.0)
-
-    def _newest_mass(self, slot: int, layers: slice, tokens: int) -> Tensor | None:
-        """What the newest queries gave; None where they are not heard apart."""
-        mass, earlier = self._arena.kv.mass.get(slot), self._arena.kv.earlier_mass.get(slot)
-        if mass is None or earlier is None:
-            return None
-        before = earlier[layers, :, :tokens]
-        return mass[layers, :, :tokens] - pad(before, (0, tokens - before.shape[-1]))
 
     def _change(self, seq: Sequence, evict: Evict, keep: Tensor, count: Tensor, scores: Tensor) -> Change | None:
         """How the survivors of an eviction change; None where they only move."""
@@ -184,8 +172,6 @@ class Compressor:
             layers=torch.arange(block.start, block.stop),
             keys=self._keys(slot, block.start) if Signal.KEYS in policy.signals else None,
             mass=kv.mass[slot][block, :, :tokens] if Signal.ATTENTION in policy.signals else None,
-            newest_mass=self._newest_mass(slot, block, tokens),
-            newest_votes=max(0, seen - seq.timeline.newest_start(seen - 1)),
             votes=max(0, votes),
             q_per_kv=self._q_per_kv,
             seen=seen,

@@ -23,7 +23,7 @@ from pydantic_core import PydanticCustomError
 from winnow.engine.compression.budget import MAX_TOKENS, Budget, is_everything, tokens_of
 from winnow.engine.compression.merge_plan import AnyMerge, merge_model
 from winnow.engine.compression.plan_errors import explain
-from winnow.engine.compression.policy import HearsNewest, PolicyParams, SetsBudgets, StagedPolicy
+from winnow.engine.compression.policy import PolicyParams, SetsBudgets, StagedPolicy
 from winnow.engine.compression.prompt.plan import AnyPrompt, Prompt, prompt_model
 from winnow.engine.compression.read import AnyRead, Read, read_model
 from winnow.engine.compression.registry import EVICTION, MERGE, OWN_MERGE, PROMPT, READ, eviction_policy, merge_method
@@ -142,11 +142,6 @@ class Evict(PolicyParams):
             path = "compression.kv.evict.layer"
             raise PlanNotSupported(path, f"{path}: the model's last layer is {layers - 1}, and one must be above this")
         return 0, chooses + 1, layers
-
-    def newest_voters(self, seen: int) -> int:
-        """`HearsNewest.newest_voters` of the plan's policy; 0 if it hears all alike."""
-        policy = eviction_policy(self.policy)
-        return policy.newest_voters(self, seen) if isinstance(policy, HearsNewest) else 0
 
     def recent_tokens(self, budget_tokens: int) -> int:
         """Newest tokens to protect: the caller's number, or the policy's for this budget."""

@@ -52,9 +52,6 @@ class LaneView:
     """The request's own seed, 64 bits"""
     inv_freq: Tensor | None = None
     """[head_dim / 2] float32: the model's RoPE frequencies"""
-    newest_mass: Tensor | None = None
-    """The part of `mass` that the newest `newest_votes` of the queries gave, for policies that are `HearsNewest`"""
-    newest_votes: int = 0
     profile: Mapping[str, Tensor] | None = None
     """What `winnow calibrate` has measured of the whole model, for policies in `calibration.registry.CALIBRATED`"""
 
@@ -106,11 +103,3 @@ class StagedPolicy(EvictionPolicy, Protocol):
 
     def truncates(self, params: Any) -> bool:
         """Whether the layers up to that one forget the others too, once the prompt is read."""
-
-
-@runtime_checkable
-class HearsNewest(Protocol):
-    """A policy with `Signal.ATTENTION` that hears the newest of the queries that vote apart from the others."""
-
-    def newest_voters(self, params: Any, seen: int) -> int:
-        """How many they are, if as many have come since the last eviction."""

@@ -9,6 +9,7 @@ from winnow.engine.compression.read import Read
 from winnow.engine.compression.read_policy import LaneShape, Profile
 from winnow.engine.pages import PageArena
 from winnow.engine.sequence import Sequence
+from winnow.kernels.layout import PageFormat
 from winnow.kernels.reading import ReadRule, ReadState
 
 
@@ -35,4 +36,7 @@ class Reader:
             rule = self._rule(seq.plan.read)
             state = ReadState.empty(rule, shape.layers, shape.kv_heads, shape.q_heads, shape.head_dim)
             arena.kv.reading[seq.slot] = state
-        state.reserve(int(arena.kept[seq.slot].max()), arena.layout)
+        pages = arena.columns[seq.slot]
+        if PageFormat(int(arena.formats[seq.slot])).is_integer:
+            pages = pages - arena.sealed[seq.slot]
+        state.reserve(int(arena.kept[seq.slot].max()), int(pages.max()))

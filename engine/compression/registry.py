@@ -24,7 +24,6 @@ EVICTION: dict[str, str] = {
     "tri_attention": "winnow.engine.compression.eviction.tri_attention:TriAttention",
     "razor_attention": "winnow.engine.compression.eviction.razor_attention:RazorAttention",
     "prompt_distill": "winnow.engine.compression.eviction.prompt_distill:PromptDistill",
-    "ems": "winnow.engine.compression.eviction.ems:EMS",
     "random": "winnow.engine.compression.eviction.random:Random",
 }
 
@@ -49,7 +48,7 @@ MERGE: dict[str, str] = {
     "compensation": "winnow.engine.compression.merging.compensation:Compensation",
 }
 
-OWN_MERGE: dict[str, str] = {"ems": "ems"}
+OWN_MERGE: dict[str, str] = {}
 """Eviction policies whose papers merge what they evict: the method that `merge` is unless the caller says otherwise."""
 
 

@@ -71,8 +71,6 @@ class Timeline:
     def chunk_end(self, position: int) -> int:
         """The first position after this one that a step may not go beyond."""
         end = self.next_event(position)
-        if position < (newest := self.newest_start(position)):
-            end = min(end, newest)
         if self.plan.read is None or position < self.prompt_tokens:
             return end
         return min(end, position + STEP_ROWS)
@@ -87,27 +85,17 @@ class Timeline:
 
     def vote_start(self, position: int) -> int:
         """First position whose query votes in the eviction that follows `position` tokens; far away if none does."""
-        evict, (last, event) = self.plan.evict, self._evictions_around(position)
-        if evict is None or event == NEVER:
+        evict = self.plan.evict
+        if evict is None:
             return NEVER
+        last, event = 0, self.prompt_tokens
+        if position >= self.prompt_tokens or not self.plan.evicts_at_prefill_end:
+            if not self.plan.interval:
+                return NEVER
+            done = max(0, position - self.prompt_tokens) // self.plan.interval
+            event = self.prompt_tokens + (done + 1) * self.plan.interval
+            last = event - self.plan.interval if done or self.plan.evicts_at_prefill_end else 0
         voters = evict.voters(event)
         if voters is None:
             return 0
         return max(last, event - voters) if voters else NEVER
-
-    def newest_start(self, position: int) -> int:
-        """First position whose query is heard apart in the eviction that follows `position` tokens; far away if none
-        is."""
-        evict, (last, event) = self.plan.evict, self._evictions_around(position)
-        newest = 0 if evict is None or event == NEVER else evict.newest_voters(event)
-        return max(last, event - newest) if newest else NEVER
-
-    def _evictions_around(self, position: int) -> tuple[int, int]:
-        """Where the last eviction was when `position` tokens have been read, 0 for none, and where the next one is."""
-        if position < self.prompt_tokens and self.plan.evicts_at_prefill_end:
-            return 0, self.prompt_tokens
-        if not self.plan.interval:
-            return 0, NEVER
-        done = max(0, position - self.prompt_tokens) // self.plan.interval
-        event = self.prompt_tokens + (done + 1) * self.plan.interval
-        return event - self.plan.interval if done or self.plan.evicts_at_prefill_end else 0, event

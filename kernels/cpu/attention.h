@@ -68,6 +68,19 @@ INLINE bool looks_at(const Block& x, const Group& g, int p) {
   return any_chosen(x.chosen, first, min_i(g.capacity, x.last - first));
 }
 
+// Fetches the keys of the page that holds the first chosen token from `token` on: it may lie groups away.
+INLINE void prefetch_chosen(const KV& kv, const Lane& lane, const Block& x, int token) {
+  const void* found = token < x.last ? std::memchr(x.chosen + token, 1, x.last - token) : nullptr;
+  if (!found) return;
+  token = (int)((const uint8_t*)found - x.chosen);
+  const bool in_sealed = token < lane.sealed_tokens;
+  const PageShape& shape = kv.shapes[in_sealed ? lane.fmt : kv.compute];
+  const int at = in_sealed ? token : token - lane.closed_tokens;
+  if (at < 0) return;  // in a second format: rules are not for such lanes
+  if (const uint8_t* page = lane.page(kv, (in_sealed ? 0 : lane.sealed + lane.rest) + at / shape.capacity))
+    for (int64_t line = 0; line < shape.values; line += 64) __builtin_prefetch(page + line);
+}
+
 // Scores of a group for every row, -inf where a row may not look. False where a page lies outside the arena.
 static bool group_scores(const KV& kv, const Lane& lane, const Group& g, const Block& x, int64_t lds) {
   const PageShape& shape = kv.shapes[g.fmt];
@@ -81,9 +94,13 @@ static bool group_scores(const KV& kv, const Lane& lane, const Group& g, const B
     const uint8_t* page = lane.page(kv, g.column + p);
     if (!page) return false;
     // The processor's own prefetching ends with a page, and the next one lies anywhere.
-    if (p + 1 < g.pages && looks_at(x, g, p + 1))
+    if (x.chosen) {
+      for (int64_t line = 0; line < shape.values; line += 64) __builtin_prefetch(page + shape.values + line);
+      prefetch_chosen(kv, lane, x, g.first + (p + 1) * g.capacity);
+    } else if (p + 1 < g.pages) {
       if (const uint8_t* next = lane.page(kv, g.column + p + 1))
         for (int64_t line = 0; line < shape.values; line += 64) __builtin_prefetch(next + line);
+    }
     page_scores(g.fmt, shape, kv.dim, page, x.q, x.rows, x.folded, scores, lds);
   }
   const int tokens = g.pages * g.capacity;
@@ -133,7 +150,7 @@ static bool attend_group(const KV& kv, const Lane& lane, const Group& g, const B
     if (n <= 0) break;
     if (!looks_at(x, g, p)) continue;
     const uint8_t* page = lane.page(kv, g.column + p);
-    if (p + 1 < g.pages && looks_at(x, g, p + 1))
+    if (p + 1 < g.pages && !x.chosen)
       if (const uint8_t* next = lane.page(kv, g.column + p + 1))
         for (int64_t line = 0; line < shape.values; line += 64) __builtin_prefetch(next + shape.values + line);
     // Of a page in a float format only the values of chosen tokens are read; others share scales and are read whole.

@@ -40,15 +40,12 @@ class Dense:
         layers, heads, tokens, _ = self.keys.shape
         voters = policy.voters(params, tokens)
         votes = tokens if voters is None else voters
-        newest = params.newest_voters(tokens)
         return LaneView(
             positions=torch.arange(tokens).expand(layers, heads, tokens).contiguous(),
             kept=torch.full((layers, heads), tokens),
             layers=torch.arange(layers),
             keys=self.keys,
             mass=self.mass(votes),
-            newest_mass=self.mass(newest) if newest else None,
-            newest_votes=newest,
             votes=votes,
             q_per_kv=self.q_per_kv,
             seen=tokens,
@@ -97,5 +94,4 @@ def cut(view: LaneView, index: Tensor, count: Tensor) -> LaneView:
     keys = view.keys.gather(2, at[..., None].expand(*at.shape, view.keys.shape[-1]))
     keys = keys.masked_fill(is_padding[..., None], 0.0)
     mass = view.mass.gather(2, at).masked_fill(is_padding, torch.nan)  # padding says nothing
-    newest = None if view.newest_mass is None else view.newest_mass.gather(2, at).masked_fill(is_padding, torch.nan)
-    return replace(view, positions=positions, kept=count, keys=keys, mass=mass, newest_mass=newest)
+    return replace(view, positions=positions, kept=count, keys=keys, mass=mass)

@@ -41,14 +41,6 @@ def h2o(d: Dense, layer: int, head: int) -> Tensor:
     return group_of(d, layer, head).sum((0, 1))
 
 
-def ems(d: Dense, layer: int, head: int, window: int = 8) -> Tensor:
-    scores = torch.zeros(d.tokens, dtype=torch.float64)
-    for key in range(d.tokens):
-        seen_by = group_of(d, layer, head)[:, key:, key]  # [q_per_kv, queries that could see it]
-        scores[key] = max(float(seen_by.mean()), float(seen_by[:, -window:].mean()))
-    return scores
-
-
 def tova(d: Dense, layer: int, head: int) -> Tensor:
     return d.attention[layer, :, -1].mean(0)
 
@@ -139,6 +131,5 @@ ORACLES: dict[str, tuple[Callable[..., Tensor], int, dict[str, object]]] = {
     "streaming_llm": (streaming_llm, 0, {}),
     "tri_attention": (tri_attention, 10, {}),
     "razor_attention": (razor_attention, 0, {"budget": 20}),
-    "ems": (ems, 8, {"window": 8}),
     "random": (random, 0, {}),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -122,6 +123,34 @@ def test_token_routes_agree_with_usage(server: Serving, client: OpenAI) -> None:
         text = http.post("/detokenize", json={"tokens": tokens["tokens"]}).json()["prompt"]
     assert tokens["count"] == ask(client).usage.prompt_tokens
     assert QUESTION[0]["content"] in text
+
+
+READS: list[dict[str, Any]] = [
+    {"policy": "quest", "tokens": 128},
+    {"policy": "tidal_decode", "tokens": 64},
+    {"policy": "double_sparsity", "tokens": 0.05},
+    {"policy": "token_select", "tokens": 64, "sinks": 4, "recent": 32},
+]
+
+
+def test_generated_tokens_read_a_part(client: OpenAI) -> None:
+    """All policies in one batch with a request that reads everything; each says what it read, and frees nothing."""
+    alone = ask(client, LONG, {"kv": {"read": READS[0]}}, max_tokens=8)
+    with ThreadPoolExecutor(len(READS) + 1) as pool:
+        dense = pool.submit(ask, client, LONG, max_tokens=8)
+        asked = [pool.submit(ask, client, LONG, {"kv": {"read": read}}, max_tokens=8) for read in READS]
+    answers = [answer.result() for answer in asked]
+    assert "read" not in compression_of(dense.result().usage)
+    assert answers[0].choices[0].message.content == alone.choices[0].message.content
+    for read, answer in zip(READS, answers, strict=True):
+        report = compression_of(answer.usage)
+        assert report["plan"]["kv"]["read"]["policy"] == read["policy"]
+        assert report["bytes_held"] == report["bytes_uncompressed"]
+        said = report["read"]
+        assert said["tokens"] == answer.usage.completion_tokens - 1  # the first comes from the prompt
+        assert 0.05 < said["bytes_per_token"] / said["bytes_per_token_dense"] < 1
+        assert said["bytes_per_token_dense"] == pytest.approx(report["bytes_uncompressed"], rel=0.02)
+    assert compression_of(answers[0].usage)["read"]["bytes_beside"] > 0  # bounds of pages
 
 
 def test_compression_frees_memory(client: OpenAI) -> None:

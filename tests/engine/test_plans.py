@@ -109,8 +109,7 @@ def test_eviction_is_a_mask(ops: Backend, tmp_path: Path, window: int | None) ->
     reference.save_pretrained(tmp_path)
     bench = Bench(load_model(str(tmp_path), ops, "f32"), max_step_tokens=64)
     for policy, during, heads in product(ORACLES, ("prefill", "decode", "both"), ("uniform", "adaptive")):
-        # What is merged is no mask: that is tested with the merging.
-        evict = taken({"policy": policy, "budget": 0.5, "during": during, "head_budget": heads, "merge": None})
+        evict = taken({"policy": policy, "budget": 0.5, "during": during, "head_budget": heads})
         evict |= {} if during == "prefill" else {"interval": 6}
         check_is_masked(bench, reference, prompt_of(100, 3), {"kv": {"evict": evict}})
 
@@ -157,11 +156,7 @@ def view_at(event: int, last: int | None, held: Tensor, run: MaskedRun, plan: Pl
     q_per_kv = run.attention.shape[1] // heads
     voters = plan.evict.voters(event)
     first = 0 if voters is None else max(event - voters, last or 0)
-    newest = plan.evict.newest_voters(event)
-    votes, apart = (
-        run.attention[:, :, start:event].sum(2).unflatten(1, (heads, q_per_kv)).sum(2)
-        for start in (first, max(event - newest, last or 0))
-    )
+    votes = run.attention[:, :, first:event].sum(2).unflatten(1, (heads, q_per_kv)).sum(2)
     at, padding = held.clamp_min(0), held < 0
     keys = run.keys.gather(2, at[..., None].expand(*at.shape, run.keys.shape[-1]))
     return LaneView(
@@ -170,8 +165,6 @@ def view_at(event: int, last: int | None, held: Tensor, run: MaskedRun, plan: Pl
         layers=torch.arange(layers),
         keys=keys.masked_fill(padding[..., None], 0.0),
         mass=votes.gather(2, at).masked_fill(padding, 0.0),
-        newest_mass=apart.gather(2, at).masked_fill(padding, 0.0) if newest else None,
-        newest_votes=min(newest, event - (last or 0)),
         votes=event - first,
         q_per_kv=q_per_kv,
         seen=event,
@@ -186,7 +179,7 @@ def test_decode_evicts_what_a_dense_run_says(tiny: Decoder, policy: str) -> None
     bench = Bench(tiny, max_step_tokens=64)
     prompt = prompt_of(90, 4)
     for during, heads, depth in product(("decode", "both"), ("uniform", "adaptive"), ("uniform", "pyramid")):
-        evict: dict[str, Any] = {"policy": policy, "budget": 0.6, "during": during, "interval": 7, "merge": None}
+        evict: dict[str, Any] = {"policy": policy, "budget": 0.6, "during": during, "interval": 7}
         plan = {"kv": {"evict": taken(evict | {"head_budget": heads, "layer_budget": depth})}}
         seen = bench.alone(prompt, 30, plan)
         run = masked_like(reference, tiny.config, [*prompt, *seen.tokens], seen)

@@ -7,7 +7,7 @@ The pages of the highest scores are read whole, until they hold `tokens` tokens,
 The first two layers read everything, as in the paper.
 
 What is kept for it: the least and greatest key of every page in a float format, in bf16 rounded outward (4 bytes a
-channel: 1/32 of a page of 16 f32 tokens). Pages in int8 and int4 carry them in their scales already.
+channel: 1/32 of a page of 16 f32 tokens). Pages in int8, int4 and int2 carry them in their scales already.
 
 Where we depart: the paper's lanes have one query head. Here the query heads of a group read one lane, and each votes by
 its softmax, so that none outweighs the others by the size of its logits; with one head the order of pages is the
