@@ -42,6 +42,9 @@ def serve(
     weights: Annotated[str | None, typer.Option(help="How weights are held on the CPU: f32 or int8.")] = None,
     kv_memory_gib: Annotated[float | None, typer.Option(help="Memory for keys and values.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt plus output, in tokens.")] = None,
+    max_stream_len: Annotated[
+        int | None, typer.Option(help="Longest prompt plus output of a request with compact positions.")
+    ] = None,
     max_seqs: Annotated[int | None, typer.Option(help="Sequences that run together.")] = None,
     max_step_tokens: Annotated[int | None, typer.Option(help="Tokens of one step.")] = None,
     page_tokens: Annotated[int | None, typer.Option(help="Tokens of a page in the compute format.")] = None,

@@ -32,6 +32,7 @@ def _card(service: Service, name: str) -> dict[str, Any]:
         "root": service.settings.model_names[0],
         "parent": None,
         "max_model_len": info.max_model_len if info else None,
+        "max_stream_len": info.max_stream_len if info else None,
         "weights": info.weights if info else service.settings.weights,
         "kv": info
         and {

@@ -16,6 +16,7 @@ def test_the_shipped_profiles() -> None:
     assert profiles["off"].is_off
     assert not any(plan.is_off for name, plan in profiles.items() if name != "off")
     assert profiles["streaming"].evicts_in_decode
+    assert profiles["endless"].evict is not None and profiles["endless"].evict.is_compact
     assert load_profiles(str(PROFILES)) == profiles
     assert Plan.resolve("balanced", profiles).budget_tokens(100) == 50
 

@@ -66,7 +66,7 @@ async def test_one_model(connect: Connect) -> None:
 async def test_models_while_the_engine_loads(http: httpx.AsyncClient, engine: FakeEngine) -> None:
     engine.info, engine.is_ready = None, False
     model = (await http.get("/v1/models/default")).json()
-    assert (model["max_model_len"], model["kv"]) == (None, None)
+    assert (model["max_model_len"], model["max_stream_len"], model["kv"]) == (None, None, None)
 
 
 async def test_tokenize_and_back(http: httpx.AsyncClient, tokenizer: Tokenizer) -> None:
