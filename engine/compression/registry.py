@@ -48,7 +48,7 @@ MERGE: dict[str, str] = {
     "compensation": "winnow.engine.compression.merging.compensation:Compensation",
 }
 
-OWN_MERGE: dict[str, str] = {}
+OWN_MERGE: dict[str, str] = {"razor_attention": "compensation"}
 """Eviction policies whose papers merge what they evict: the method that `merge` is unless the caller says otherwise."""
 
 

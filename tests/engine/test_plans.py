@@ -109,7 +109,8 @@ def test_eviction_is_a_mask(ops: Backend, tmp_path: Path, window: int | None) ->
     reference.save_pretrained(tmp_path)
     bench = Bench(load_model(str(tmp_path), ops, "f32"), max_step_tokens=64)
     for policy, during, heads in product(ORACLES, ("prefill", "decode", "both"), ("uniform", "adaptive")):
-        evict = taken({"policy": policy, "budget": 0.5, "during": during, "head_budget": heads})
+        # What is merged is no mask: that is tested with the merging.
+        evict = taken({"policy": policy, "budget": 0.5, "during": during, "head_budget": heads, "merge": None})
         evict |= {} if during == "prefill" else {"interval": 6}
         check_is_masked(bench, reference, prompt_of(100, 3), {"kv": {"evict": evict}})
 

@@ -10,6 +10,7 @@ everything; every other lane keeps `sinks` and, up to its budget but no less tha
     paper                                here
     C, the compression ratio             1 / budget: 0.2 is the paper's 5
     S0 = 4000, the shortest buffer       floor; 0 unless asked for, since it would leave contexts below 4000 whole
+    the compensation token               merge: compensation, unless another or null is asked for
 
 Where we depart: sinks are part of the budget. Query heads that share keys and values stand or fall together: a lane's
 scores are the best of its group, and shares are of lanes.
