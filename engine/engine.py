@@ -12,20 +12,32 @@ import msgspec
 import numpy as np
 import torch
 
+from winnow.engine.calibration.frontier import resolve_quality
 from winnow.engine.calibration.registry import check_profiles
 from winnow.engine.calibration.store import NO_PROFILES, Profile
 from winnow.engine.compression.apply import Compressor
 from winnow.engine.compression.plan import Plan
+from winnow.engine.compression.pressure import Pressure
 from winnow.engine.compression.reach import longest_text
 from winnow.engine.compression.read_policy import LaneShape
 from winnow.engine.compression.reader import Reader
 from winnow.engine.compression.timeline import Timeline
 from winnow.engine.config import EngineSettings
 from winnow.engine.errors import ModelError, PlanNotSupported, PromptTooLong, RequestError
+from winnow.engine.facts import info_of, stats_of
 from winnow.engine.forced import Observer, forced_outputs, forced_rows, forced_spans
-from winnow.engine.messages import EngineInfo, EngineStats, Output, Rejected, Shorten, Shortened, Submit
+from winnow.engine.messages import (
+    EngineInfo,
+    EngineStats,
+    FrontierPoint,
+    Output,
+    Rejected,
+    Shorten,
+    Shortened,
+    Submit,
+)
 from winnow.engine.models.decoder import Decoder
-from winnow.engine.pages import OutOfPages, PageArena
+from winnow.engine.pages import PageArena
 from winnow.engine.prefix_cache import PrefixCache
 from winnow.engine.runner import Runner
 from winnow.engine.sampler import Draw, Sampler
@@ -61,6 +73,7 @@ class Engine:
         ops: Backend,
         name: str = "default",
         profiles: Mapping[str, Profile] = NO_PROFILES,
+        frontier: tuple[FrontierPoint, ...] = (),
     ):
         config = model.config
         layout = PageLayout(config.head_dim, PageFormat.F32, settings.page_tokens)
@@ -71,21 +84,25 @@ class Engine:
         self.max_model_len = min(settings.max_model_len or config.max_position, config.max_position, fitting)
         if self.max_model_len < 2 * layout.page_tokens:
             raise ModelError(f"{settings.kv_memory_gib} GiB of KV memory hold no sequence of this model")
-        self.settings, self.name, self.config, self.profiles = settings, name, config, profiles
+        self.settings, self.name, self.config = settings, name, config
+        self.profiles, self.frontier = profiles, frontier
         self.arena = PageArena(layout, pages, settings.max_seqs, config.layers, config.kv_heads, ops)
         self.cache = PrefixCache(self.arena) if settings.prefix_caching else None
         self.compressor = Compressor(self.arena, self.cache, ops, config, profiles)
+        self.pressure = Pressure(self.compressor, self.arena)
         shape = LaneShape(config.layers, config.kv_heads, config.heads, config.head_dim)
         self.reader = Reader(self.arena, shape, profiles)
         self.table = SamplingTable(settings.max_seqs, config.vocab_size)
-        self.scheduler = Scheduler(self.arena, self.cache, self.table, settings.max_step_tokens, self._prepare)
+        self.scheduler = Scheduler(
+            self.arena, self.cache, self.table, settings.max_step_tokens, self._prepare, self.pressure.relieve
+        )
         self.runner = Runner(model, self.arena)
         self.sampler = Sampler()
         self.speculator = Speculator(self.arena, self.table)
         self.shortener = Shortener(settings, config, self.arena.kv, ops)
         self.totals = Totals()
         self.on_forced: Observer | None = None
-        self._has_windows = any(config.windows)
+        self.has_windows = any(config.windows)
         self._arrivals = 0
 
     # The step --------------------------------------------------------------------------------------------------------
@@ -120,7 +137,7 @@ class Engine:
         if seq.plan.evict is None:
             return
         self.compressor.prepare(seq, count)
-        if self._has_windows:  # the kernels look positions up, where a window meets evicted lanes
+        if self.has_windows:  # the kernels look positions up, where a window meets evicted lanes
             self.compressor.sync_positions(seq, seq.computed + count)
 
     def _give_up(self) -> list[StepOutput]:
@@ -142,19 +159,16 @@ class Engine:
                 self.cache.publish(seq.block_keys[: intact // self.cache.block_tokens], seq.slot)
         for seq in batch.seqs:
             # A sequence that is preempted here loses its place in this step; it will sample the same token later.
-            while seq.is_running and (seq.ends_a_stage or seq.timeline.acts_at(seq.computed)):
-                try:
-                    if seq.ends_a_stage:
-                        self.compressor.end_stage(seq)
-                        continue
-                    self.compressor.apply(seq)
-                    break
-                except OutOfPages:
-                    others = [other for other in self.scheduler.running if other is not seq]
-                    self.scheduler.preempt(others[-1] if others else seq)
-                except Exception:  # one plan's failure is its own request's
-                    log.exception("the plan of request %s failed", seq.request_id)
-                    lost += self._lose(seq.request_id, "the engine failed to compress this request")
+            try:
+                while seq.ends_a_stage:
+                    self.scheduler.with_pages(self.compressor.end_stage, seq)
+                if seq.is_running and seq.timeline.acts_at(seq.computed):
+                    self.scheduler.with_pages(self.compressor.apply, seq)
+                if seq.is_running and seq.is_to_be_squeezed:
+                    self.scheduler.with_pages(self.pressure.squeeze, seq)
+            except Exception:  # one plan's failure is its own request's
+                log.exception("the plan of request %s failed", seq.request_id)
+                lost += self._lose(seq.request_id, "the engine failed to compress this request")
         return lost
 
     def _sample(self, batch: ScheduledBatch, logits: torch.Tensor, draws: dict[Sequence, Draw]) -> None:
@@ -226,7 +240,7 @@ class Engine:
             cached_tokens=seq.cached_tokens,
             accepted_tokens=seq.accepted_tokens,
             rejected_tokens=seq.rejected_tokens,
-            compression=self.arena.report(seq.slot, seq.computed) if seq.is_running else seq.last_report,
+            compression=self.scheduler.report(seq) if seq.is_running else seq.last_report,
         )
         if seq.is_running and self.cache is not None and seq.timeline.never_acts:
             # The next turn of a conversation begins with this one's tokens.
@@ -256,7 +270,7 @@ class Engine:
             raise RequestError("n", "n must be 1 where tokens are forced")
         if not 1 <= sampling.n <= self.settings.max_seqs:
             raise RequestError("n", f"n must be from 1 to {self.settings.max_seqs}")
-        plan = Plan.parse(request.plan)
+        plan = resolve_quality(Plan.parse(request.plan), self.frontier, self.name)
         longest = longest_text(plan, self.info)
         if length + sampling.max_tokens > longest:
             raise PromptTooLong(
@@ -268,7 +282,7 @@ class Engine:
         if plan.shortens is not None:
             raise PlanNotSupported("compression.prompt", "compression.prompt: shorten a prompt before it is submitted")
         stage_bounds = () if plan.evict is None else plan.evict.stage_bounds(self.config.layers)
-        if stage_bounds and self._has_windows:
+        if stage_bounds and self.has_windows:
             path = "compression.kv.evict.policy"
             raise PlanNotSupported(path, f"{path}: prompts of a model with sliding windows are not read in stages")
         timeline = Timeline.of(plan, length, self.arena.layout)
@@ -350,49 +364,11 @@ class Engine:
 
     @property
     def info(self) -> EngineInfo:
-        layout = self.arena.layout
-        return EngineInfo(
-            model=self.name,
-            max_model_len=self.max_model_len,
-            vocab_size=self.config.vocab_size,
-            layers=self.config.layers,
-            kv_heads=self.config.kv_heads,
-            head_dim=self.config.head_dim,
-            compute_format=layout.compute.label,
-            page_bytes=layout.page_bytes,
-            total_pages=self.arena.total,
-            weights=self.settings.weights,
-            profiles=tuple(sorted(self.profiles)),
-            missing_policies=self.shortener.missing,
-            max_stream_len=max(self.max_model_len, self.settings.max_stream_len),
-            has_windows=self._has_windows,
-        )
+        return info_of(self)
 
     @property
     def stats(self) -> EngineStats:
-        counters, freed, drafts = self.scheduler.counters, self.compressor.freed, self.speculator.counters
-        cached = 0 if self.cache is None else self.cache.reclaimable()
-        return EngineStats(
-            running=len(self.scheduler.running),
-            waiting=len(self.scheduler.waiting),
-            waiting_tokens=sum(seq.length for seq in self.scheduler.waiting),
-            pages_free=self.arena.free_count,
-            pages_cached=cached,
-            pages_total=self.arena.total,
-            prompt_tokens_total=self.totals.prompt_tokens,
-            generated_tokens_total=self.totals.generated_tokens,
-            prefix_hit_tokens_total=counters.hit_tokens,
-            prefix_query_tokens_total=counters.queried_tokens,
-            preemptions_total=counters.preemptions,
-            evicted_tokens_total=self.compressor.freed.tokens,
-            freed_bytes_total=freed.bytes,
-            drafts_total=drafts.drafts,
-            draft_tokens_total=drafts.draft_tokens,
-            accepted_tokens_total=drafts.accepted_tokens,
-            accepted_tokens_by_place=drafts.accepted_at,
-            steps_total=self.totals.steps,
-            step_seconds_total=self.totals.step_seconds,
-        )
+        return stats_of(self)
 
     def check_integrity(self) -> None:
         """AssertionError if a page is lost, counted wrongly or in two places."""

@@ -108,6 +108,8 @@ class CompressionReport(msgspec.Struct, frozen=True):
     """Bytes of keys, values and what they were chosen by that those tokens' attention read, counted by the kernels"""
     bytes_read_dense: int = 0
     """Bytes that the same tokens read with no `kv.read`"""
+    squeezed_at: int | None = None
+    """Tokens it had read when pages ran out and `on_pressure` came into force; None if it did not"""
 
 
 class Output(msgspec.Struct, frozen=True, tag="output", omit_defaults=True):
@@ -149,6 +151,20 @@ class Rejected(msgspec.Struct, frozen=True, tag="rejected"):
     code: str | None = None
 
 
+class FrontierPoint(msgspec.Struct, frozen=True):
+    """What one plan costs on the loaded model, as `winnow calibrate --frontier` has measured it."""
+
+    name: str
+    plan: dict[str, Any]
+    """As a request writes it"""
+    quality: float
+    """Share of tokens whose likeliest one is the uncompressed model's"""
+    error: float
+    """Standard error of `quality`"""
+    memory: float
+    """Bytes held, as a share of the uncompressed model's"""
+
+
 class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
     """Sent once when the model is loaded."""
 
@@ -164,6 +180,8 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
     weights: str
     profiles: tuple[str, ...] = ()
     """Methods whose profile of this model exists (`winnow calibrate`)"""
+    frontier: tuple[FrontierPoint, ...] = ()
+    """What a plan's `quality` chooses from; empty if it was not measured"""
     missing_policies: dict[str, str] = {}
     """Prompt policies whose model this engine lacks, and what to do about it"""
     max_stream_len: int = 0
@@ -190,6 +208,8 @@ class EngineStats(msgspec.Struct, frozen=True, tag="stats"):
     """Lane tokens that policies evicted"""
     freed_bytes_total: int = 0
     """Bytes that compression gave back"""
+    squeezes_total: int = 0
+    """Sequences compressed further because pages ran out"""
     drafts_total: int = 0
     """Guesses that were verified"""
     draft_tokens_total: int = 0

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 import torch
 
+from winnow.engine.calibration.frontier import load_frontier
 from winnow.engine.calibration.store import load_profiles
 from winnow.engine.config import EngineSettings
 from winnow.engine.engine import Engine
@@ -118,7 +119,8 @@ def build_engine(settings: EngineSettings) -> Engine:
 
     cpu.set_threads(threads)
     model = load_model(settings.model, ops, settings.weights)
-    return Engine(settings, model, ops, settings.model, load_profiles(resolve_model(settings.model)))
+    path = resolve_model(settings.model)
+    return Engine(settings, model, ops, settings.model, load_profiles(path), load_frontier(path))
 
 
 def main() -> int:

@@ -8,13 +8,16 @@ them again later through the same states.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from winnow.engine.pages import Ints, PageArena
+from winnow.engine.compression.timeline import NEVER
+from winnow.engine.messages import CompressionReport
+from winnow.engine.pages import Ints, OutOfPages, PageArena
 from winnow.engine.prefix_cache import PrefixCache
 from winnow.engine.sampling import SamplingTable
 from winnow.engine.sequence import Sequence
@@ -70,12 +73,19 @@ class Scheduler:
         table: SamplingTable,
         max_step_tokens: int,
         prepare: Callable[[Sequence, int], None],
+        squeeze: Callable[[Iterable[Sequence]], bool],
     ):
+        """
+        Args
+            prepare: called for each evicting sequence with the tokens that it is about to compute
+            squeeze: compresses one of these sequences further; false if that frees no page
+        """
         self._arena = arena
         self._cache = cache
         self._table = table
         self._max_step_tokens = max_step_tokens
         self._prepare = prepare
+        self._squeeze = squeeze
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         """In order of arrival"""
@@ -102,7 +112,7 @@ class Scheduler:
                 break
             if any(seq.drafted for seq, _ in chosen):
                 self._forget_drafts()
-            else:
+            elif not self._squeeze(self.running):
                 self.preempt(self.running[-1])
             chosen = self._choose()
         if not chosen:
@@ -150,8 +160,7 @@ class Scheduler:
             hit_tokens = 0 if hits is None else hits.shape[-1] * self._arena.layout.page_tokens
             # Matched blocks are in use from here on, so that they do not count as pages that could be given back.
             self._start(seq, hits, hit_tokens)
-            peak = sum(self._outstanding(other) for other in self.running)
-            if len(self.running) > 1 and not self._make_free(peak):
+            if len(self.running) > 1 and not self._make_room():
                 self._stop(seq)
                 return
             self.waiting.popleft()
@@ -161,12 +170,19 @@ class Scheduler:
                 self.counters.queried_tokens += seq.length
             busy += min(seq.remaining, self._max_step_tokens)
 
+    def _make_room(self) -> bool:
+        """Sees to it that those who run can all reach their peak, if need be by compressing some of them further."""
+        while not self._make_free(sum(self._outstanding(seq) for seq in self.running)):
+            if not self._squeeze(self.running):
+                return False
+        return True
+
     def _outstanding(self, seq: Sequence) -> int:
         """Pages that a sequence will still take to read what it knows, before its plan gives any back."""
         if seq.remaining <= 1:
             return self._arena.lanes  # the next page of each lane
         if seq.computed >= seq.prompt_tokens:
-            more = min(seq.length, seq.timeline.next_event(seq.computed)) - seq.computed
+            more = min(seq.length, seq.chunk_end) - seq.computed
         else:
             more = seq.timeline.intact_tokens - int(self._arena.kept[seq.slot].max())
         count = np.array([max(1, more)], np.int32)
@@ -212,6 +228,8 @@ class Scheduler:
             sibling.slot = self._arena.open_slot(sibling.timeline.fmt)
             self._arena.fork(seq.slot, sibling.slot)
             sibling.computed, sibling.vote_start = seq.computed, seq.vote_start
+            sibling.plan, sibling.timeline = seq.plan, seq.timeline
+            sibling.squeezed_at, sibling.calm = seq.squeezed_at, seq.calm
             sibling.positions_known, sibling.cached_tokens = seq.positions_known, seq.cached_tokens
             sibling.turned_back = seq.turned_back
             self._admit_sampling(sibling)
@@ -219,10 +237,27 @@ class Scheduler:
         self.running.sort(key=lambda other: (other.arrival, other.index))
         return siblings
 
+    def with_pages(self, compress: Callable[[Sequence], None], seq: Sequence) -> None:
+        """Compresses a sequence; where that takes pages that are not there, others give way, or at last it itself."""
+        while seq.is_running:
+            try:
+                return compress(seq)
+            except OutOfPages:
+                others = [other for other in self.running if other is not seq]
+                # Whoever stands at an event may not have come to it yet: a squeeze would come before it.
+                calm = [other for other in others if not other.timeline.acts_at(other.computed)]
+                if not self._squeeze(calm):
+                    self.preempt(others[-1] if others else seq)
+
+    def report(self, seq: Sequence) -> CompressionReport:
+        """What a running sequence holds now."""
+        squeezed_at = None if seq.squeezed_at == NEVER else seq.squeezed_at
+        return msgspec.structs.replace(self._arena.report(seq.slot, seq.computed), squeezed_at=squeezed_at)
+
     def preempt(self, seq: Sequence) -> None:
         """Takes a running sequence's pages; it is the next to be admitted again."""
         if seq.generated:  # it may end before it runs again, by a stop string
-            seq.last_report = self._arena.report(seq.slot, seq.computed)
+            seq.last_report = self.report(seq)
         self._stop(seq)
         self.waiting.appendleft(seq)
         self.counters.preemptions += 1

@@ -76,6 +76,11 @@ class Sequence:
     rejected_tokens: int = 0
     probe: Probe | None = None
     """What is to be found out by reading the tokens; a sequence that has one generates none"""
+    squeezed_at: int = NEVER
+    """Tokens it had read when pages ran out and its plan for that came into force; it does so there again when it is
+    read anew"""
+    calm: tuple[Plan, Timeline] | None = None
+    """The plan and the timeline that ruled before; None if they rule still"""
     siblings: list[Sequence] = field(default_factory=list)
     """The other choices, on the first one until they are forked from it"""
 
@@ -88,7 +93,7 @@ class Sequence:
         """Tokens of its next chunk: none crosses an event of the timeline, or a stage."""
         if self.staging is not None:
             return min(most, self.staging.left)
-        return min(most, self.remaining, self.timeline.chunk_end(self.computed) - self.computed)
+        return min(most, self.remaining, self.chunk_end - self.computed)
 
     def growth(self, count: int) -> Ints:
         """[1] or [layers] tokens that its lanes gain by a chunk."""
@@ -145,6 +150,35 @@ class Sequence:
         first = min(self.timeline.intact_tokens - 1, self.timeline.vote_start(0))
         return first if self.probe is None else min(first, self.probe.first_row)
 
+    @property
+    def chunk_end(self) -> int:
+        """The first position after this one that a step may not go beyond."""
+        end = self.timeline.chunk_end(self.computed)
+        return min(end, self.squeezed_at) if self.computed < self.squeezed_at else end
+
+    @property
+    def can_be_squeezed(self) -> bool:
+        """Its caller allows it, its prompt is read, and it has not been done or is not to be done later anyway."""
+        is_due = self.squeezed_at == NEVER or self.is_to_be_squeezed
+        return self.plan.on_pressure is not None and self.computed >= self.prompt_tokens and is_due
+
+    @property
+    def is_to_be_squeezed(self) -> bool:
+        """Read anew, it has come to where pages ran out."""
+        return self.calm is None and self.computed == self.squeezed_at
+
+    def squeeze(self, layout: PageLayout) -> None:
+        """From here on the plan for when pages run out rules."""
+        plan = self.plan.under_pressure
+        assert plan is not None
+        self.squeezed_at, self.drafted, self.calm = self.computed, 0, (self.plan, self.timeline)
+        self.plan, self.timeline = plan, Timeline.of(plan, self.prompt_tokens, layout)
+
+    def relax(self) -> None:
+        """The plan that ruled before `squeeze` rules again."""
+        if self.calm is not None:
+            (self.plan, self.timeline), self.calm = self.calm, None
+
     def stops_at(self, token: int, generated: int) -> bool:
         """Whether this token, the `generated`-th one, ends the text."""
         return token in self.sampling.stop_token_ids and generated >= self.sampling.min_tokens
@@ -157,6 +191,7 @@ class Sequence:
 
     def restart(self) -> None:
         """Forgets what was computed; the tokens stay."""
+        self.relax()
         self.slot = NO_SLOT
         self.computed = self.positions_known = self.turned_back = self.drafted = 0
         self.staging = Staging.begin(self.stage_bounds, self.prompt_tokens) if self.stage_bounds else None

@@ -132,6 +132,7 @@ class EngineCollector(Collector):
             ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache", stats.prefix_query_tokens_total),
             ("prefix_cache_hits", "Prompt tokens found in the prefix cache", stats.prefix_hit_tokens_total),
             ("num_preemptions", "Sequences put back for want of pages", stats.preemptions_total),
+            ("num_squeezes", "Sequences compressed further for want of pages", stats.squeezes_total),
             ("kv_evicted_tokens", "Lane tokens that policies evicted", stats.evicted_tokens_total),
             ("kv_freed_bytes", "Bytes that compression gave back", stats.freed_bytes_total),
             ("spec_decode_num_drafts", "Guesses that were verified", stats.drafts_total),

@@ -5,9 +5,11 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
+from winnow.engine.calibration.frontier import resolve_quality
 from winnow.engine.calibration.registry import check_profiles
+from winnow.engine.compression.maximum import Maximum
 from winnow.engine.compression.merge_plan import merge_schema
-from winnow.engine.compression.plan import FormatName, Maximum, Plan, evict_schema, plan_schema
+from winnow.engine.compression.plan import FormatName, Plan, evict_schema, plan_schema
 from winnow.engine.compression.profiles import PROFILES, load_profiles
 from winnow.engine.compression.prompt.plan import prompt_schema
 from winnow.engine.compression.read import read_schema
@@ -40,7 +42,10 @@ class Plans:
         Raises
             RequestError
         """
-        plan = Plan.resolve(asked, self.profiles, self.default, self.maximum)
+        named = Plan.resolve(asked, self.profiles, self.default, self.maximum)
+        plan = resolve_quality(named, info.frontier, model)
+        if plan is not named and self.maximum is not None:
+            self.maximum.check(plan)
         plan.sealed_format(PageFormat.parse(info.compute_format))
         check_profiles(plan, info.profiles, model)
         return plan

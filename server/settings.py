@@ -17,7 +17,7 @@ from pydantic_settings import (
 from pydantic_settings import SettingsError as SourceError
 from yaml import YAMLError
 
-from winnow.engine.compression.plan import Maximum
+from winnow.engine.compression.maximum import Maximum
 from winnow.engine.config import EngineSettings
 
 LogLevel = Literal["debug", "info", "warning", "error"]

@@ -69,6 +69,7 @@ def _kept(plan: dict[str, Any] | None, reports: list[CompressionReport]) -> dict
     said = {
         "plan": plan,
         "sequences": len(reports),
+        "squeezed": sum(report.squeezed_at is not None for report in reports),
         "tokens_seen": sum(report.tokens_seen for report in reports),
         "tokens_kept": {
             "min": sum(report.tokens_kept_min for report in reports),

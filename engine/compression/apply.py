@@ -95,20 +95,26 @@ class Compressor:
 
     def apply(self, seq: Sequence) -> None:
         """Compresses a sequence that stands at an event. OutOfPages leaves it untouched, to be tried again."""
+        distils = seq.distilled is not None and seq.computed == seq.prompt_tokens
+        evicts = not distils and seq.timeline.evicts_at(seq.computed)
+        self.compress(seq, seq.plan.evict if evicts else None, distils)
+
+    def compress(self, seq: Sequence, evict: Evict | None, distils: bool = False) -> None:
+        """Evicts or distils, if so told, and seals. OutOfPages leaves the sequence untouched."""
         slot, seen, arena = seq.slot, seq.computed, self._arena
         kept = arena.kept[slot]
         keep: Tensor | None = None
         change: Change | None = None
         count = kept
-        if seq.distilled is not None and seen == seq.prompt_tokens:
+        if distils:
+            assert seq.distilled is not None
             keep, count = self._distil(seq, seq.distilled)
-        elif seq.timeline.evicts_at(seen):
-            assert seq.plan.evict is not None
+        elif evict is not None:
             self.sync_positions(seq, seen)
-            index, counts, scores = self._choose(seq, seq.plan.evict)
+            index, counts, scores = self._choose(seq, evict)
             count = counts.numpy().astype(np.int32)
             if (count < kept).any():
-                keep, change = index, self._change(seq, seq.plan.evict, index, counts, scores)
+                keep, change = index, self._change(seq, evict, index, counts, scores)
         before = int(arena.columns[slot].sum())
         given_up = int(kept.flat[0]) - int(count.flat[0])
         self._rewrite(seq, keep, count, change)
@@ -219,22 +225,24 @@ class Compressor:
         """Moves the kept tokens (None: all) to where the plan wants them, and seals what is to be sealed."""
         arena, slot, fmt = self._arena, seq.slot, seq.timeline.fmt
         packed, open_ = arena.layout.capacity(fmt), arena.layout.page_tokens
-        is_sealing = fmt is not arena.layout.compute
+        is_sealing, was_fmt = fmt is not arena.layout.compute, PageFormat(arena.formats[slot])
+        was_packed = arena.layout.capacity(was_fmt)
         kept, old_sealed = arena.kept[slot].copy(), arena.sealed[slot].copy()
         evicted = int((kept - count).sum())
 
         # Leading tokens that stay where they are, and survivors in sealed pages.
         if keep is None:
-            same, in_sealed = count, np.minimum(count, old_sealed * packed)
+            same, in_sealed = count, np.minimum(count, old_sealed * was_packed)
         else:
             moves = keep.numpy()
             in_place = moves == np.arange(moves.shape[-1])
             same = np.logical_and.accumulate(in_place, -1).sum(-1, dtype=np.int32)
             if change is not None:  # any token of a lane that gives some up may change
                 same[count < kept] = 0
-            in_sealed = ((moves >= 0) & (moves < old_sealed[..., None] * packed)).sum(-1, dtype=np.int32)
+            in_sealed = ((moves >= 0) & (moves < old_sealed[..., None] * was_packed)).sum(-1, dtype=np.int32)
         if is_sealing:
-            start = np.minimum(same // packed, old_sealed)
+            # Pages of another format are all written anew.
+            start = np.minimum(same // packed, old_sealed) if fmt is was_fmt else np.zeros_like(old_sealed)
             # What was sealed once is not widened again, but for the rest that no longer fills a page.
             wanted = np.maximum((count - seq.plan.residual).clip(0) // packed, in_sealed // packed)
             sealed = np.maximum(start, wanted).astype(np.int32)
@@ -244,7 +252,9 @@ class Compressor:
             sealed = start  # to the kernel these are pages that stay; the table knows no sealed ones
             columns = -(-count // open_)
         start = start.astype(np.int32)
-        if keep is None and (not is_sealing or np.array_equal(sealed, old_sealed)):
+        stays = fmt is was_fmt or not old_sealed.any()
+        if keep is None and (not is_sealing or (stays and np.array_equal(sealed, old_sealed))):
+            arena.formats[slot] = fmt
             self._carry_side_state(seq, None, count)
             return
 
@@ -262,6 +272,7 @@ class Compressor:
         except Exception:  # the sequence is lost, its new pages need not be
             arena.release(fresh)
             raise
+        arena.formats[slot] = fmt
         arena.replace(slot, table, columns, count, sealed if is_sealing else np.zeros_like(sealed))
         self.freed.tokens += evicted
         self._carry_side_state(seq, keep, count)

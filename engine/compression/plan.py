@@ -12,162 +12,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from functools import cache, cached_property, reduce
+from functools import cached_property
 from hashlib import sha256
-from operator import or_
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from winnow.engine.compression.budget import MAX_TOKENS, Budget, is_everything, tokens_of
-from winnow.engine.compression.merge_plan import AnyMerge, merge_model
+from winnow.engine.compression.evict_plan import AnyEvict, Evict, evict_model
+from winnow.engine.compression.merge_plan import merge_model
+from winnow.engine.compression.part import FormatName, Part
 from winnow.engine.compression.plan_errors import explain
-from winnow.engine.compression.policy import PolicyParams, SetsBudgets, StagedPolicy
+from winnow.engine.compression.pressure_plan import OnPressure
 from winnow.engine.compression.prompt.plan import AnyPrompt, Prompt, prompt_model
 from winnow.engine.compression.read import AnyRead, Read, read_model
-from winnow.engine.compression.registry import EVICTION, MERGE, OWN_MERGE, PROMPT, READ, eviction_policy, merge_method
+from winnow.engine.compression.registry import EVICTION, MERGE, PROMPT, READ
 from winnow.engine.errors import PlanNotSupported, RequestError
 from winnow.kernels.layout import PageFormat
 
-FormatName = Literal["f32", "bf16", "int8", "int4", "int2", "fp8"]
-"""Labels of `PageFormat`"""
-
-
-class Part(BaseModel):
-    """Base of the plan's parts."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class Evict(PolicyParams):
-    """The knobs that all eviction policies have. An instance is of `evict_model(policy)`: it has the policy's own
-    knobs too, and is itself the `params` that the policy's methods take."""
-
-    policy: str
-    budget: Budget = Field(description="what a lane keeps: a fraction (0.25) of the tokens seen, or a count (1024)")
-    sinks: int = Field(4, ge=0, le=MAX_TOKENS, description="first tokens that are never evicted")
-    recent: int | None = Field(
-        None, ge=0, le=MAX_TOKENS, description="newest tokens that are never evicted; the policy's choice if unset"
-    )
-    during: Literal["prefill", "decode", "both"] = Field(
-        "prefill", description="evict once when the prompt is read, every `interval` generated tokens, or both"
-    )
-    interval: int = Field(32, ge=1, le=65536, description="generated tokens between evictions during decode")
-    head_budget: Literal["uniform", "adaptive"] = Field(
-        "uniform", description="each head keeps the same, or the heads of a layer compete for what they keep (AdaKV)"
-    )
-    layer_budget: Literal["uniform", "pyramid"] = Field(
-        "uniform", description="each layer keeps the same, or lower layers keep more (PyramidKV)"
-    )
-    merge: AnyMerge | None = Field(None, description="how evicted tokens are merged into kept ones; dropped if null")
-
-    @model_validator(mode="after")
-    def _interval_is_used(self) -> Evict:
-        if self.during == "prefill" and "interval" in self.model_fields_set:
-            raise PydanticCustomError(
-                "unused", "has no effect unless `during` is 'decode' or 'both'", {"at": "interval"}
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _merge_knows_the_scores(self) -> Evict:
-        if (
-            self.merge is not None
-            and not merge_method(self.merge.policy).signals <= eviction_policy(self.policy).signals
-        ):
-            raise PydanticCustomError(
-                "combination",
-                "'{method}' weighs tokens by attention, which '{policy}' does not look at",
-                {"at": "merge", "method": self.merge.policy, "policy": self.policy},
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _shares_are_used(self) -> Evict:
-        if isinstance(eviction_policy(self.policy), SetsBudgets):
-            for name in ("head_budget", "layer_budget"):
-                if getattr(self, name) != "uniform":
-                    why = f"has no effect: '{self.policy}' itself says what each head keeps"
-                    raise PydanticCustomError("unused", why, {"at": name})
-        return self
-
-    @model_validator(mode="after")
-    def _compact_positions_are_possible(self) -> Evict:
-        """Compact positions need lanes that all keep the same tokens, and no more than a window of them."""
-        if not self.is_compact:
-            if "block" in self.model_fields_set and hasattr(self, "positions"):
-                raise PydanticCustomError("unused", "has no effect unless `positions` is 'compact'", {"at": "block"})
-            return self
-        wanted = {"during": "both", "head_budget": "uniform", "layer_budget": "uniform"}
-        for name, value in wanted.items():
-            if getattr(self, name) != value:
-                raise PydanticCustomError(
-                    "combination", "compact positions need '{value}'", {"at": name, "value": value}
-                )
-        if isinstance(self.budget, float):
-            raise PydanticCustomError("combination", "compact positions need a count of tokens", {"at": "budget"})
-        return self
-
-    @property
-    def is_compact(self) -> bool:
-        """Tokens are placed where they stand in the cache, and the prompt is evicted block by block."""
-        return getattr(self, "positions", "original") == "compact"
-
-    @property
-    def block_tokens(self) -> int:
-        """Tokens of the prompt between two evictions; 0: it is evicted at its end only."""
-        return getattr(self, "block", 0) if self.is_compact else 0
-
-    @property
-    def keeps_all(self) -> bool:
-        return is_everything(self.budget)
-
-    def budget_tokens(self, seen: int) -> int:
-        """Tokens that a lane keeps of `seen`."""
-        return tokens_of(self.budget, seen)
-
-    def voters(self, seen: int) -> int | None:
-        """`EvictionPolicy.voters` of the plan's policy."""
-        return eviction_policy(self.policy).voters(self, seen)
-
-    def stage_bounds(self, layers: int) -> tuple[int, ...]:
-        """`Staging.bounds` of a policy that acts amid the prefill, () of all others; PlanNotSupported if the model is
-        not that deep."""
-        policy = eviction_policy(self.policy)
-        if not isinstance(policy, StagedPolicy):
-            return ()
-        chooses = policy.choosing_layer(self, layers)
-        if chooses >= layers - 1:
-            path = "compression.kv.evict.layer"
-            raise PlanNotSupported(path, f"{path}: the model's last layer is {layers - 1}, and one must be above this")
-        return 0, chooses + 1, layers
-
-    def recent_tokens(self, budget_tokens: int) -> int:
-        """Newest tokens to protect: the caller's number, or the policy's for this budget."""
-        if self.recent is not None:
-            return self.recent
-        return eviction_policy(self.policy).default_recent(self, budget_tokens)
-
-
-@cache
-def evict_model(name: str) -> type[Evict]:
-    """The model of `evict` for one policy: common knobs and its own, which therefore may not share a name."""
-    policy = eviction_policy(name)
-    doc = (type(policy).__doc__ or name).strip()
-    fields: dict[str, Any] = {"policy": (Literal[name], Field(description=doc))}
-    if name in OWN_MERGE:
-        method = OWN_MERGE[name]
-        text = f"how evicted tokens are merged into kept ones: as the paper does ('{method}') if unset, dropped if null"
-        fields["merge"] = (AnyMerge | None, Field(merge_model(method)(policy=method), description=text))
-    bases: Any = (Evict, policy.Params)
-    return cast(type[Evict], create_model(f"Evict_{name}", __base__=bases, __doc__=doc, **fields))
-
-
 if TYPE_CHECKING:
-    AnyEvict = Evict
-else:
-    AnyEvict = Annotated[reduce(or_, (evict_model(name) for name in EVICTION)), Field(discriminator="policy")]
+    from winnow.engine.compression.maximum import Maximum
 
 
 class KV(Part):
@@ -190,6 +54,33 @@ class Plan(Part):
 
     kv: KV = KV()
     prompt: AnyPrompt | None = Field(None, description="shortens what messages mark as context, before it is read")
+    on_pressure: OnPressure | None = Field(None, description="compression beyond `kv`, done when pages run out")
+
+    quality: float | None = Field(
+        None, gt=0, le=1, description="how often the likeliest token must be the uncompressed model's: chooses the plan"
+    )
+
+    @model_validator(mode="after")
+    def _parts_go_together(self) -> Plan:
+        if self.on_pressure is not None:
+            self.on_pressure.check_with(self.kv)
+        named = [name for name in type(self).model_fields if name != "quality" and name in self.model_fields_set]
+        if self.quality is not None and named:
+            why = f"chooses the plan itself; leave out '{named[0]}'"
+            raise PydanticCustomError("combination", why, {"at": "quality"})
+        return self
+
+    @cached_property
+    def under_pressure(self) -> Plan | None:
+        """The plan that rules from the moment when pages run out; None if the request gives nothing up."""
+        further = self.on_pressure
+        if further is None:
+            return None
+        changes: dict[str, Any] = {} if further.evict is None else {"evict": further.evict}
+        if further.format is not None:
+            changes |= {"format": further.format, "residual": further.residual}
+        kv = KV.model_construct(**(dict(self.kv) | changes))
+        return Plan.model_construct(**(dict(self) | {"kv": kv, "on_pressure": None}))
 
     @property
     def shortens(self) -> Prompt | None:
@@ -210,8 +101,9 @@ class Plan(Part):
 
     @property
     def is_off(self) -> bool:
-        """Neither shortens, nor evicts, nor names a format, nor reads a part: as if there were no plan."""
-        return self.shortens is None and self.evict is None and self.format is None and self.read is None
+        """Neither shortens, nor evicts, nor names a format, nor reads a part, nor will: as if there were no plan."""
+        does = (self.shortens, self.evict, self.format, self.read, self.on_pressure)
+        return all(part is None for part in does)
 
     @property
     def evicts_at_prefill_end(self) -> bool:
@@ -301,34 +193,6 @@ class Plan(Part):
         return plan
 
 
-class Maximum(Part):
-    """The most a request may hold on this server, as the operator writes it."""
-
-    budget: Budget | None = Field(None, description="largest eviction budget: a fraction or a count")
-    format: FormatName | None = Field(None, description="largest page format")
-
-    def check(self, plan: Plan, at: str = "compression") -> None:
-        """RequestError, naming the field and the limit, for a plan that may hold more.
-
-        A limit that is a fraction cannot be compared with a count of tokens, nor the other way round: such a plan is
-        refused. A plan that names no format holds f32.
-        """
-        if self.budget is not None:
-            unit = "fraction of the tokens" if isinstance(self.budget, float) else "number of tokens"
-            evict = plan.kv.evict
-            if evict is not None and isinstance(eviction_policy(evict.policy), SetsBudgets):
-                path = f"{at}.kv.evict.policy"
-                raise RequestError(path, f"{path} '{evict.policy}' keeps all of some heads, which this server forbids")
-            if evict is None or type(evict.budget) is not type(self.budget) or evict.budget > self.budget:
-                path = f"{at}.kv.evict.budget"
-                raise RequestError(path, f"{path} must be given, as a {unit} of at most {self.budget}, on this server")
-        if self.format is not None:
-            held = plan.format if plan.format is not None else PageFormat.F32
-            if held.bits > PageFormat.parse(self.format).bits:
-                path = f"{at}.kv.format"
-                raise RequestError(path, f"{path} must be given, as '{self.format}' or smaller, on this server")
-
-
 def evict_schema() -> dict[str, dict[str, Any]]:
     """JSON schema of `kv.evict` for each policy, by name."""
     return {name: evict_model(name).model_json_schema() for name in EVICTION}
@@ -354,7 +218,9 @@ def _fields(path: tuple[str, ...], policy: str | None) -> list[str]:
         return list(Plan.model_fields)
     if path == ("kv",):
         return list(KV.model_fields)
-    if path == ("kv", "evict", "merge"):
+    if path == ("on_pressure",):
+        return list(OnPressure.model_fields)
+    if path[-1] == "merge":
         return list(merge_model(policy or next(iter(MERGE))).model_fields)
     if path == ("prompt",):
         return list(prompt_model(policy or next(iter(PROMPT))).model_fields)

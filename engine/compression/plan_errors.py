@@ -36,6 +36,8 @@ UNIONS: dict[tuple[str, ...], str] = {
     ("kv", "evict", "merge"): ", ".join(MERGE),
     ("prompt",): ", ".join(PROMPT),
     ("kv", "read"): ", ".join(READ),
+    ("on_pressure", "evict"): ", ".join(EVICTION),
+    ("on_pressure", "evict", "merge"): ", ".join(MERGE),
 }
 """Objects whose "policy" says what else they hold, and its known values. Pydantic names the policy in its paths."""
 

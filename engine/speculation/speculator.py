@@ -140,7 +140,7 @@ def _room(seq: Sequence) -> int:
     assert seq.speculation is not None
     behind = seq.computed + 1
     unsaid = seq.sampling.max_tokens - seq.generated - 1
-    event = min(seq.timeline.chunk_end(seq.computed), seq.vote_start)
+    event = min(seq.chunk_end, seq.vote_start)
     return max(0, min(seq.speculation.tokens, unsaid, event - behind))
 
 

@@ -40,10 +40,12 @@ class ShortenedPrompt(Part):
 
 
 class Compression(Part):
-    """What was kept, measured from pages. Each number is the sum over the request's sequences (prompts times n)."""
+    """What was kept, measured from pages. Each number is the sum over the request's sequences (prompts times n), of
+    which `squeezed` were compressed as `plan.on_pressure` says."""
 
     plan: dict[str, Any] | None
     sequences: int
+    squeezed: int
     tokens_seen: int
     tokens_kept: TokensKept
     bytes_uncompressed: int

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from winnow.engine.compression.plan import MAX_TOKENS, Maximum, Plan, plan_schema
+from winnow.engine.compression.budget import MAX_TOKENS
+from winnow.engine.compression.maximum import Maximum
+from winnow.engine.compression.plan import Plan, plan_schema
 from winnow.engine.compression.registry import EVICTION, MERGE, PROMPT, READ
 from winnow.engine.errors import PlanNotSupported, RequestError
 from winnow.kernels.layout import PageFormat
@@ -82,7 +84,7 @@ NO_BUDGET = "must be a fraction in (0, 1] or a count of tokens from 1 to 1000000
     [
         ([], "", "must be an object"),
         (None, "", "must be an object"),
-        ({"kw": {}}, ".kw", "is not a known field; known here: kv, prompt"),
+        ({"kw": {}}, ".kw", "is not a known field; known here: kv, prompt, on_pressure, quality"),
         ({"kv": None}, ".kv", "must be an object, not null"),
         ({"kv": 3}, ".kv", "must be an object, not 3"),
         ({"kv": {"evicted": {}}}, ".kv.evicted", "is not a known field; known here: evict, format, residual, read"),

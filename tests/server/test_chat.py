@@ -142,6 +142,7 @@ async def test_compression_is_reported(http: httpx.AsyncClient, engine: FakeEngi
     assert described["kv"]["format"] == "int4"
     assert described["kv"]["evict"]["sinks"] == 4  # defaults are spelled out
     assert report == {
+        "squeezed": 0,
         "sequences": 1,
         "tokens_seen": 100,
         "tokens_kept": {"min": 20, "mean": 25.5, "max": 40},

@@ -1,0 +1,60 @@
+"""What an engine says of itself: to the server, and through it to metrics."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from winnow.engine.messages import EngineInfo, EngineStats
+
+if TYPE_CHECKING:
+    from winnow.engine.engine import Engine
+
+
+def info_of(engine: Engine) -> EngineInfo:
+    """What does not change while the engine lives."""
+    layout = engine.arena.layout
+    return EngineInfo(
+        model=engine.name,
+        max_model_len=engine.max_model_len,
+        vocab_size=engine.config.vocab_size,
+        layers=engine.config.layers,
+        kv_heads=engine.config.kv_heads,
+        head_dim=engine.config.head_dim,
+        compute_format=layout.compute.label,
+        page_bytes=layout.page_bytes,
+        total_pages=engine.arena.total,
+        weights=engine.settings.weights,
+        profiles=tuple(sorted(engine.profiles)),
+        frontier=engine.frontier,
+        missing_policies=engine.shortener.missing,
+        max_stream_len=max(engine.max_model_len, engine.settings.max_stream_len),
+        has_windows=engine.has_windows,
+    )
+
+
+def stats_of(engine: Engine) -> EngineStats:
+    """What it has done, and what it holds now."""
+    counters, freed, drafts = engine.scheduler.counters, engine.compressor.freed, engine.speculator.counters
+    cached = 0 if engine.cache is None else engine.cache.reclaimable()
+    return EngineStats(
+        running=len(engine.scheduler.running),
+        waiting=len(engine.scheduler.waiting),
+        waiting_tokens=sum(seq.length for seq in engine.scheduler.waiting),
+        pages_free=engine.arena.free_count,
+        pages_cached=cached,
+        pages_total=engine.arena.total,
+        prompt_tokens_total=engine.totals.prompt_tokens,
+        generated_tokens_total=engine.totals.generated_tokens,
+        prefix_hit_tokens_total=counters.hit_tokens,
+        prefix_query_tokens_total=counters.queried_tokens,
+        preemptions_total=counters.preemptions,
+        evicted_tokens_total=engine.compressor.freed.tokens,
+        freed_bytes_total=freed.bytes,
+        squeezes_total=engine.pressure.squeezes,
+        drafts_total=drafts.drafts,
+        draft_tokens_total=drafts.draft_tokens,
+        accepted_tokens_total=drafts.accepted_tokens,
+        accepted_tokens_by_place=drafts.accepted_at,
+        steps_total=engine.totals.steps,
+        step_seconds_total=engine.totals.step_seconds,
+    )
