@@ -72,7 +72,13 @@ METHODS: dict[str, Method] = {
         note="another rule: h2o sums the attention that a token received and protects the newest half, as its paper "
         "says; ObservedAttention divides by the number of queries that could see the token and protects none",
     ),
-    "lagkv": Method("lagkv", {}, "LagKVPress", note=SAME),
+    "lagkv": Method(
+        "lagkv",
+        {},
+        "LagKVPress",
+        note="same rule; ranks are equal between partitions, and of equals at the threshold the earlier stays here, "
+        "whichever topk likes there",
+    ),
     "expected_attention": Method("expected_attention", {}, "ExpectedAttentionPress", note=SAME),
 }
 
