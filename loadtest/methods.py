@@ -12,7 +12,16 @@ from typing import Annotated, Any
 
 import typer
 
-from winnow.engine.compression.registry import EVICTION, MERGE, PROMPT, eviction_policy, merge_method, prompt_policy
+from winnow.engine.compression.registry import (
+    EVICTION,
+    MERGE,
+    PROMPT,
+    READ,
+    eviction_policy,
+    merge_method,
+    prompt_policy,
+    read_policy,
+)
 from winnow.engine.evaluation.plans import FORMATS, MERGED, OFF
 from winnow.engine.evaluation.result import Result, write_text
 
@@ -33,6 +42,9 @@ def methods(result: Result) -> str:
         "between the two, and the bytes held, of those under no plan.",
         *_table("Eviction: `kv.evict`, frees pages", HEAD, _evictions(result)),
         *_table("Merging what was evicted: `kv.evict.merge`", (*HEAD[:3], f"with {MERGED}"), _merges(result)),
+        *_table(
+            "Reading a part: `kv.read`, frees nothing", (*HEAD[:2], "a quarter of the tokens", "reads"), _reads(result)
+        ),
         *_table("Page formats: `kv.format`", ("format", "measured"), _formats(result)),
         *_table("Prompts: `prompt`, shortens what is marked as context", HEAD[:2], _prompts()),
     ]
@@ -50,6 +62,14 @@ def _merges(result: Result) -> Iterator[tuple[str, ...]]:
     for name in MERGE:
         method = merge_method(name)
         yield f"`{name}`", _first_line(method), _signals(method), _measured(result, f"{MERGED}:merge={name}")
+
+
+def _reads(result: Result) -> Iterator[tuple[str, ...]]:
+    for name in READ:
+        plan = f"{name}:tokens={BUDGETS[-1]}"
+        read = result.mean(plan, "read", "text")
+        share = "not measured" if read is None else f"{read.value:.0%} of the bytes"
+        yield f"`{name}`", _first_line(read_policy(name)), _measured(result, plan), share
 
 
 def _formats(result: Result) -> Iterator[tuple[str, ...]]:

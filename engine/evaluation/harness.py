@@ -148,4 +148,5 @@ class Harness:
 
 
 def _memory(answer: Answer) -> dict[str, float]:
-    return {"held_mib": answer.held / 2**20, "held": answer.share}
+    read = {} if answer.read is None else {"read": answer.read}
+    return {"held_mib": answer.held / 2**20, "held": answer.share, **read}

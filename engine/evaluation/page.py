@@ -109,7 +109,7 @@ def _lines(result: Result, measure: str, protocol: str | None) -> list[Line]:
 def _text_table(result: Result) -> list[str]:
     rows = []
     for name in result.measured_plans:
-        means = {m: result.mean(name, m, TEXT) for m in ("held", "held_mib", "kl", "agreement", "loss")}
+        means = {m: result.mean(name, m, TEXT) for m in ("held", "held_mib", "read", "kl", "agreement", "loss")}
         if means["kl"] is not None:
             rows.append(
                 _row(
@@ -117,6 +117,7 @@ def _text_table(result: Result) -> list[str]:
                     [
                         percent(means["held"]),
                         number(means["held_mib"], 1),
+                        percent(means["read"]),
                         with_error(means["kl"], digits=4),
                         with_error(means["agreement"], 100, 1),
                         with_error(means["loss"], digits=4),
@@ -125,11 +126,12 @@ def _text_table(result: Result) -> list[str]:
             )
     if not rows:
         return []
-    head = ["held", "MiB", "KL, nats", "agreement, %", "loss, nats"]
+    head = ["held", "MiB", "read", "KL, nats", "agreement, %", "loss, nats"]
     note = (
         "KL: from the uncompressed model's distribution of the next token to the plan's. Agreement: how often both "
         "find the same token likeliest. Loss: of the plan on what the text says. The tokens are the text's own, "
-        "whatever the model would have said, and were read after the context was compressed."
+        "whatever the model would have said, and were read after the context was compressed. Read: bytes that their "
+        "attention read, of those under no plan, for plans that read a part of what is held."
     )
     return ["<h2>Real text</h2>", f"<p>{note}</p>", *_table(head, rows)]
 

@@ -14,9 +14,8 @@ from typing import Any, get_args
 
 import yaml
 
-from winnow.engine.compression import registry
 from winnow.engine.compression.plan import FormatName, Plan
-from winnow.engine.compression.registry import EVICTION, MERGE
+from winnow.engine.compression.registry import EVICTION, MERGE, READ
 from winnow.engine.errors import EvalError, RequestError
 
 Plans = dict[str, dict[str, Any]]
@@ -31,7 +30,7 @@ CONTROLS = ("random", "streaming_llm")
 BUDGETS = (0.5, 0.25)
 MERGED = "h2o:0.25"
 FORMATS = ("int8", "int4", "int2", "fp8")
-OTHERS = {name: part for part in ("read", "mix") for name in getattr(registry, part.upper(), ())}
+OTHERS = dict.fromkeys(READ, "read")
 """The part of `kv` that a policy belongs to"""
 COMPOSED = ("snapkv:0.25:adaptive", "snapkv:0.25:pyramid", "snapkv:0.5+int8", "snapkv:0.25+int4")
 
@@ -44,11 +43,12 @@ _OPTIONS = {
 
 
 def default_plans(budgets: Iterable[float] = BUDGETS) -> list[str]:
-    """Every eviction policy there is at these budgets, the formats, the other policies of `kv` as they are by default,
-    the merging of what was evicted, and some of these together."""
+    """Every policy of eviction and of reading at these budgets, the formats, the merging of what was evicted, and some
+    of these together."""
     evictions = [f"{policy}:{budget}" for policy in EVICTION for budget in budgets]
     merges = [f"{MERGED}:merge={method}" for method in MERGE]
-    return [*FORMATS, *evictions, *OTHERS, *merges, *COMPOSED]
+    reads = [f"{policy}:tokens={budget}" for policy in READ for budget in budgets]
+    return [*FORMATS, *evictions, *reads, *merges, *COMPOSED]
 
 
 def read_plans(text: str, budgets: Iterable[float] = BUDGETS) -> Plans:

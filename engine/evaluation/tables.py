@@ -23,17 +23,18 @@ def show(result: Result, console: Console) -> None:
 def _text(result: Result) -> Table:
     length = next(cell.length for cell in result.values if cell.part == TEXT)
     table = _table(f"Real text after {length} tokens, against the uncompressed model")
-    for title in ("held", "MiB", "KL, nats", "agreement, %", "loss, nats"):
+    for title in ("held", "MiB", "read", "KL, nats", "agreement, %", "loss, nats"):
         table.add_column(title, justify="right")
     for name in result.measured_plans:
-        held, mib, kl, agreement, loss = (
-            result.mean(name, measure, TEXT) for measure in ("held", "held_mib", "kl", "agreement", "loss")
+        held, mib, read, kl, agreement, loss = (
+            result.mean(name, measure, TEXT) for measure in ("held", "held_mib", "read", "kl", "agreement", "loss")
         )
         if kl is not None:
             table.add_row(
                 name,
                 percent(held),
                 number(mib, 1),
+                percent(read),
                 with_error(kl),
                 with_error(agreement, scale=100, digits=1),
                 with_error(loss),

@@ -42,9 +42,11 @@ class Answer:
     foretold: Foretold | None
     """Of the forced tokens but the first, which the model foretells before its memory is compressed"""
     held: int
-    """Bytes of the request's pages at its end"""
+    """Bytes of the request's pages at its end, and of what is kept beside them to choose what is read"""
     uncompressed: int
     """Bytes of the same tokens under no plan"""
+    read: float | None = None
+    """Share of the bytes that generated tokens would read under no plan; None where they read all that is held"""
 
     @property
     def share(self) -> float:
@@ -117,6 +119,8 @@ class EngineTarget:
             foretold = None
             if ask.foretells:
                 foretold = Whole(np.concatenate(shown[str(i)])[1:], np.array(ask.forced[1:]))
-            return Answer(self._tokenizer.decode(tokens, False), foretold, report.bytes_held, report.bytes_uncompressed)
+            held = report.bytes_held + report.bytes_beside
+            read = report.bytes_read / report.bytes_read_dense if report.bytes_read_dense else None
+            return Answer(self._tokenizer.decode(tokens, False), foretold, held, report.bytes_uncompressed, read)
 
         return [answer(i, ask) for i, ask in enumerate(asks)]

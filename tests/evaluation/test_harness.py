@@ -27,7 +27,7 @@ from winnow.server.cli import app
 
 from ..contract.serving import KEY, serving
 
-PLANS = read_plans("snapkv:0.5,h2o:0.25+int4,streaming_llm:1.0")
+PLANS = read_plans("snapkv:0.5,h2o:0.25+int4,streaming_llm:1.0,quest:tokens=64")
 TEXT_OF_ALL = " ".join(f"The {i}th sentence says a little of this and that, as others do." for i in range(300))
 SCOPE = Scope(("niah_single", "qa"), (400,), 2, text_prompts=2, text_context=200, text_new=20)
 
@@ -67,6 +67,12 @@ def test_what_keeps_less_is_not(result: Result) -> None:
     assert max(half["held"]) < 0.7
     assert max(least["held"]) < 0.4
     assert np.mean(least["kl"]) > np.mean(half["kl"])
+
+
+def test_what_reads_a_part_holds_all(result: Result) -> None:
+    cell = result.values[Cell("quest:tokens=64", TEXT, 200, "")]
+    assert max(cell["read"]) < 0.9
+    assert min(cell["held"]) >= 1
 
 
 def test_the_same_numbers_again(result: Result, target: KeptTarget) -> None:
