@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,7 +18,7 @@ from winnow.engine.errors import EvalError
 from winnow.engine.evaluation.facts import facts
 from winnow.engine.evaluation.harness import PROTOCOLS, Harness, Protocol, Scope
 from winnow.engine.evaluation.page import page
-from winnow.engine.evaluation.plans import check, read_plans
+from winnow.engine.evaluation.plans import Plans, check, read_plans
 from winnow.engine.evaluation.result import Result, write_text
 from winnow.engine.evaluation.server import ServerTarget
 from winnow.engine.evaluation.tables import show
@@ -44,6 +45,7 @@ class Options:
     model: str
     weights: str
     against_f32: bool
+    extend: bool
     url: str | None
     kvpress: Path | None
     threads: int | None
@@ -82,7 +84,10 @@ def run_plans(options: Options, console: Console) -> list[Path]:
     with console.status("loading the model") if console.is_terminal else nullcontext():
         target = _target(options)
     about: dict[str, Any] = {"model": options.url or options.model, "weights": target.weights, "text": digest(text)}
+    about["scope"] = json.loads(json.dumps(asdict(scope)))
     result = Result(options.name, facts() | about, plans)
+    if options.extend:
+        result, plans = _extended(options.out / f"{options.name}.json", about, plans)
 
     def save() -> None:
         result.write(options.out)
@@ -102,9 +107,24 @@ def run_plans(options: Options, console: Console) -> list[Path]:
             harness.compare_weights(exact, scope, lambda what: progress.update(bar, description=what))
         harness.run(scope, say, save)
         progress.update(bar, description="done", completed=scope.units)
-        result.facts["seconds"] = round(progress.tasks[0].elapsed or 0.0)
+        result.facts["seconds"] = result.facts.get("seconds", 0) + round(progress.tasks[0].elapsed or 0.0)
     show(result, console)
     return [result.write(options.out), write_text(options.out / f"{options.name}.html", page(result))]
+
+
+def _extended(path: Path, about: dict[str, Any], plans: Plans) -> tuple[Result, Plans]:
+    """The result at `path` if it was measured alike, and which of the plans it lacks."""
+    try:
+        result = Result.from_dict(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, LookupError) as error:
+        raise EvalError(f"--extend: {path} cannot be read: {error}") from error
+    for name, value in about.items():
+        if result.facts.get(name) != value:
+            raise EvalError(f"--extend: {path} was measured with another {name}: {result.facts.get(name)}, not {value}")
+    known = set(result.measured_plans)
+    plans = {name: plan for name, plan in plans.items() if name not in known}
+    result.plans |= plans
+    return result, plans
 
 
 def run_parity(options: Options, python: Path, console: Console) -> list[Path]:

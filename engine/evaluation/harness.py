@@ -54,11 +54,13 @@ class Scope:
 
 
 class Harness:
-    """Measures plans on one target. The uncompressed model is asked first: it leaves its prefix to the others."""
+    """Measures plans on one target. The uncompressed model is asked first: it leaves its prefix to the others, and is
+    noted in a result that has nothing of it yet."""
 
     def __init__(self, target: Target, text: str, plans: Plans, result: Result):
         self._target = target
         self._plans = {name: plan for name, plan in plans.items() if name != OFF}
+        self._notes_off = OFF not in {cell.plan for cell in result.values}
         self._result = result
         self._book = PromptBook(target.encode, text)
         self._haystack = Haystack(text, target.encode)
@@ -102,7 +104,8 @@ class Harness:
         for (name, _), answer in self._compressed([((name, TEXT), ask(plan)) for name, plan in self._plans.items()]):
             assert answer.foretold is not None
             self._note_text(name, len(context), exact, answer)
-        self._note_text(OFF, len(context), exact, exact)
+        if self._notes_off:
+            self._note_text(OFF, len(context), exact, exact)
 
     def _note_text(self, name: str, length: int, exact: Answer, answer: Answer) -> None:
         assert exact.foretold is not None and answer.foretold is not None
@@ -120,7 +123,7 @@ class Harness:
             "query-aware": lambda plan: Ask(context + question[:-1], plan, question[-1:], new),
         }
         exact = self._uncompressed(asks["query-agnostic"]({}))
-        for protocol in protocols:
+        for protocol in protocols if self._notes_off else ():
             self._result.add(OFF, task, length, protocol, score=one.score(exact.text), **_memory(exact))
         for protocol in protocols:
             wanted: list[tuple[Key, Ask]] = [

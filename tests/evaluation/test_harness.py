@@ -27,7 +27,7 @@ from winnow.server.cli import app
 
 from ..contract.serving import KEY, serving
 
-PLANS = read_plans("snapkv:0.5,h2o:0.25+int4,streaming_llm:1.0,quest:tokens=64")
+PLANS = read_plans("snapkv:0.5,h2o:0.25+int4,streaming_llm:1.0,quest:tokens=64:dense_layers=0")
 TEXT_OF_ALL = " ".join(f"The {i}th sentence says a little of this and that, as others do." for i in range(300))
 SCOPE = Scope(("niah_single", "qa"), (400,), 2, text_prompts=2, text_context=200, text_new=20)
 
@@ -70,7 +70,7 @@ def test_what_keeps_less_is_not(result: Result) -> None:
 
 
 def test_what_reads_a_part_holds_all(result: Result) -> None:
-    cell = result.values[Cell("quest:tokens=64", TEXT, 200, "")]
+    cell = result.values[Cell("quest:tokens=64:dense_layers=0", TEXT, 200, "")]
     assert max(cell["read"]) < 0.9
     assert min(cell["held"]) >= 1
 
@@ -212,6 +212,17 @@ def test_the_command(tiny_folder: Path, tmp_path: Path) -> None:
     data = json.loads((tmp_path / "mine.json").read_text("utf-8"))
     assert set(data["plans"]) == {OFF, "knorm:0.5", "random:0.5", "streaming_llm:0.5"}
     assert data["cells"] and data["seconds"] >= 0
+
+    arguments = ["eval", "--tasks=variables", *sizes, *model, f"--out={tmp_path}", "--name=mine"]
+    done = CliRunner().invoke(app, [*arguments, "--plans=knorm:0.5,int8", "--extend"])
+    assert done.exit_code == 0, done.output
+    more = json.loads((tmp_path / "mine.json").read_text("utf-8"))
+    assert more["cells"][: len(data["cells"])] == data["cells"]
+    assert {cell["plan"] for cell in more["cells"][len(data["cells"]) :]} == {"int8"}
+    assert (tmp_path / "mine.html").read_text("utf-8").count("int8") > 1
+    other = CliRunner().invoke(app, [*arguments, "--plans=int4", "--extend", "--text-new=9"])
+    assert other.exit_code == 2
+    assert "another scope" in other.output
 
 
 @pytest.mark.parametrize(
