@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from winnow.engine.errors import EvalError, RequestError
+from winnow.engine.errors import RequestError
 from winnow.engine.evaluation.measures import Foretold, Whole, log_softmax
 
 SEED = 1
@@ -62,7 +62,7 @@ class Target(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
     def ask(self, asks: Sequence[Ask]) -> list[Answer | RequestError]:
-        """All of them at once; a RequestError stands for each that is refused."""
+        """All of them at once; a RequestError stands for each that is refused or fails."""
 
 
 class EngineTarget:
@@ -105,8 +105,8 @@ class EngineTarget:
         while not self.engine.is_idle:
             for output in self.engine.step():
                 if isinstance(output, Rejected):
-                    raise EvalError(f"the engine gave a request up: {output.message}")
-                if isinstance(output, Output):
+                    refused[output.request_id] = RequestError(output.param, output.message)
+                elif isinstance(output, Output):
                     outputs[output.request_id].append(output)
 
         def answer(i: int, ask: Ask) -> Answer | RequestError:

@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from winnow.engine.compression.registry import eviction_policy
 from winnow.engine.errors import EvalError, RequestError
 from winnow.engine.evaluation.harness import PROTOCOLS, TEXT, Harness, Scope
 from winnow.engine.evaluation.page import page
@@ -242,3 +243,13 @@ def test_wrong_options(option: str, why: str, tmp_path: Path) -> None:
     assert done.exit_code == 2
     assert why in done.output
     assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_that_fails_stops_nobody_else(target: KeptTarget, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("it cannot count")
+
+    monkeypatch.setattr(eviction_policy("knorm"), "score", fail, raising=False)
+    result = measure(target, replace(SCOPE, tasks=()), read_plans("knorm:0.5,tova:0.5"))
+    assert "failed to compress" in result.refused["knorm:0.5"]
+    assert "tova:0.5" in result.measured_plans
