@@ -44,6 +44,10 @@ def _card(service: Service, name: str) -> dict[str, Any]:
             "page_tokens": service.settings.page_tokens,
             "total_pages": info.total_pages,
         },
-        "compression": service.plans.catalogue | {"calibrated": list(info.profiles) if info else None},
+        "compression": service.plans.catalogue
+        | {
+            "calibrated": list(info.profiles) if info else None,
+            "missing": info.missing_policies if info else None,
+        },
         "speculative": service.speculations.catalogue,
     }

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 from openai import OpenAI
 
+from ..prompt.encoders import random_classifier, random_sentence_encoder
 from .serving import KEY, PATIENCE_S, Serving, serving
 
 
@@ -15,7 +16,11 @@ def anyio_backend() -> str:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    with serving(tmp_path_factory.mktemp("server"), "--kv-memory-gib", "1") as running:
+    folder = tmp_path_factory.mktemp("server")
+    options = ["--kv-memory-gib", "1"]
+    options += ["--embedding-model", str(random_sentence_encoder(folder / "sentences"))]
+    options += ["--llmlingua2-model", str(random_classifier("bert", folder / "classifier"))]
+    with serving(folder, *options) as running:
         yield running
 
 

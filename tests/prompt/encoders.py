@@ -56,6 +56,7 @@ def _save(tokenizer: Tokenizer, path: Path, **special: str) -> None:
 
 def random_sentence_encoder(path: Path) -> Path:
     """As sentence-transformers saves one: all-MiniLM-L6-v2 is such a directory."""
+    path.mkdir(exist_ok=True)
     size = _word_piece(path)
     torch.manual_seed(0)
     BertModel(BertConfig(vocab_size=size, **SIZES)).save_pretrained(path)
@@ -67,6 +68,7 @@ def random_sentence_encoder(path: Path) -> Path:
 
 
 def random_classifier(family: str, path: Path) -> Path:
+    path.mkdir(exist_ok=True)
     torch.manual_seed(1)
     if family == "bert":
         sizes = SIZES | {"max_position_embeddings": LONGEST}

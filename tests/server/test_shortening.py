@@ -216,11 +216,15 @@ async def test_an_engine_that_cannot(
     assert not engine.submits
 
 
-async def test_the_catalogue(http: httpx.AsyncClient) -> None:
+async def test_the_catalogue(http: httpx.AsyncClient, engine: FakeEngine) -> None:
+    assert engine.info is not None
+    missing = {"llmlingua2": "there is no classifier"}
+    engine.info = msgspec.structs.replace(engine.info, missing_policies=missing)
     compression = (await http.get("/v1/models/default")).json()["compression"]
     assert set(compression["prompt"]) == set(PROMPT)
     assert compression["prompt"]["spec_pc"]["properties"]["pool"]["default"] == 64
     assert compression["schema"]["properties"]["prompt"]
+    assert compression["missing"] == missing
 
 
 # Marks --------------------------------------------------------------------------------------------------------------
