@@ -18,7 +18,7 @@ import msgspec
 
 from winnow.engine.calibration.store import PACKAGED, VERSION, cache_folder, weights_hash
 from winnow.engine.compression.plan import Plan
-from winnow.engine.errors import PlanNotSupported
+from winnow.engine.errors import PlanNotSupported, RequestError
 from winnow.engine.messages import FrontierPoint
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def load_frontier(path: Path, folders: Sequence[Path] | None = None) -> tuple[Fr
             for point in frontier.points:
                 Plan.parse(point.plan)
             points = frontier.points
-        except (OSError, ValueError, msgspec.MsgspecError, PlanNotSupported) as error:
+        except (OSError, ValueError, msgspec.MsgspecError, RequestError) as error:
             log.warning("%s is not used: %s", file, error)
     return points
 

@@ -13,17 +13,19 @@ from winnow.engine.messages import FrontierPoint
 PLANS = (
     "int8",
     "int4",
-    "snapkv:0.75:adaptive",
-    "snapkv:0.75:adaptive+int8",
-    "snapkv:0.5:adaptive",
-    "snapkv:0.5:adaptive+int8",
+    "fp8",
+    "int2",
+    *(f"snapkv:{budget}:adaptive+int8" for budget in (0.9, 0.75, 0.5, 0.25, 0.1)),
     "snapkv:0.5:adaptive+int4",
-    "snapkv:0.25:adaptive+int8",
-    "snapkv:0.25:adaptive+int4",
-    "snapkv:0.1:adaptive+int4",
+    "h2o:0.5+int8",
+    "h2o:0.25+int8",
+    "tri_attention:0.5+int8",
+    "razor_attention:0.5+int8",
+    "razor_attention:0.25+int8",
     "streaming_llm:0.5+int8",
+    "streaming_llm:0.25+int8",
 )
-"""Written as for `winnow eval`: formats, and an eviction that is good at text with and without them"""
+"""Written as for `winnow eval`: formats alone, and evictions in the one that costs least quality"""
 
 CONTEXT, NEW = 1024, 64
 
@@ -43,7 +45,7 @@ def measure(
     Args
         advance: told (prompts read, prompts in all) before each and after the last
     """
-    plans = plans if plans is not None else {name: read_plan(name) for name in PLANS}
+    plans = {OFF: {}} | (plans if plans is not None else {name: read_plan(name) for name in PLANS})
     result, begun = Result("frontier", {}, plans), 0
 
     def say(what: str) -> None:
@@ -58,6 +60,5 @@ def measure(
     for name in result.measured_plans:
         agreement, held = result.mean(name, "agreement"), result.mean(name, "held")
         assert agreement is not None and held is not None
-        plan = {} if name == OFF else plans[name]
-        points.append(FrontierPoint(name, plan, agreement.value, agreement.error or 0.0, held.value))
+        points.append(FrontierPoint(name, plans[name], agreement.value, agreement.error or 0.0, held.value))
     return points

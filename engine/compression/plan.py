@@ -2,7 +2,10 @@
 
     {"kv": {"evict": {"policy": "snapkv", "budget": 0.25, "sinks": 4, "recent": 64, "window": 32},
             "format": "int4", "residual": 32},
-     "prompt": {"policy": "selective", "keep": 0.5}}
+     "prompt": {"policy": "selective", "keep": 0.5},
+     "on_pressure": {"format": "int4", "residual": 0}}
+
+or, alone, {"quality": 0.98}: the cheapest plan that was measured to hold it on the loaded model.
 
 A policy's own knobs stand flat beside the common ones. Whatever is unknown, out of range or without effect is refused
 with the JSON path of the field. `{}` is the plan that compresses nothing.

@@ -10,7 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from winnow.engine.compression.registry import EVICTION, MERGE
-from winnow.engine.messages import EngineStats
+from winnow.engine.messages import EngineStats, FrontierPoint
 from winnow.engine.models.tokenizer import Tokenizer
 from winnow.server import __version__
 
@@ -52,6 +52,26 @@ async def test_a_method_whose_profile_is_missing(http: httpx.AsyncClient, engine
     assert engine.submits[0].plan["kv"]["evict"] == evict
     card = (await http.get("/v1/models/default")).json()
     assert card["compression"]["calibrated"] == ["tri_attention"]
+
+
+async def test_a_quality_instead_of_a_plan(connect: Connect, engine: FakeEngine) -> None:
+    """The answer says which plan it became; a server's maximum holds for that one."""
+    request = {"messages": HELLO, "compression": {"quality": 0.9}}
+    int8 = {"kv": {"format": "int8"}}
+    async with connect(max_compression={"format": "int8"}, compression=int8) as http:
+        answer = await http.post("/v1/chat/completions", json=request)
+        assert answer.status_code == 400
+        assert "`winnow calibrate --model default --frontier`" in answer.json()["error"]["message"]
+        assert engine.info is not None
+        points = (FrontierPoint("off", {}, 1.0, 0.0, 1.0), FrontierPoint("int8", int8, 0.98, 0.01, 0.3))
+        engine.info = msgspec.structs.replace(engine.info, frontier=points)
+        answer = await http.post("/v1/chat/completions", json=request)
+        assert answer.status_code == 200
+        assert engine.submits[-1].plan == int8
+        assert answer.json()["usage"]["compression"]["plan"]["kv"]["format"] == "int8"
+        answer = await http.post("/v1/chat/completions", json=request | {"compression": {"quality": 0.99}})
+        assert answer.status_code == 400  # only the uncompressed model is that good
+        assert answer.json()["error"]["param"] == "compression.kv.format"
 
 
 async def test_one_model(connect: Connect) -> None:
