@@ -1,0 +1,102 @@
+"""What is deployed is what the checkers of its own field accept, and what the server really is."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_client import generate_latest
+
+from winnow.engine.models.tokenizer import load_tokenizer
+from winnow.server.metrics import Metrics
+from winnow.server.settings import Settings, load
+
+from ..server.fake_engine import FakeEngine
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy"
+BIN = Path(sys.executable).parent
+
+
+def run(*command: str | Path) -> None:
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def manifests() -> dict[str, Any]:
+    return {part["kind"]: part for part in yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text())}
+
+
+def test_the_dockerfile_is_clean() -> None:
+    run(BIN / "hadolint", "Dockerfile")
+
+
+def test_the_image_has_what_it_copies() -> None:
+    """What the Dockerfile copies exists, and .dockerignore lets it in."""
+    let_in = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    copied = set()
+    for line in (ROOT / "Dockerfile").read_text().splitlines():
+        if line.startswith("COPY") and "--from" not in line:
+            copied |= set(line.split()[1:-1])
+    assert copied == let_in
+    assert all((ROOT / name).exists() for name in copied)
+
+
+def test_compose_is_valid() -> None:
+    run(BIN / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", "deploy/compose.yaml")
+    for service in yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"].values():
+        for volume in service.get("volumes", ()):
+            source = volume.split(":")[0]
+            assert not source.startswith(".") or (DEPLOY / source).exists(), source
+
+
+def test_the_kubernetes_manifest_is_valid() -> None:
+    run(BIN / "kubernetes-validate", "--strict", "deploy/kubernetes.yaml")
+
+
+def test_the_pod_asks_for_probes_that_exist_and_waits_for_the_drain(tmp_path: Path) -> None:
+    parts = manifests()
+    pod = parts["Deployment"]["spec"]["template"]["spec"]
+    container = pod["containers"][0]
+    (tmp_path / "server.yaml").write_text(parts["ConfigMap"]["data"]["server.yaml"])
+    settings = load(tmp_path / "server.yaml")
+    assert pod["terminationGracePeriodSeconds"] > settings.drain_s
+    assert container["livenessProbe"]["httpGet"]["path"] == "/live"
+    assert container["readinessProbe"]["httpGet"]["path"] == "/ready"
+    assert container["ports"][0]["containerPort"] == settings.port
+    grace = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["winnow"]["stop_grace_period"]
+    assert int(grace.rstrip("s")) > Settings().drain_s
+
+
+@pytest.fixture(scope="module")
+def series() -> set[str]:
+    """Names of the server's time series."""
+    metrics = Metrics(FakeEngine(load_tokenizer("default")), "model")
+    metrics.http_started()
+    text = generate_latest(metrics.registry).decode()
+    return {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")}
+
+
+def test_the_dashboard_shows_metrics_that_exist(series: set[str]) -> None:
+    dashboard = json.loads((DEPLOY / "grafana" / "dashboard.json").read_text())
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    asked = {name for text in expressions for name in re.findall(r"winnow:\w+", text)}
+    assert len(asked) > 15
+    known = series | {f"{name}_bucket" for name in series} | {f"{name}_total" for name in series}
+    assert asked <= known, asked - known
+    ids = [panel["id"] for panel in dashboard["panels"]]
+    assert len(ids) == len(set(ids))
+
+
+def test_prometheus_asks_the_service_that_compose_starts() -> None:
+    (job,) = yaml.safe_load((DEPLOY / "prometheus.yaml").read_text())["scrape_configs"]
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    targets = [target for config in job["static_configs"] for target in config["targets"]]
+    assert targets == ["winnow:8000"]
+    assert "winnow" in services
