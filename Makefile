@@ -29,8 +29,8 @@ eval: install  ## what compression costs in quality: a few minutes; writes eval.
 parity: install-dev build/kvpress/.installed  ## the methods that kvpress has too, beside it; writes loadtest/results/
 	$(BIN)/winnow eval --kvpress build/kvpress/bin/python --name kvpress-parity --out loadtest/results $(ARGS)
 
-methods: install-dev  ## docs/methods.md, from the registry and the committed result of `winnow eval`
-	$(BIN)/python loadtest/methods.py loadtest/results/smollm2-135m-eval.json docs/methods.md
+methods: install-dev  ## engine/compression/METHODS.md, from the registry and the committed result of `winnow eval`
+	$(BIN)/python loadtest/methods.py loadtest/results/smollm2-135m-eval.json engine/compression/METHODS.md
 
 # kvpress pins an older transformers: an environment of its own.
 build/kvpress/.installed: loadtest/kvpress.txt

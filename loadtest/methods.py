@@ -1,6 +1,6 @@
 """`make methods`: the table of methods, from the registry and from what `winnow eval` measured.
 
-python loadtest/methods.py loadtest/results/smollm2-135m-eval.json docs/methods.md
+python loadtest/methods.py loadtest/results/smollm2-135m-eval.json engine/compression/METHODS.md
 """
 
 from __future__ import annotations
