@@ -21,6 +21,7 @@ from winnow.engine.compression.pressure import Pressure
 from winnow.engine.compression.reach import longest_text
 from winnow.engine.compression.read_policy import LaneShape
 from winnow.engine.compression.reader import Reader
+from winnow.engine.compression.side_state import SideState
 from winnow.engine.compression.timeline import Timeline
 from winnow.engine.config import EngineSettings
 from winnow.engine.errors import ModelError, PlanNotSupported, PromptTooLong, RequestError
@@ -88,13 +89,14 @@ class Engine:
         self.profiles, self.frontier = profiles, frontier
         self.arena = PageArena(layout, pages, settings.max_seqs, config.layers, config.kv_heads, ops)
         self.cache = PrefixCache(self.arena) if settings.prefix_caching else None
-        self.compressor = Compressor(self.arena, self.cache, ops, config, profiles)
-        self.pressure = Pressure(self.compressor, self.arena)
         shape = LaneShape(config.layers, config.kv_heads, config.heads, config.head_dim)
         self.reader = Reader(self.arena, shape, profiles)
+        self.side = SideState(self.arena, config, self.reader)
+        self.compressor = Compressor(self.arena, self.cache, self.side, ops, config, profiles)
         self.table = SamplingTable(settings.max_seqs, config.vocab_size)
+        self.pressure = Pressure(self.compressor, self.side, self.arena)
         self.scheduler = Scheduler(
-            self.arena, self.cache, self.table, settings.max_step_tokens, self._prepare, self.pressure.relieve
+            self.arena, self.cache, self.table, settings.max_step_tokens, self.side, self.pressure.relieve
         )
         self.runner = Runner(model, self.arena)
         self.sampler = Sampler()
@@ -131,14 +133,6 @@ class Engine:
         self.totals.steps += 1
         self.totals.step_seconds += time.perf_counter() - began
         return outputs
-
-    def _prepare(self, seq: Sequence, count: int) -> None:
-        self.reader.prepare(seq)
-        if seq.plan.evict is None:
-            return
-        self.compressor.prepare(seq, count)
-        if self.has_windows:  # the kernels look positions up, where a window meets evicted lanes
-            self.compressor.sync_positions(seq, seq.computed + count)
 
     def _give_up(self) -> list[StepOutput]:
         """Ends everybody who may have had a part in a step that failed; whoever only waits is not among them."""
@@ -286,6 +280,7 @@ class Engine:
             path = "compression.kv.evict.policy"
             raise PlanNotSupported(path, f"{path}: prompts of a model with sliding windows are not read in stages")
         timeline = Timeline.of(plan, length, self.arena.layout)
+        self.side.check_room(timeline, length + sampling.max_tokens)
         seed = int.from_bytes(os.urandom(8), "little") if sampling.seed is None else sampling.seed
         self._arrivals += 1
         first, *siblings = [

@@ -99,7 +99,7 @@ class CompressionReport(msgspec.Struct, frozen=True):
     bytes_uncompressed: int
     """Bytes of the pages that the same tokens take with no plan"""
     bytes_held: int
-    """Bytes of the pages that the sequence's lanes refer to"""
+    """Bytes of the pages that the sequence's lanes refer to, and of those that stand for what it holds beside them"""
     bytes_beside: int = 0
     """Bytes kept beside the pages to choose what is read: plans that read a part free none"""
     tokens_read: int = 0

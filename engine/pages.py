@@ -3,7 +3,9 @@
     lane:  [ shared prefix | sealed | rest | open ]     one row of `table` for each sequence, layer and KV head
 
 A page is free, or referenced by lanes and by the prefix cache; it returns to the free list when the last reference is
-dropped. Every operation is vectorised over lanes; nothing here reads or writes page contents except copy-on-write.
+dropped. What a sequence holds outside the arena (positions, attention mass, ...: `PagedKV.sides`) counts as its memory
+too: for as many bytes the slot holds pages that hold nothing, its ballast. Every operation is vectorised over lanes;
+nothing here reads or writes page contents except copy-on-write.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from winnow.kernels.kv import PagedKV
 from winnow.kernels.layout import PageFormat, PageLayout
 
 Ints = NDArray[np.int32]
+
+NO_PAGES: Ints = np.empty(0, np.int32)
 
 
 class OutOfPages(Exception):
@@ -41,6 +45,8 @@ class PageArena:
         self.free_count = pages
         self._slots = list(range(slots - 1, -1, -1))
         self._tail_shared = np.zeros(slots, bool)
+        self._ballast: dict[int, Ints] = {}
+        """Pages that stand for memory outside the arena"""
         self._capacity = np.array([layout.capacity(fmt) for fmt in PageFormat], np.int32)
         self.reclaim: Callable[[int], None] = lambda pages: None
         """Asks the prefix cache to give back at least so many pages"""
@@ -53,11 +59,6 @@ class PageArena:
         self.formats: NDArray[np.uint8] = self.kv.formats.numpy()
         self.rest: Ints = self.kv.rest.numpy()
         self.rest_formats: NDArray[np.uint8] = self.kv.rest_formats.numpy()
-
-    @property
-    def _side_state(self) -> tuple[dict[int, torch.Tensor], ...]:
-        """What the lanes of some sequences have beside their pages, by slot."""
-        return self.kv.mass, self.kv.positions, self.kv.log_weights
 
     @property
     def total(self) -> int:
@@ -107,9 +108,11 @@ class PageArena:
         self.table[slot] = -1
         self.kept[slot] = self.sealed[slot] = self.rest[slot] = self.columns[slot] = 0
         self._tail_shared[slot] = False
-        for side in self._side_state:
+        for side in self.kv.sides:
             side.pop(slot, None)
         self.kv.reading.pop(slot, None)
+        self.kv.votes.pop(slot, None)
+        freed += self.release(self._ballast.pop(slot, NO_PAGES))
         self._slots.append(slot)
         return freed
 
@@ -117,6 +120,19 @@ class PageArena:
         """[pages] of all lanes of the sequence."""
         rows: Ints = self.table[slot]
         return rows[np.arange(rows.shape[-1]) < self.columns[slot][..., None]]
+
+    def ballast(self, slot: int) -> int:
+        """Pages that the slot holds for what lies outside the arena."""
+        return len(self._ballast.get(slot, NO_PAGES))
+
+    def hold(self, slot: int, size: int) -> None:
+        """Makes the slot's ballast what `size` bytes fill; OutOfPages leaves it as it was."""
+        wanted, pages = -(-size // self.layout.page_bytes), self._ballast.get(slot, NO_PAGES)
+        if wanted > len(pages):
+            self._ballast[slot] = np.concatenate([pages, self.take(wanted - len(pages))])
+        elif wanted < len(pages):
+            self._ballast[slot] = pages[:wanted]
+            self.release(pages[wanted:])
 
     def pages_to_extend(self, slots: Ints, counts: Ints) -> NDArray[np.int64]:
         """[B] pages that each sequence must get to take `counts` [B] more tokens in every lane, or [B, layers]."""
@@ -213,15 +229,21 @@ class PageArena:
         self.share(pages.reshape(-1))
 
     def fork(self, source: int, target: int) -> None:
-        """Gives the empty sequence `target` all that `source` holds; the next token of either copies its open page."""
+        """Gives the empty sequence `target` all that `source` holds; the next token of either copies its open page.
+
+        OutOfPages, where there are none to stand for its side state, leaves everything as it was.
+        """
+        self._ballast[target] = self.take(self.ballast(source))
         lanes = (self.table, self.columns, self.kept, self.sealed, self.rest)
         for rows in (*lanes, self.formats, self.rest_formats):
             rows[target] = rows[source]
         self.share(self.held(source))
         self._tail_shared[[source, target]] = True
-        for side in self._side_state:
+        for side in self.kv.sides:
             if source in side:
                 side[target] = side[source].clone()
+        if source in self.kv.votes:
+            self.kv.votes[target] = self.kv.votes[source]
 
     def _unshare_tail(self, slot: int) -> None:
         """Copies the partly filled last page of each lane where others refer to it too."""
@@ -267,7 +289,7 @@ class PageArena:
             tokens_kept_mean=round(float(kept.mean()), 2),
             tokens_kept_max=int(kept.max()),
             bytes_uncompressed=self.layout.pages(seen) * self.lanes * self.layout.page_bytes,
-            bytes_held=int(self.columns[slot].sum()) * self.layout.page_bytes,
+            bytes_held=(int(self.columns[slot].sum()) + self.ballast(slot)) * self.layout.page_bytes,
             bytes_beside=0 if reading is None else reading.nbytes,
             tokens_read=rows,
             bytes_read=bytes_read,
@@ -279,10 +301,12 @@ class PageArena:
         counted = np.zeros(self.total, np.int32)
         used = [slot for slot in range(len(self.table)) if slot not in self._slots]
         for slot in used:
-            pages = self.held(slot)
+            pages = np.concatenate([self.held(slot), self._ballast.get(slot, NO_PAGES)])
             assert len(np.unique(pages)) == len(pages), f"slot {slot} has a page in two lanes"
             assert pages.min(initial=0) >= 0 and pages.max(initial=0) < self.total, f"slot {slot} names no page"
             np.add.at(counted, pages, 1)
+            side_bytes = sum(side[slot].nbytes for side in self.kv.sides if slot in side)
+            assert side_bytes <= self.ballast(slot) * self.layout.page_bytes, f"no page stands for what {slot} notes"
         np.add.at(counted, cached, 1)
         assert np.array_equal(counted, self.refs), "reference counts differ from the tables"
         free = self._free[: self.free_count]

@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from winnow.engine.compression.side_state import SideState
 from winnow.engine.compression.timeline import NEVER
 from winnow.engine.messages import CompressionReport
 from winnow.engine.pages import Ints, OutOfPages, PageArena
@@ -72,19 +73,19 @@ class Scheduler:
         cache: PrefixCache | None,
         table: SamplingTable,
         max_step_tokens: int,
-        prepare: Callable[[Sequence, int], None],
+        side: SideState,
         squeeze: Callable[[Iterable[Sequence]], bool],
     ):
         """
         Args
-            prepare: called for each evicting sequence with the tokens that it is about to compute
+            side: has room made for what sequences note of the tokens that they are about to compute
             squeeze: compresses one of these sequences further; false if that frees no page
         """
         self._arena = arena
         self._cache = cache
         self._table = table
         self._max_step_tokens = max_step_tokens
-        self._prepare = prepare
+        self._side = side
         self._squeeze = squeeze
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -108,7 +109,8 @@ class Scheduler:
             slots = np.array([seq.slot for seq, _ in chosen], np.int32)
             counts = np.array([count for _, count in chosen], np.int32)
             growth = self._growth(chosen)
-            if self._make_free(int(self._arena.pages_to_extend(slots, growth).sum())):
+            beside = sum(self._side.pages_to_extend(seq, count) for seq, count in chosen)
+            if self._make_free(int(self._arena.pages_to_extend(slots, growth).sum()) + beside):
                 break
             if any(seq.drafted for seq, _ in chosen):
                 self._forget_drafts()
@@ -119,8 +121,7 @@ class Scheduler:
             return ScheduledBatch([], np.zeros(0, np.int32), np.zeros(0, np.int32))
         self._arena.extend(slots, growth)
         for seq, count in chosen:
-            if seq.plan.evict is not None or seq.plan.read is not None:
-                self._prepare(seq, count)
+            self._side.prepare(seq, count)
         drafts = np.array([seq.drafted for seq, _ in chosen], np.int32)
         return ScheduledBatch([seq for seq, _ in chosen], counts, drafts)
 
@@ -180,15 +181,17 @@ class Scheduler:
     def _outstanding(self, seq: Sequence) -> int:
         """Pages that a sequence will still take to read what it knows, before its plan gives any back."""
         if seq.remaining <= 1:
-            return self._arena.lanes  # the next page of each lane
+            return self._arena.lanes + self._side.pages_to_extend(seq, 1)  # the next page of each lane
         if seq.computed >= seq.prompt_tokens:
             more = min(seq.length, seq.chunk_end) - seq.computed
         else:
             more = seq.timeline.intact_tokens - int(self._arena.kept[seq.slot].max())
-        count = np.array([max(1, more)], np.int32)
+        count = max(1, more)
+        growth = np.array([count], np.int32)
         if seq.staging is not None:  # what later stages will read is not known yet: at most what this one does
-            count = seq.staging.growth(seq.staging.left, len(seq.staging.rows))[None]
-        return int(self._arena.pages_to_extend(np.array([seq.slot], np.int32), count)[0]) + self._arena.lanes
+            count, growth = seq.staging.left, seq.staging.growth(seq.staging.left, len(seq.staging.rows))
+        pages = self._arena.pages_to_extend(np.array([seq.slot], np.int32), growth[None])
+        return int(pages[0]) + self._side.pages_to_extend(seq, count, growth) + self._arena.lanes
 
     def _make_free(self, pages: int) -> bool:
         """Sees to it that so many pages are free; if that cannot be, the prefix cache keeps what it has."""
@@ -222,9 +225,20 @@ class Scheduler:
         self._table.admit(seq.slot, seq.sampling, seq.seed, prompt.tolist(), output.tolist())
 
     def fork(self, seq: Sequence) -> list[Sequence]:
-        """Starts the other choices of a request at the state that the first has reached; admission kept their slots."""
+        """Starts the other choices of a request at the state that the first has reached; admission kept their slots.
+
+        A choice for whose side state there are no pages waits, as if it had been preempted. Returns those that started.
+        """
         siblings, seq.siblings = seq.siblings, []
-        for sibling in siblings:
+        started = [sibling for sibling in siblings if self._fork(seq, sibling)]
+        late = [sibling for sibling in siblings if not sibling.is_running]
+        self.waiting.extendleft(reversed(late))
+        self.counters.preemptions += len(late)
+        self.running.sort(key=lambda other: (other.arrival, other.index))
+        return started
+
+    def _fork(self, seq: Sequence, sibling: Sequence) -> bool:
+        if self._make_free(self._arena.ballast(seq.slot)):
             sibling.slot = self._arena.open_slot(sibling.timeline.fmt)
             self._arena.fork(seq.slot, sibling.slot)
             sibling.computed, sibling.vote_start = seq.computed, seq.vote_start
@@ -234,8 +248,7 @@ class Scheduler:
             sibling.turned_back = seq.turned_back
             self._admit_sampling(sibling)
             self.running.append(sibling)
-        self.running.sort(key=lambda other: (other.arrival, other.index))
-        return siblings
+        return sibling.is_running
 
     def with_pages(self, compress: Callable[[Sequence], None], seq: Sequence) -> None:
         """Compresses a sequence; where that takes pages that are not there, others give way, or at last it itself."""

@@ -184,8 +184,8 @@ class Sequence:
         return token in self.sampling.stop_token_ids and generated >= self.sampling.min_tokens
 
     @property
-    def accumulates_mass(self) -> bool:
-        """Attention mass counts since the request began, through evictions (h2o)."""
+    def accumulates_votes(self) -> bool:
+        """Votes count since the request began, through evictions (h2o)."""
         evict = self.plan.evict
         return evict is not None and evict.voters(self.prompt_tokens) is None
 

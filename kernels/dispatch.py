@@ -72,6 +72,11 @@ class Backend(Protocol):
     def choose_reads(self, q: Tensor, batch: LaneBatch, kv: PagedKV, layer: int, scale: float, window: int) -> None:
         """Before `attention`: rows of sequences in `kv.reading` choose what they read. q [T, Hq, D] f32."""
 
+    def query_moments(
+        self, qkv: Tensor, batch: LaneBatch, kv: PagedKV, layer: int, q_norm: Tensor | None, eps: float
+    ) -> None:
+        """qkv as for `rope_write`; adds the queries, before RoPE, of the rows that vote to `kv.moments`."""
+
     def read_lanes(self, kv: PagedKV, slot: int, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a sequence's layer, each [Hkv, n, D] f32; zeros beyond a lane's kept length."""
 

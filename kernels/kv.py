@@ -23,6 +23,7 @@ from torch import Tensor
 
 from winnow.kernels.layout import PageFormat, PageLayout
 from winnow.kernels.reading import ReadState
+from winnow.kernels.vote import Vote
 
 
 @dataclass(slots=True)
@@ -46,6 +47,15 @@ class PagedKV:
     """[slots] uint8: the second sealed PageFormat"""
     mass: dict[int, Tensor] = field(default_factory=dict)
     """slot -> [layers, kv_heads, capacity] f32: attention mass by lane index, for plans that score with it"""
+    earlier_mass: dict[int, Tensor] = field(default_factory=dict)
+    """slot -> its mass when the newest queries began to vote, for plans that hear them apart from the others"""
+    votes: dict[int, Vote] = field(default_factory=dict)
+    """slot -> how its mass is counted; `Vote()` where there is none"""
+    noise: dict[int, Tensor] = field(default_factory=dict)
+    """slot -> shaped as its mass, f32: added to the logits of votes that are noisy, by lane index"""
+    moments: dict[int, Tensor] = field(default_factory=dict)
+    """slot -> [layers, q_heads, 1 + head_dim, head_dim] f64: sums over the voting rows' queries before RoPE, of q, and
+    of the outer products of q with itself, whose upper triangle counts"""
     positions: dict[int, Tensor] = field(default_factory=dict)
     """slot -> [layers, kv_heads, capacity] int32: positions by lane index, for plans that evict; otherwise position
     and lane index are the same"""
@@ -56,6 +66,11 @@ class PagedKV:
     """slot -> how its rows choose what they read; those of other slots read all"""
     native: Any = field(default=None, repr=False, compare=False)
     """A backend's own handle"""
+
+    @property
+    def sides(self) -> tuple[dict[int, Tensor], ...]:
+        """What slots hold outside the arena."""
+        return self.mass, self.earlier_mass, self.noise, self.moments, self.positions, self.log_weights
 
     @classmethod
     def allocate(cls, layout: PageLayout, pages: int, slots: int, layers: int, kv_heads: int, width: int) -> PagedKV:
@@ -96,8 +111,8 @@ class LaneBatch:
     positions: Tensor
     """[T] int32: position of each row"""
     first_vote: Tensor
-    """[B] int32: first of the sequence's rows, counted from its own first, whose attention adds to the slot's mass;
-    no row does from `rows` on, or in a slot without mass"""
+    """[B] int32: first of the sequence's rows, counted from its own first, whose attention adds to the slot's mass and
+    whose query adds to its moments; no row does from `rows` on, or in a slot without them"""
     choices: dict[int, Tensor] = field(default_factory=dict)
     """b -> [rows, kv_heads, tokens] uint8: lane tokens that the rows of a sequence in `PagedKV.reading` chose, in the
     last layer where they did"""

@@ -23,6 +23,7 @@ from winnow.engine.compression.plan import Evict
 from winnow.engine.compression.policy import LaneView, SetsBudgets, StagedPolicy
 from winnow.engine.compression.registry import eviction_policy
 from winnow.engine.compression.select import keep_sets, layer_budgets
+from winnow.engine.compression.side_state import SideState
 from winnow.engine.compression.signals import Signal
 from winnow.engine.compression.timeline import NEVER
 from winnow.engine.models.config import ModelConfig
@@ -31,6 +32,8 @@ from winnow.engine.prefix_cache import PrefixCache
 from winnow.engine.sequence import Sequence
 from winnow.kernels.dispatch import Backend
 from winnow.kernels.layout import PageFormat
+
+READS = {Signal.KEYS, Signal.VALUES}
 
 
 @dataclass
@@ -49,47 +52,20 @@ class Compressor:
         self,
         arena: PageArena,
         cache: PrefixCache | None,
+        side: SideState,
         ops: Backend,
         config: ModelConfig,
         profiles: Mapping[str, Profile] = NO_PROFILES,
     ):
         self._arena = arena
         self._cache = cache
+        self._side = side
         self._ops = ops
         self._q_per_kv = config.heads // config.kv_heads
         self._inv_freq = torch.tensor(config.inv_freq, dtype=torch.float32)
+        self._rope_factor = config.rope_factor
         self._profiles = profiles
         self.freed = Freed()
-
-    # Side state: logical positions and attention mass of the lanes of sequences that evict ---------------------------
-
-    def prepare(self, seq: Sequence, new_tokens: int) -> None:
-        """Before a step: room for the log weights of `new_tokens`, counted as kept already, and for the mass that their
-        queries hand out."""
-        slot, kv = seq.slot, self._arena.kv
-        needed = int(self._arena.kept[slot].max())
-        if slot in kv.log_weights:
-            kv.log_weights[slot] = _grown(kv.log_weights[slot], self._lanes_of(slot), needed, torch.float32)
-        if seq.vote_start >= seq.rows_read + new_tokens:
-            return
-        kv.mass[slot] = _grown(kv.mass.get(slot), self._lanes_of(slot), needed, torch.float32)
-
-    def sync_positions(self, seq: Sequence, upto: int) -> None:
-        """Notes the positions of the tokens that came since the last event; lanes already count them as kept."""
-        slot, kv = seq.slot, self._arena.kv
-        kept = kv.kept[slot].long()
-        new = upto - seq.positions_known
-        positions = _grown(kv.positions.get(slot), self._lanes_of(slot), int(kept.max()), torch.int32)
-        if new:
-            index = kept[..., None] - new + torch.arange(new)
-            values = torch.arange(seq.positions_known, upto, dtype=torch.int32).expand(index.shape)
-            positions.scatter_(2, index, values)
-        kv.positions[slot] = positions
-        seq.positions_known = upto
-
-    def _lanes_of(self, slot: int) -> tuple[int, int]:
-        _, layers, heads, _ = self._arena.kv.table.shape
-        return layers, heads
 
     # Events ----------------------------------------------------------------------------------------------------------
 
@@ -110,7 +86,7 @@ class Compressor:
             assert seq.distilled is not None
             keep, count = self._distil(seq, seq.distilled)
         elif evict is not None:
-            self.sync_positions(seq, seen)
+            self._side.note_positions(seq, seen)
             index, counts, scores = self._choose(seq, evict)
             count = counts.numpy().astype(np.int32)
             if (count < kept).any():
@@ -123,31 +99,39 @@ class Compressor:
         # A lane may take more pages than before, where what is left of a sealed page no longer fills one.
         self.freed.bytes += max(0, before - int(arena.columns[slot].sum())) * arena.layout.page_bytes
         seq.vote_start = seq.timeline.vote_start(seen)
-        if seq.vote_start == NEVER:
-            arena.kv.mass.pop(slot, None)
+        self._side.settle(seq)
 
     def _choose(self, seq: Sequence, evict: Evict) -> tuple[Tensor, Tensor, Tensor]:
         """Keep sets of all lanes, index [layers, kv_heads, most] int64 and count [layers, kv_heads] int64, and the
         policy's scores [layers, kv_heads, tokens]."""
-        slot, seen = seq.slot, seq.computed
+        seen = seq.computed
         policy = eviction_policy(evict.policy)
-        layers, _ = self._lanes_of(slot)
+        layers = self._arena.kv.table.shape[1]
         budget = evict.budget_tokens(seen)
         recent = evict.recent_tokens(budget)
         protected = min(budget, recent + evict.sinks)
         budgets = torch.tensor(layer_budgets(budget, layers, evict.layer_budget, seen, protected=protected))
-        votes = seen - seq.timeline.vote_start(seen - 1)
-        # Keys are read a layer at a time, since those of all layers together may be larger than the arena.
-        blocks = [slice(i, i + 1) for i in range(layers)] if Signal.KEYS in policy.signals else [slice(0, layers)]
+        votes = max(0, seen - seq.timeline.vote_start(seen - 1))
+        # Tokens are read a layer at a time, since those of all layers together may be larger than the arena.
+        reads = not policy.signals.isdisjoint(READS)
+        blocks = [slice(i, i + 1) for i in range(layers)] if reads else [slice(0, layers)]
         chosen = []
         for block in blocks:
-            view = self._view(seq, evict.policy, block, seen, votes)
+            view = self._view(seq, evict, block, seen, votes)
             scores = policy.score(view, evict)
             lanes = policy.lane_budgets(view, evict) if isinstance(policy, SetsBudgets) else budgets[block]
             index, count = keep_sets(scores, view.kept, lanes, evict.sinks, recent, evict.head_budget)
             chosen.append((index, count, scores))
         indices, counts, all_scores = zip(*chosen, strict=True)
         return _stacked(indices, -1), torch.cat(counts), _stacked(all_scores, 0.0)
+
+    def _newest_mass(self, slot: int, layers: slice, tokens: int) -> Tensor | None:
+        """What the newest queries gave; None where they are not heard apart."""
+        mass, earlier = self._arena.kv.mass.get(slot), self._arena.kv.earlier_mass.get(slot)
+        if mass is None or earlier is None:
+            return None
+        before = earlier[layers, :, :tokens]
+        return mass[layers, :, :tokens] - pad(before, (0, tokens - before.shape[-1]))
 
     def _change(self, seq: Sequence, evict: Evict, keep: Tensor, count: Tensor, scores: Tensor) -> Change | None:
         """How the survivors of an eviction change; None where they only move."""
@@ -166,28 +150,34 @@ class Compressor:
             recent=evict.recent_tokens(evict.budget_tokens(seq.computed)),
         )
 
-    def _view(self, seq: Sequence, name: str, block: slice, seen: int, votes: int) -> LaneView:
-        """What a policy is shown of some layers, whose positions are noted already."""
-        slot, kv, policy = seq.slot, self._arena.kv, eviction_policy(name)
+    def _view(self, seq: Sequence, evict: Evict, block: slice, seen: int, votes: int) -> LaneView:
+        """What the plan's policy is shown of some layers, whose positions are noted already."""
+        slot, kv, signals = seq.slot, self._arena.kv, evict.signals
         kept = kv.kept[slot, block].long()
         tokens = int(kept.max())
         held = torch.arange(tokens) < kept[..., None]
+        reads = not signals.isdisjoint(READS)
+        keys, values = self._ops.read_lanes(kv, slot, block.start) if reads else (None, None)
         return LaneView(
             positions=kv.positions[slot][block, :, :tokens].long().masked_fill(~held, -1),
             kept=kept,
             layers=torch.arange(block.start, block.stop),
-            keys=self._keys(slot, block.start) if Signal.KEYS in policy.signals else None,
-            mass=kv.mass[slot][block, :, :tokens] if Signal.ATTENTION in policy.signals else None,
-            votes=max(0, votes),
+            keys=None if keys is None or Signal.KEYS not in signals else keys[None],
+            values=None if values is None or Signal.VALUES not in signals else values[None],
+            mass=kv.mass[slot][block, :, :tokens] if Signal.ATTENTION in signals else None,
+            newest_mass=self._newest_mass(slot, block, tokens),
+            newest_votes=max(0, seen - seq.timeline.newest_start(seen - 1)),
+            queries=self._side.moments(slot, block, votes) if Signal.QUERIES in signals else None,
+            votes=votes,
             q_per_kv=self._q_per_kv,
             seen=seen,
             seed=seq.plan_seed,
+            sinks=evict.sinks,
+            depth=kv.table.shape[1],
             inv_freq=self._inv_freq,
-            profile=self._profiles.get(name),
+            rope_factor=self._rope_factor,
+            profile=self._profiles.get(evict.policy),
         )
-
-    def _keys(self, slot: int, layer: int) -> Tensor:
-        return self._ops.read_lanes(self._arena.kv, slot, layer)[0][None]
 
     # Prompts that are read in stages ---------------------------------------------------------------------------------
 
@@ -196,19 +186,19 @@ class Compressor:
         staging, evict, kv, slot = seq.staging, seq.plan.evict, self._arena.kv, seq.slot
         assert staging is not None and evict is not None
         layers, rows = slice(staging.layers.start, staging.layers.stop), len(staging.rows)
-        kv.positions[slot] = _grown(kv.positions.get(slot), self._lanes_of(slot), rows, torch.int32)
         kv.positions[slot][layers, :, :rows] = torch.from_numpy(staging.rows)
         if staging.is_last:
             seq.computed = seq.positions_known = seq.prompt_tokens
             seq.distilled, seq.staging = staging.rows, None
             return
         policy = eviction_policy(evict.policy)
-        view = self._view(seq, evict.policy, slice(layers.stop - 1, layers.stop), seq.prompt_tokens, votes=1)
+        view = self._view(seq, evict, slice(layers.stop - 1, layers.stop), seq.prompt_tokens, votes=1)
         budget = evict.budget_tokens(seq.prompt_tokens)
         recent = evict.recent_tokens(budget)
         index, count = keep_sets(policy.score(view, evict), view.kept, torch.tensor([budget]), evict.sinks, recent)
         staging.next(index[0, 0, : int(count[0, 0])].numpy().astype(np.int32))
         seq.vote_start = NEVER
+        self._side.settle(seq)
 
     def _distil(self, seq: Sequence, chosen: Ints) -> tuple[Tensor | None, Ints]:
         """Keep sets and counts of lanes whose upper layers hold the chosen positions only, and lower ones all."""
@@ -255,7 +245,7 @@ class Compressor:
         stays = fmt is was_fmt or not old_sealed.any()
         if keep is None and (not is_sealing or (stays and np.array_equal(sealed, old_sealed))):
             arena.formats[slot] = fmt
-            self._carry_side_state(seq, None, count)
+            self._side.carry(seq, None, count)
             return
 
         table, fresh = self._destination(slot, start, columns)
@@ -275,9 +265,9 @@ class Compressor:
         arena.formats[slot] = fmt
         arena.replace(slot, table, columns, count, sealed if is_sealing else np.zeros_like(sealed))
         self.freed.tokens += evicted
-        self._carry_side_state(seq, keep, count)
+        self._side.carry(seq, keep, count)
         if log_weights is not None:
-            arena.kv.log_weights[slot] = log_weights
+            self._side.put_log_weights(slot, log_weights)
 
     def _write_changed(
         self,
@@ -332,22 +322,6 @@ class Compressor:
         table[needs_fresh] = fresh
         return table, fresh
 
-    def _carry_side_state(self, seq: Sequence, keep: Tensor | None, count: Ints) -> None:
-        """Moves side state with its tokens; mass that does not accumulate starts anew after an eviction."""
-        kv, slot = self._arena.kv, seq.slot
-        if keep is not None:
-            kv.positions[slot] = kv.positions[slot].gather(2, keep.clamp_min(0))
-            if slot in kv.log_weights:  # new tokens, which count once, come behind those that are held
-                kv.log_weights[slot] = kv.log_weights[slot].gather(2, keep.clamp_min(0)).masked_fill(keep < 0, 0.0)
-        if (mass := kv.mass.get(slot)) is None:
-            return
-        if not seq.accumulates_mass:
-            if seq.timeline.evicts_at(seq.computed):
-                mass.zero_()
-        elif keep is not None:
-            held = torch.arange(keep.shape[-1]) < torch.from_numpy(count)[..., None]
-            kv.mass[slot] = mass.gather(2, keep.clamp_min(0)) * held
-
 
 def _stacked(parts: Iterable[Tensor], padding: float) -> Tensor:
     """Tensors [l, kv_heads, n] of several blocks of layers as one, padded to the longest."""
@@ -361,13 +335,3 @@ def _from(keep: Tensor, first: Ints) -> Tensor:
     index = torch.from_numpy(first.astype(np.int64))[..., None] + torch.arange(keep.shape[-1])
     inside = index < keep.shape[-1]
     return keep.gather(2, index.clamp_max(keep.shape[-1] - 1)).masked_fill(~inside, -1).to(torch.int32)
-
-
-def _grown(side: Tensor | None, lanes: tuple[int, int], tokens: int, dtype: torch.dtype) -> Tensor:
-    """`side` with room for `tokens` tokens a lane, zeros where it is new; grows by half, so that growth is rare."""
-    if side is not None and side.shape[-1] >= tokens:
-        return side
-    grown = torch.zeros((*lanes, tokens if side is None else max(tokens, side.shape[-1] * 3 // 2)), dtype=dtype)
-    if side is not None:
-        grown[..., : side.shape[-1]] = side
-    return grown

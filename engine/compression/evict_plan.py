@@ -11,9 +11,11 @@ from pydantic_core import PydanticCustomError
 
 from winnow.engine.compression.budget import MAX_TOKENS, Budget, is_everything, tokens_of
 from winnow.engine.compression.merge_plan import AnyMerge, merge_model
-from winnow.engine.compression.policy import PolicyParams, SetsBudgets, StagedPolicy
+from winnow.engine.compression.policy import HearsNewest, PolicyParams, SetsBudgets, StagedPolicy, Voting
 from winnow.engine.compression.registry import EVICTION, OWN_MERGE, eviction_policy, merge_method
+from winnow.engine.compression.signals import Signal
 from winnow.engine.errors import PlanNotSupported
+from winnow.kernels.vote import Vote
 
 
 class Evict(PolicyParams):
@@ -118,6 +120,26 @@ class Evict(PolicyParams):
             path = "compression.kv.evict.layer"
             raise PlanNotSupported(path, f"{path}: the model's last layer is {layers - 1}, and one must be above this")
         return 0, chooses + 1, layers
+
+    def newest_voters(self, seen: int) -> int:
+        """`HearsNewest.newest_voters` of the plan's policy; 0 if it hears all alike."""
+        policy = eviction_policy(self.policy)
+        return policy.newest_voters(self, seen) if isinstance(policy, HearsNewest) else 0
+
+    @property
+    def signals(self) -> frozenset[Signal]:
+        return eviction_policy(self.policy).signals
+
+    @property
+    def first_voter(self) -> int:
+        """First position whose query may vote. A model's first tokens have queries like no others: they would distort
+        the moments."""
+        return self.sinks if Signal.QUERIES in self.signals else 0
+
+    def vote(self, prompt_tokens: int) -> Vote:
+        """How the policy wants votes counted."""
+        policy = eviction_policy(self.policy)
+        return policy.vote(self, prompt_tokens) if isinstance(policy, Voting) else Vote()
 
     def recent_tokens(self, budget_tokens: int) -> int:
         """Newest tokens to protect: the caller's number, or the policy's for this budget."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 from pydantic import BaseModel, ConfigDict
 
 from winnow.engine.compression.signals import Signal
+from winnow.kernels.vote import Vote
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +27,16 @@ class PolicyParams(BaseModel):
 
 
 @dataclass(frozen=True)
+class QueryMoments:
+    """Of the queries that voted, before RoPE."""
+
+    mean: Tensor
+    """[layers, q_heads, head_dim] float64"""
+    covariance: Tensor
+    """[layers, q_heads, head_dim, head_dim] float64"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LaneView:
     """The lanes of some layers of one sequence, at the moment when tokens are to be chosen.
 
@@ -39,10 +50,14 @@ class LaneView:
     layers: Tensor
     """[layers] int64: which layers of the model these are"""
     keys: Tensor | None
-    """[layers, kv_heads, tokens, head_dim] float32, zeros beyond kept (`Signal.KEYS`)"""
+    """[layers, kv_heads, tokens, head_dim] float32, after RoPE, zeros beyond kept (`Signal.KEYS`)"""
+    values: Tensor | None
+    """[layers, kv_heads, tokens, head_dim] float32, zeros beyond kept (`Signal.VALUES`)"""
     mass: Tensor | None
     """[layers, kv_heads, tokens] float32: softmax probability, summed over the voting queries and over the query
-    heads of the KV group (`Signal.ATTENTION`)"""
+    heads of the KV group, or counted as `Voting.vote` says (`Signal.ATTENTION`)"""
+    queries: QueryMoments | None
+    """Moments of the queries that voted (`Signal.QUERIES`)"""
     votes: int
     """How many queries voted: those of the sequence's newest `votes` tokens"""
     q_per_kv: int
@@ -50,8 +65,18 @@ class LaneView:
     """Tokens of the sequence so far, evicted ones included"""
     seed: int
     """The request's own seed, 64 bits"""
-    inv_freq: Tensor | None = None
-    """[head_dim / 2] float32: the model's RoPE frequencies"""
+    sinks: int
+    """First tokens that the plan protects"""
+    depth: int
+    """Layers of the model"""
+    inv_freq: Tensor
+    """[head_dim / 2] float32: the model's RoPE frequencies, scaling included. Channel f of a key at position p was
+    turned together with channel f + head_dim / 2 by the angle p * inv_freq[f]"""
+    rope_factor: float
+    """What RoPE multiplied the turned keys by; 1 but for yarn"""
+    newest_mass: Tensor | None = None
+    """The part of `mass` that the newest `newest_votes` of the queries gave, for policies that are `HearsNewest`"""
+    newest_votes: int = 0
     profile: Mapping[str, Tensor] | None = None
     """What `winnow calibrate` has measured of the whole model, for policies in `calibration.registry.CALIBRATED`"""
 
@@ -77,7 +102,8 @@ class EvictionPolicy(Protocol):
     """The method's own knobs; the request's `evict` object holds them beside the common ones"""
 
     def voters(self, params: Any, seen: int) -> int | None:
-        """How many of the newest queries vote: 0 without `Signal.ATTENTION`, None for all since the request began."""
+        """How many of the newest queries vote: 0 without `Signal.ATTENTION` and `Signal.QUERIES`, None for all since
+        the request began (for `Signal.QUERIES`: but those of the sinks, which are like no other)."""
 
     def default_recent(self, params: Any, budget: int) -> int:
         """Newest tokens to protect out of `budget` when the caller names no number."""
@@ -103,3 +129,19 @@ class StagedPolicy(EvictionPolicy, Protocol):
 
     def truncates(self, params: Any) -> bool:
         """Whether the layers up to that one forget the others too, once the prompt is read."""
+
+
+@runtime_checkable
+class HearsNewest(Protocol):
+    """A policy with `Signal.ATTENTION` that hears the newest of the queries that vote apart from the others."""
+
+    def newest_voters(self, params: Any, seen: int) -> int:
+        """How many they are, if as many have come since the last eviction."""
+
+
+@runtime_checkable
+class Voting(Protocol):
+    """A policy with `Signal.ATTENTION` whose mass is not a plain sum."""
+
+    def vote(self, params: Any, prompt_tokens: int) -> Vote:
+        """How a request's queries are counted."""

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from winnow.engine.compression.apply import Compressor
+from winnow.engine.compression.side_state import SideState
 from winnow.engine.compression.timeline import NEVER
 from winnow.engine.pages import OutOfPages, PageArena
 from winnow.engine.sequence import Sequence
@@ -19,8 +20,9 @@ from winnow.engine.sequence import Sequence
 class Pressure:
     """Squeezes sequences."""
 
-    def __init__(self, compressor: Compressor, arena: PageArena):
+    def __init__(self, compressor: Compressor, side: SideState, arena: PageArena):
         self._compressor = compressor
+        self._side = side
         self._arena = arena
         self.squeezes = 0
         """Sequences squeezed since the engine started"""
@@ -48,6 +50,7 @@ class Pressure:
         except OutOfPages:
             seq.relax()
             seq.squeezed_at = squeezed_at
+            self._side.settle(seq)
             raise
         self.squeezes += squeezed_at == NEVER
 

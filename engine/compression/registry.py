@@ -18,12 +18,18 @@ EVICTION: dict[str, str] = {
     "streaming_llm": "winnow.engine.compression.eviction.streaming_llm:StreamingLLM",
     "snapkv": "winnow.engine.compression.eviction.snapkv:SnapKV",
     "h2o": "winnow.engine.compression.eviction.h2o:H2O",
+    "a2sf": "winnow.engine.compression.eviction.a2sf:A2SF",
+    "keyformer": "winnow.engine.compression.eviction.keyformer:Keyformer",
     "tova": "winnow.engine.compression.eviction.tova:TOVA",
     "knorm": "winnow.engine.compression.eviction.knorm:KNorm",
     "keydiff": "winnow.engine.compression.eviction.keydiff:KeyDiff",
     "tri_attention": "winnow.engine.compression.eviction.tri_attention:TriAttention",
     "razor_attention": "winnow.engine.compression.eviction.razor_attention:RazorAttention",
     "prompt_distill": "winnow.engine.compression.eviction.prompt_distill:PromptDistill",
+    "ems": "winnow.engine.compression.eviction.ems:EMS",
+    "lagkv": "winnow.engine.compression.eviction.lagkv:LagKV",
+    "expected_attention": "winnow.engine.compression.eviction.expected_attention:ExpectedAttention",
+    "lacache": "winnow.engine.compression.eviction.lacache:LaCache",
     "random": "winnow.engine.compression.eviction.random:Random",
 }
 
@@ -48,7 +54,7 @@ MERGE: dict[str, str] = {
     "compensation": "winnow.engine.compression.merging.compensation:Compensation",
 }
 
-OWN_MERGE: dict[str, str] = {"razor_attention": "compensation"}
+OWN_MERGE: dict[str, str] = {"ems": "ems", "razor_attention": "compensation"}
 """Eviction policies whose papers merge what they evict: the method that `merge` is unless the caller says otherwise."""
 
 

@@ -13,5 +13,9 @@ class Signal(StrEnum):
 
     KEYS = "keys"
     """The keys as attention sees them: after RoPE, dequantized"""
+    VALUES = "values"
+    """The values, dequantized"""
     ATTENTION = "attention"
     """Softmax probability that each token received from the queries that vote"""
+    QUERIES = "queries"
+    """Mean and covariance of the queries that vote, before RoPE"""

@@ -45,6 +45,13 @@ class Timeline:
         more while the prompt is read."""
         return self.next_event(0)
 
+    def most_tokens(self, text_tokens: int) -> int:
+        """The most that a lane may hold of a text of so many tokens."""
+        evict = self.plan.evict
+        if evict is None or not evict.is_compact:
+            return text_tokens
+        return min(text_tokens, max(self.intact_tokens, evict.budget_tokens(text_tokens) + evict.interval))
+
     def evicts_at(self, position: int) -> bool:
         """Whether policies choose when `position` tokens have been read."""
         if position < self.prompt_tokens:
@@ -53,6 +60,10 @@ class Timeline:
             return self.plan.evicts_at_prefill_end
         interval = self.plan.interval
         return interval > 0 and (position - self.prompt_tokens) % interval == 0
+
+    def evicts_after(self, position: int) -> bool:
+        """Whether an eviction is to come when `position` tokens have been read."""
+        return self.plan.interval > 0 or (position < self.prompt_tokens and self.plan.evicts_at_prefill_end)
 
     def acts_at(self, position: int) -> bool:
         if self.evicts_at(position):
@@ -71,6 +82,8 @@ class Timeline:
     def chunk_end(self, position: int) -> int:
         """The first position after this one that a step may not go beyond."""
         end = self.next_event(position)
+        if position < (newest := self.newest_start(position)):
+            end = min(end, newest)
         if self.plan.read is None or position < self.prompt_tokens:
             return end
         return min(end, position + STEP_ROWS)
@@ -85,17 +98,27 @@ class Timeline:
 
     def vote_start(self, position: int) -> int:
         """First position whose query votes in the eviction that follows `position` tokens; far away if none does."""
-        evict = self.plan.evict
-        if evict is None:
+        evict, (last, event) = self.plan.evict, self._evictions_around(position)
+        if evict is None or event == NEVER:
             return NEVER
-        last, event = 0, self.prompt_tokens
-        if position >= self.prompt_tokens or not self.plan.evicts_at_prefill_end:
-            if not self.plan.interval:
-                return NEVER
-            done = max(0, position - self.prompt_tokens) // self.plan.interval
-            event = self.prompt_tokens + (done + 1) * self.plan.interval
-            last = event - self.plan.interval if done or self.plan.evicts_at_prefill_end else 0
         voters = evict.voters(event)
         if voters is None:
-            return 0
+            return evict.first_voter
         return max(last, event - voters) if voters else NEVER
+
+    def newest_start(self, position: int) -> int:
+        """First position whose query is heard apart in the eviction that follows `position` tokens; far away if none
+        is."""
+        evict, (last, event) = self.plan.evict, self._evictions_around(position)
+        newest = 0 if evict is None or event == NEVER else evict.newest_voters(event)
+        return max(last, event - newest) if newest else NEVER
+
+    def _evictions_around(self, position: int) -> tuple[int, int]:
+        """Where the last eviction was when `position` tokens have been read, 0 for none, and where the next one is."""
+        if position < self.prompt_tokens and self.plan.evicts_at_prefill_end:
+            return 0, self.prompt_tokens
+        if not self.plan.interval:
+            return 0, NEVER
+        done = max(0, position - self.prompt_tokens) // self.plan.interval
+        event = self.prompt_tokens + (done + 1) * self.plan.interval
+        return event - self.plan.interval if done or self.plan.evicts_at_prefill_end else 0, event

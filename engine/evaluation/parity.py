@@ -179,19 +179,19 @@ class KeptTarget(EngineTarget):
     def kept_after(self, ask: Ask) -> tuple[Whole, Ints]:
         """What a text was foretold, and [layers, kv_heads, kept] positions, ascending."""
         kept: list[Ints] = []
-        apply, arena = self.engine.compressor.apply, self.engine.arena
+        settle, arena = self.engine.side.settle, self.engine.arena
 
         def watched(seq: Any) -> None:
-            apply(seq)
             if seq.computed == seq.prompt_tokens and not kept:
                 count = int(arena.kept[seq.slot].max())
                 kept.append(arena.kv.positions[seq.slot][..., :count].numpy().copy())
+            settle(seq)
 
-        self.engine.compressor.apply = watched  # type: ignore[method-assign]
+        self.engine.side.settle = watched  # type: ignore[method-assign]
         try:
             (answer,) = self.ask([ask])
         finally:
-            self.engine.compressor.apply = apply  # type: ignore[method-assign]
+            self.engine.side.settle = settle  # type: ignore[method-assign]
         if isinstance(answer, Exception):
             raise EvalError(f"a plan is refused: {answer}")
         assert isinstance(answer.foretold, Whole)

@@ -100,6 +100,8 @@ class Decoder:
         for layer in layers:
             block = self._blocks[layer]
             qkv = ops.linear(ops.rms_norm(x, block.attention_norm, eps), block.qkv)
+            if kv.moments:
+                ops.query_moments(qkv, batch, kv, layer, block.q_norm, eps)
             q = ops.rope_write(qkv, cos, sin, batch, kv, layer, block.q_norm, block.k_norm, eps)
             if watch is not None:
                 watch(layer, q)

@@ -19,6 +19,7 @@ from winnow.kernels.dispatch import WeightKind
 from winnow.kernels.kv import LaneBatch, PagedKV, Rest
 from winnow.kernels.layout import PageFormat
 from winnow.kernels.reference.rows import check_rows, check_sums
+from winnow.kernels.vote import Vote
 
 _PANEL, _GROUP = 16, 64
 
@@ -178,6 +179,20 @@ def choose_reads(q: Tensor, batch: LaneBatch, kv: PagedKV, layer: int, scale: fl
         raise ValueError(f"q of shape {tuple(q.shape)} does not fit the batch")
     q = _floats(q)
     _cpu.choose_reads(_native_kv(kv), _native_batch(batch, kv), layer, q.data_ptr(), q_heads, scale, window)
+
+
+def query_moments(qkv: Tensor, batch: LaneBatch, kv: PagedKV, layer: int, q_norm: Tensor | None, eps: float) -> None:
+    dim, kv_heads = kv.layout.head_dim, kv.table.shape[2]
+    q_heads = qkv.shape[1] // dim - 2 * kv_heads
+    if qkv.shape != (batch.positions.shape[0], (q_heads + 2 * kv_heads) * dim) or q_heads < 1:
+        raise ValueError(f"qkv of shape {tuple(qkv.shape)} does not fit {kv_heads} KV heads of {dim} and the batch")
+    if q_norm is not None and q_norm.shape != (dim,):
+        raise ValueError(f"a head norm of shape {tuple(q_norm.shape)} does not fit {dim} channels")
+    for moments in kv.moments.values():
+        if moments.shape != (kv.table.shape[1], q_heads, 1 + dim, dim):
+            raise ValueError(f"moments of shape {tuple(moments.shape)} do not fit {q_heads} query heads of {dim}")
+    qkv, q_norm = _floats(qkv), None if q_norm is None else _floats(q_norm)
+    _cpu.query_moments(_native_kv(kv), _native_batch(batch, kv), layer, qkv.data_ptr(), q_heads, _address(q_norm), eps)
 
 
 def read_lanes(kv: PagedKV, slot: int, layer: int) -> tuple[Tensor, Tensor]:
@@ -350,10 +365,12 @@ def _native_batch(batch: LaneBatch, kv: PagedKV) -> Any:
             batch.positions.data_ptr(),
             batch.first_vote.data_ptr(),
         )
-        if kv.mass or kv.positions or kv.log_weights:
+        if kv.mass or kv.positions or kv.log_weights or kv.moments:
             for b, slot in enumerate(batch.slots.tolist()):
-                if (mass := kv.mass.get(slot)) is not None:
-                    native.set_mass(b, mass.data_ptr(), mass.shape[2])
+                if slot in kv.mass:
+                    _set_mass(native, b, kv, slot)
+                if (moments := kv.moments.get(slot)) is not None:
+                    native.set_moments(b, moments.data_ptr())
                 if (positions := kv.positions.get(slot)) is not None:
                     native.set_positions(b, positions.data_ptr(), positions.shape[2])
                 if (weights := kv.log_weights.get(slot)) is not None:
@@ -365,6 +382,25 @@ def _native_batch(batch: LaneBatch, kv: PagedKV) -> Any:
                 set_reading(native, b, kv.reading[slots[b]], choice, kv)
         batch.native = native
     return batch.native
+
+
+def _set_mass(native: Any, b: int, kv: PagedKV, slot: int) -> None:
+    mass, vote = kv.mass[slot], kv.votes.get(slot, Vote())
+    noise = kv.noise[slot] if vote.is_noisy else None
+    if noise is not None and noise.shape != mass.shape:
+        raise ValueError(f"noise of shape {tuple(noise.shape)} does not fit mass of shape {tuple(mass.shape)}")
+    is_max = vote.reduce == "max"
+    native.set_mass(
+        b,
+        mass.data_ptr(),
+        mass.shape[2],
+        is_max,
+        vote.decay,
+        vote.temperature,
+        vote.heating,
+        vote.warm_from,
+        _address(noise),
+    )
 
 
 def _address(tensor: Tensor | None) -> int:

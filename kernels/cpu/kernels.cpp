@@ -5,6 +5,7 @@
 #include "elementwise.h"
 #include "linear.h"
 #include "mass.h"
+#include "moments.h"
 #include "pages.h"
 #include "reading.h"
 #include "rows.h"
@@ -17,7 +18,7 @@
 namespace winnow {
 extern const Kernels JOIN(kernels_, TARGET) = {
     TEXT(TARGET),       TARGET::pack,      TARGET::linear,         TARGET::embed,      TARGET::rms_norm, TARGET::silu_mul,
-    TARGET::rope_write, TARGET::attention, TARGET::attention_mass, TARGET::choose_reads, TARGET::read_lanes,
-    TARGET::write_lanes, TARGET::repack, TARGET::nearest_rows, TARGET::sum_rows,
+    TARGET::rope_write, TARGET::attention, TARGET::attention_mass, TARGET::choose_reads, TARGET::query_moments,
+    TARGET::read_lanes, TARGET::write_lanes, TARGET::repack, TARGET::nearest_rows, TARGET::sum_rows,
 };
 }

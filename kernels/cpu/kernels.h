@@ -51,12 +51,22 @@ struct Reading {  // ReadRule and ReadState of one sequence (reading.py)
   int64_t* touched;             // [3]: bytes read, bytes that reading all takes, rows
 };
 
+struct Vote {  // Vote in vote.py
+  bool is_max;
+  float decay, temperature, heating;
+  int warm_from;
+  const float* noise;  // shaped as the mass, or null
+};
+
 struct Batch {  // LaneBatch in kv.py
   int size, rows;
   const int32_t *slots, *cu_rows, *positions;
   // Per sequence, null where it has none: attention mass to add to, logical positions of its lanes' tokens, and log
-  // weights that are added to their scores, all [layers, heads, capacity]; and the first row that votes.
+  // weights that are added to their scores, all [layers, heads, capacity]; moments of queries to add to, [layers,
+  // q_heads, 1 + dim, dim]; and the first row that votes, and how.
   float* const* mass;
+  const Vote* votes;
+  double* const* moments;
   const int32_t* const* lane_positions;
   const float* const* log_weights;
   const int32_t *mass_capacity, *positions_capacity, *log_weights_capacity, *first_vote;
@@ -91,6 +101,8 @@ struct Kernels {
   bool (*attention_mass)(const KV& kv, const Batch& batch, int layer, const float* q, int q_heads, float scale,
                          int window, const float* lse);
   bool (*choose_reads)(const KV& kv, const Batch& batch, int layer, const float* q, int q_heads, float scale, int window);
+  bool (*query_moments)(const KV& kv, const Batch& batch, int layer, const float* qkv, int q_heads, const float* q_norm,
+                        float eps);
   bool (*read_lanes)(const KV& kv, int slot, int layer, int count, float* keys, float* values);
   bool (*write_lanes)(const KV& kv, int slot, int layer, int count, const float* keys, const float* values,
                       const int32_t* counts, const int32_t* start, const int32_t* dst_table, int dst_width,

@@ -68,12 +68,14 @@ struct PyKV : KV {
 struct PyBatch : Batch {
   std::vector<float*> mass_;
   std::vector<const int32_t*> positions_;
+  std::vector<Vote> votes_;
+  std::vector<double*> moments_;
   std::vector<const float*> log_weights_;
   std::vector<int32_t> mass_capacity_, positions_capacity_, log_weights_capacity_;
   std::vector<Reading> reading_;
   PyBatch(int size_, int rows_, uintptr_t slots_, uintptr_t cu_rows_, uintptr_t rows_positions, uintptr_t first_vote_)
-      : mass_(size_), positions_(size_), log_weights_(size_), mass_capacity_(size_), positions_capacity_(size_),
-        log_weights_capacity_(size_), reading_(size_) {
+      : mass_(size_), positions_(size_), votes_(size_), moments_(size_), log_weights_(size_), mass_capacity_(size_),
+        positions_capacity_(size_), log_weights_capacity_(size_), reading_(size_) {
     size = size_;
     rows = rows_;
     slots = at<const int32_t>(slots_);
@@ -81,6 +83,8 @@ struct PyBatch : Batch {
     positions = at<const int32_t>(rows_positions);
     first_vote = at<const int32_t>(first_vote_);
     mass = mass_.data();
+    votes = votes_.data();
+    moments = moments_.data();
     lane_positions = positions_.data();
     mass_capacity = mass_capacity_.data();
     positions_capacity = positions_capacity_.data();
@@ -89,7 +93,13 @@ struct PyBatch : Batch {
     reading = nullptr;
   }
   PyBatch(const PyBatch&) = delete;
-  void set_mass(int b, uintptr_t p, int capacity) { mass_.at(b) = at<float>(p); mass_capacity_.at(b) = capacity; }
+  void set_mass(int b, uintptr_t p, int capacity, bool is_max, float decay, float temperature, float heating, int warm_from,
+                uintptr_t noise) {
+    mass_.at(b) = at<float>(p);
+    mass_capacity_.at(b) = capacity;
+    votes_.at(b) = {is_max, decay, temperature, heating, warm_from, at<const float>(noise)};
+  }
+  void set_moments(int b, uintptr_t p) { moments_.at(b) = at<double>(p); }
   void set_positions(int b, uintptr_t p, int capacity) { positions_.at(b) = at<const int32_t>(p); positions_capacity_.at(b) = capacity; }
   void set_log_weights(int b, uintptr_t p, int capacity) { log_weights_.at(b) = at<const float>(p); log_weights_capacity_.at(b) = capacity; }
   void set_reading(int b, uintptr_t modes, bool by_bounds, bool by_layer, int tokens, double share, int sinks, int recent, int pool,
@@ -128,6 +138,7 @@ NB_MODULE(_cpu, m) {
   nb::class_<PyBatch>(m, "Batch")
       .def(nb::init<int, int, uintptr_t, uintptr_t, uintptr_t, uintptr_t>())
       .def("set_mass", &PyBatch::set_mass)
+      .def("set_moments", &PyBatch::set_moments)
       .def("set_positions", &PyBatch::set_positions)
       .def("set_log_weights", &PyBatch::set_log_weights)
       .def("set_reading", &PyBatch::set_reading);
@@ -167,6 +178,9 @@ NB_MODULE(_cpu, m) {
   }, release());
   m.def("choose_reads", [](const PyKV& kv, const PyBatch& batch, int layer, uintptr_t q, int q_heads, float scale, int window) {
     check(active->choose_reads(kv, batch, layer, at<const float>(q), q_heads, scale, window), "choose_reads");
+  }, release());
+  m.def("query_moments", [](const PyKV& kv, const PyBatch& batch, int layer, uintptr_t qkv, int q_heads, uintptr_t q_norm, float eps) {
+    check(active->query_moments(kv, batch, layer, at<const float>(qkv), q_heads, at<const float>(q_norm), eps), "query_moments");
   }, release());
   m.def("read_lanes", [](const PyKV& kv, int slot, int layer, int count, uintptr_t keys, uintptr_t values) {
     check(active->read_lanes(kv, slot, layer, count, at<float>(keys), at<float>(values)), "read_lanes");

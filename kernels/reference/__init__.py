@@ -2,6 +2,7 @@
 
 from winnow.kernels.reference.attention import attention
 from winnow.kernels.reference.linear import embed, linear, pack
+from winnow.kernels.reference.moments import query_moments
 from winnow.kernels.reference.norm import rms_norm, silu_mul
 from winnow.kernels.reference.pages import copy_pages, read_lanes, repack, write_lanes
 from winnow.kernels.reference.reading import choose_reads
@@ -16,6 +17,7 @@ __all__ = [
     "linear",
     "nearest_rows",
     "pack",
+    "query_moments",
     "read_lanes",
     "repack",
     "rms_norm",

@@ -5,7 +5,8 @@
         pos(j) > p - window                 when window > 0
         the row chose it                    when the sequence reads by a rule (reading.py), in layers where it does
     P = softmax over the tokens seen of scale · q·K + w      o = P · V
-    mass[j] += Σ P[j]  over the query heads of the lane's group, for one row r >= first_vote after the other
+    mass[j] += Σ P[j]  over the query heads of the lane's group, for one row r >= first_vote after the other,
+                       or as kv.votes[slot] says: see kernels/vote.py
 
 pos(j) is kv.positions[slot][layer, head, j], or j itself for a slot without positions; w(j) likewise the token's log
 weight, or 0. Computed in float64 and rounded once.
@@ -20,6 +21,7 @@ from winnow.kernels.kv import LaneBatch, PagedKV
 from winnow.kernels.reading import ReadMode
 from winnow.kernels.reference.lanes import Sequence, lane_part, sequences
 from winnow.kernels.reference.pages import read_lane
+from winnow.kernels.vote import FAINT, Vote
 
 
 def attention(q: Tensor, batch: LaneBatch, kv: PagedKV, layer: int, scale: float, window: int) -> Tensor:
@@ -41,9 +43,10 @@ def attention(q: Tensor, batch: LaneBatch, kv: PagedKV, layer: int, scale: float
             scores = torch.einsum("rgd,nd->rgn", groups[sequence.rows, head], keys.double()) * scale
             if sequence.slot in kv.log_weights:
                 scores = scores + lane_part(kv.log_weights[sequence.slot], layer, head, keys.shape[0])
-            weights = scores.masked_fill(~seen[:, None], -torch.inf).softmax(dim=-1)
+            scores = scores.masked_fill(~seen[:, None], -torch.inf)
+            weights = scores.softmax(dim=-1)
             out[sequence.rows, head] = torch.einsum("rgn,nd->rgd", weights, values.double())
-            _vote(kv, sequence, layer, head, weights)
+            _vote(kv, sequence, layer, head, scores, positions)
     return out.float().flatten(1)
 
 
@@ -60,11 +63,23 @@ def _seen(kv: PagedKV, sequence: Sequence, layer: int, head: int, positions: Ten
     return seen
 
 
-def _vote(kv: PagedKV, sequence: Sequence, layer: int, head: int, weights: Tensor) -> None:
-    """weights [rows, group, kept]; a slot without mass has no vote."""
+def _vote(kv: PagedKV, sequence: Sequence, layer: int, head: int, scores: Tensor, positions: Tensor) -> None:
+    """scores [rows, group, kept], positions [rows]; a slot without mass has no vote."""
     if sequence.slot not in kv.mass:
         return
-    mass = lane_part(kv.mass[sequence.slot], layer, head, weights.shape[2])
-    # Row after row, as a prompt cut into chunks adds them: the sum's bits do not depend on the cut.
-    for row in weights[sequence.first_vote :].sum(dim=1).float():
-        mass += row
+    vote = kv.votes.get(sequence.slot, Vote())
+    mass = lane_part(kv.mass[sequence.slot], layer, head, scores.shape[2])
+    scores, positions = scores[sequence.first_vote :], positions[sequence.first_vote :]
+    if vote.is_noisy:
+        scores = scores + lane_part(kv.noise[sequence.slot], layer, head, scores.shape[2]).double()
+    heat = vote.temperature + vote.heating * (positions - vote.warm_from).clamp_min(0).double()
+    weights = (scores / heat[:, None, None]).softmax(dim=-1)
+    # Row after row, as a prompt cut into chunks adds them: the bits do not depend on the cut.
+    for row in weights:
+        if vote.reduce == "max":
+            torch.maximum(mass, row.amax(dim=0).float(), out=mass)
+            continue
+        if vote.decay != 1:
+            mass *= vote.decay
+            mass[mass < FAINT] = 0
+        mass += row.sum(dim=0).float()

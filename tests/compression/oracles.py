@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from .dense import Dense
-
-SINKS = 2
+from .dense import SINKS, Dense, hashed
 
 
 def best(scores: Tensor, budget: int, recent: int) -> set[int]:
@@ -39,6 +37,26 @@ def snapkv(d: Dense, layer: int, head: int, window: int = 8, pool: int = 5) -> T
 
 def h2o(d: Dense, layer: int, head: int) -> Tensor:
     return group_of(d, layer, head).sum((0, 1))
+
+
+def ems(d: Dense, layer: int, head: int, window: int = 8) -> Tensor:
+    scores = torch.zeros(d.tokens, dtype=torch.float64)
+    for key in range(d.tokens):
+        seen_by = group_of(d, layer, head)[:, key:, key]  # [q_per_kv, queries that could see it]
+        scores[key] = max(float(seen_by.mean()), float(seen_by[:, -window:].mean()))
+    return scores
+
+
+def a2sf(d: Dense, layer: int, head: int, decay: float = 0.95) -> Tensor:
+    age = torch.arange(d.tokens - 1, -1, -1, dtype=torch.float64)
+    return torch.stack([(group_of(d, layer, head)[:, :, key] * decay**age).sum() for key in range(d.tokens)])
+
+
+def keyformer(d: Dense, layer: int, head: int) -> Tensor:
+    """At the temperature of the prompt, 1."""
+    noise = torch.tensor([hashed(7, layer, head, key) + 2.0**-25 for key in range(d.tokens)], dtype=torch.float64)
+    weights = group_of(d, layer, head) / -noise.log()  # e^(x + gumbel), of which the future's is 0
+    return (weights / weights.sum(-1, keepdim=True)).sum((0, 1))
 
 
 def tova(d: Dense, layer: int, head: int) -> Tensor:
@@ -100,21 +118,55 @@ def budget_of(policy: str, d: Dense, layer: int, head: int, budget: int) -> int:
     return d.tokens if policy == "razor_attention" and retrieves(d, layer, head) else budget
 
 
+def lagkv(d: Dense, layer: int, head: int, lag: int = 8) -> Tensor:
+    scores = 1 + torch.arange(d.tokens, dtype=torch.float64)
+    for start in range(SINKS, d.tokens - 2 * lag + 1, lag):
+        spread = torch.zeros(lag, dtype=torch.float64)
+        for tokens in (d.keys[layer, head].double(), d.values[layer, head].double()):
+            reference = tokens[start + lag : start + 2 * lag]
+            low, high = reference.min(0).values, reference.max(0).values
+            deviation = torch.stack([((tokens[start + i] - low) / (high - low)).std() for i in range(lag)])
+            spread += deviation.softmax(0) / 2
+        for place, token in enumerate(sorted(range(lag), key=lambda i: float(spread[i]))):
+            scores[start + token] = place / lag
+    return scores
+
+
+def expected_attention(d: Dense, layer: int, head: int, future: int = 512) -> Tensor:
+    keys, dim = d.keys[layer, head].double(), d.keys.shape[-1]
+    half, positions = dim // 2, torch.arange(d.tokens, d.tokens + future).double()
+    turn = torch.zeros(dim, dim, dtype=torch.float64)
+    for f in range(half):
+        angle = positions * float(d.inv_freq[f])
+        turn[f, f] = turn[half + f, half + f] = angle.cos().mean()
+        turn[half + f, f] = angle.sin().mean()
+        turn[f, half + f] = -turn[half + f, f]
+    scores = torch.zeros(d.tokens, dtype=torch.float64)
+    for member in range(head * d.q_per_kv, (head + 1) * d.q_per_kv):
+        queries = d.queries[layer, member, SINKS:].double()
+        mean, covariance = turn @ queries.mean(0), turn @ torch.cov(queries.T, correction=0) @ turn.T
+        logits = torch.stack([k @ mean / dim**0.5 + k @ covariance @ k / (2 * dim) for k in keys[SINKS:]])
+        scores[SINKS:] += logits.softmax(0) / d.q_per_kv
+    return scores * d.values[layer, head].double().norm(dim=-1)
+
+
+def lacache(d: Dense, layer: int, head: int) -> Tensor:
+    """With a span of half the layers ladders have two tokens, of which the lower layers keep the first."""
+    return ladder(d.tokens, 2, 1, int(layer >= d.keys.shape[0] // 2))
+
+
+def ladder(tokens: int, width: int, height: int, rung: int) -> Tensor:
+    scores = torch.arange(tokens, dtype=torch.float64)
+    left = list(range(SINKS, tokens))
+    for _ in range(24):
+        left = [token for i, token in enumerate(left) if rung <= i % width < rung + height]
+        for token in left:
+            scores[token] += tokens
+    return scores
+
+
 def streaming_llm(d: Dense, layer: int, head: int) -> Tensor:
     return torch.arange(d.tokens).double()
-
-
-def mix(x: int) -> int:
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
-    return x ^ (x >> 31)
-
-
-def hashed(seed: int, layer: int, head: int, position: int) -> float:
-    state = seed
-    for part in (0, layer, head, position):
-        state = mix((state + (part + 1) * 0x9E3779B97F4A7C15) % 2**64)
-    return (state >> 40) / 2**24
 
 
 def random(d: Dense, layer: int, head: int) -> Tensor:
@@ -125,11 +177,17 @@ ORACLES: dict[str, tuple[Callable[..., Tensor], int, dict[str, object]]] = {
     # policy: (score of a lane, recent tokens for a budget of 20, knobs)
     "snapkv": (snapkv, 8, {"window": 8}),
     "h2o": (h2o, 10, {}),
+    "a2sf": (a2sf, 10, {}),
+    "keyformer": (keyformer, 6, {}),
     "tova": (tova, 1, {}),
     "knorm": (knorm, 0, {}),
     "keydiff": (keydiff, 0, {}),
     "streaming_llm": (streaming_llm, 0, {}),
     "tri_attention": (tri_attention, 10, {}),
     "razor_attention": (razor_attention, 0, {"budget": 20}),
+    "ems": (ems, 8, {"window": 8}),
+    "lagkv": (lagkv, 0, {"lag": 8}),
+    "expected_attention": (expected_attention, 0, {}),
+    "lacache": (lacache, 10, {}),
     "random": (random, 0, {}),
 }

@@ -259,6 +259,17 @@ def test_compact_positions_evict_all_along() -> None:
     assert not Plan.parse(evict(policy="streaming_llm")).evict.is_compact  # type: ignore[union-attr]
 
 
+def test_a_method_whose_paper_merges_does_unless_told_otherwise() -> None:
+    plan = Plan.parse({"kv": {"evict": {"policy": "ems", "budget": 0.5}}})
+    assert plan.evict is not None and plan.evict.merge is not None
+    assert plan.evict.merge.policy == "ems"
+    assert Plan.parse(json.loads(json.dumps(plan.to_wire()))) == plan
+    without = Plan.parse({"kv": {"evict": {"policy": "ems", "budget": 0.5, "merge": None}}})
+    assert without.evict is not None and without.evict.merge is None
+    assert without.fingerprint != plan.fingerprint
+    assert Plan.parse(json.loads(json.dumps(without.to_wire()))) == without
+
+
 def test_null_is_absent() -> None:
     data = {"vision": None, "prompt": None, "kv": {"read": None, "evict": None, "format": None}}
     assert Plan.parse(data).is_off

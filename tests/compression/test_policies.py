@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from winnow.engine.compression.plan import Evict, Plan
-from winnow.engine.compression.policy import LaneView, SetsBudgets, StagedPolicy
+from winnow.engine.compression.policy import LaneView, QueryMoments, SetsBudgets, StagedPolicy
 from winnow.engine.compression.registry import EVICTION, eviction_policy
 from winnow.engine.compression.select import keep_sets
 from winnow.engine.errors import RequestError
+from winnow.kernels.vote import Vote
 
-from .dense import cut, dense
-from .oracles import ORACLES, SINKS, best, budget_of, group_of, hashed, retrieves, snapkv
+from .dense import SINKS, cut, dense, hashed
+from .oracles import ORACLES, best, budget_of, group_of, ladder, retrieves, snapkv
 
 TOKENS = 61
 
@@ -142,8 +145,8 @@ def test_random_depends_on_seed_layer_head_and_position_only() -> None:
         for layer, head, position in ((0, 0, 0), (2, 1, 60), (1, 0, 33)):
             assert whole[layer, head, position].item() == hashed(seed, layer, head, position)
         few = d.view(policy, rule, seed)
-        part = LaneView(
-            few.positions[1:2, :, 10:30], few.kept[1:2] * 0 + 20, few.layers[1:2], None, None, 0, 3, 999, seed
+        part = replace(
+            few, positions=few.positions[1:2, :, 10:30], kept=few.kept[1:2] * 0 + 20, layers=few.layers[1:2], seen=999
         )
         assert torch.equal(policy.score(part, rule), whole[1:2, :, 10:30])
     assert not torch.equal(whole, policy.score(d.view(policy, rule, 1), rule))
@@ -196,3 +199,95 @@ def test_razor_attention_sets_budgets_itself(knobs: dict[str, str]) -> None:
     (knob,) = knobs
     with pytest.raises(RequestError, match=f"{knob} has no effect: 'razor_attention' itself says what each head keeps"):
         evict("razor_attention", **knobs)
+
+
+@pytest.mark.parametrize(
+    ("depth", "span", "overlap", "width", "height", "rungs"),
+    [
+        (32, 16, 0, 2, 1, [0] * 16 + [1] * 16),  # the paper's default
+        (8, 4, 2, 3, 2, [0, 0, 1, 1, 1, 1, 1, 1]),
+        (7, 2, 0, 4, 1, [0, 0, 1, 1, 2, 2, 3]),
+        (4, 9, 0, 1, 1, [0, 0, 0, 0]),  # no ladder: the oldest go first
+    ],
+)
+def test_lacache_climbs_from_shallow_to_deep(
+    depth: int, span: int, overlap: int, width: int, height: int, rungs: list[int]
+) -> None:
+    d = dense(TOKENS, layers=depth, kv_heads=1, q_per_kv=1)
+    rule = evict("lacache", span=span, overlap=overlap)
+    scores = eviction_policy("lacache").score(d.view(eviction_policy("lacache"), rule), rule)
+    for layer, rung in enumerate(rungs):
+        wanted = ladder(TOKENS, width, height, rung)
+        assert scores[layer, 0, SINKS:].argsort().equal(wanted[SINKS:].argsort())
+
+
+def test_lacache_cut_in_steps_keeps_what_it_keeps_at_once() -> None:
+    """As decode does: a token's place in the ladders is not moved by what went before."""
+    d = dense(TOKENS, layers=4, kv_heads=1, q_per_kv=1)
+    rule = evict("lacache")
+    policy = eviction_policy("lacache")
+    view, sinks = d.view(policy, rule), rule.sinks
+    at_once, _ = keep_sets(policy.score(view, rule), view.kept, torch.full((4,), 20), sinks, 5)
+    for budget in (47, 33, 20):
+        index, count = keep_sets(policy.score(view, rule), view.kept, torch.full((4,), budget), sinks, 5)
+        view = cut(view, index, count)
+    assert torch.equal(view.positions, at_once)
+
+
+def test_a2sf_without_decay_is_h2o() -> None:
+    d = dense(TOKENS)
+    plain, faded = (evict("h2o"), evict("a2sf", decay=1.0))
+    views = [d.view(eviction_policy(rule.policy), rule) for rule in (plain, faded)]
+    assert torch.equal(*(eviction_policy("h2o").score(view, plain) for view in views))
+
+
+def test_keyformer_warms_up_with_every_generated_token() -> None:
+    vote = evict("keyformer", temperature=2.0, heating=0.5).vote(100)
+    assert (vote.temperature, vote.heating, vote.warm_from) == (2.0, 0.5, 99)  # position 100 is the first generated
+    assert vote.is_noisy
+    assert evict("snapkv").vote(100) == Vote()
+
+
+@pytest.mark.parametrize("tokens", [1, SINKS, SINKS + 7, SINKS + 15])
+def test_lagkv_keeps_the_newest_of_less_than_two_partitions(tokens: int) -> None:
+    d = dense(tokens)
+    rule = evict("lagkv", lag=8)
+    kept = kept_by(rule, d.view(eviction_policy("lagkv"), rule), SINKS + 3)
+    wanted = {*range(SINKS), *range(tokens - 3, tokens)} if tokens > SINKS + 3 else set(range(tokens))
+    assert all(lane == wanted for layer in kept for lane in layer)
+
+
+def test_lagkv_copes_with_channels_that_never_change() -> None:
+    d = dense(TOKENS)
+    d.keys[..., 3] = 0.25
+    rule = evict("lagkv", lag=8)
+    scores = eviction_policy("lagkv").score(d.view(eviction_policy("lagkv"), rule), rule)
+    assert scores.isfinite().all()
+    assert len(scores[0, 0, SINKS : SINKS + 8].unique()) == 8
+
+
+@pytest.mark.parametrize("tokens", [1, SINKS, SINKS + 1])
+def test_expected_attention_without_queries_is_finite(tokens: int) -> None:
+    """Prompts of sinks and little else."""
+    d = dense(tokens)
+    rule = evict("expected_attention")
+    zero = QueryMoments(torch.zeros(2, 6, 16).double(), torch.zeros(2, 6, 16, 16).double())
+    view = replace(d.view(eviction_policy("expected_attention"), rule), queries=zero)
+    assert eviction_policy("expected_attention").score(view, rule).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("policy", "knobs", "param"),
+    [
+        ("lacache", {"span": 4, "overlap": 4}, "compression.kv.evict"),
+        ("lacache", {"overlap": 1}, "compression.kv.evict"),
+        ("a2sf", {"decay": 0.0}, "compression.kv.evict.decay"),
+        ("keyformer", {"temperature": 0.0}, "compression.kv.evict.temperature"),
+        ("lagkv", {"lag": 1}, "compression.kv.evict.lag"),
+        ("expected_attention", {"future": 0}, "compression.kv.evict.future"),
+    ],
+)
+def test_knobs_out_of_range_are_named(policy: str, knobs: dict[str, object], param: str) -> None:
+    with pytest.raises(RequestError) as refusal:
+        evict(policy, **knobs)
+    assert refusal.value.param == param

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from winnow.engine.compression.plan import Plan
 from winnow.engine.config import EngineSettings
 from winnow.engine.engine import Engine, StepOutput
 from winnow.engine.messages import Output, Rejected, SamplingParams, Shorten, Shortened, Submit
@@ -194,12 +195,11 @@ class Bench:
         self._rows.clear()
 
     def _watch_keep_sets(self) -> None:
-        apply, arena = self.engine.compressor.apply, self.engine.arena
+        settle, arena = self.engine.side.settle, self.engine.arena
 
         def watched(seq: EngineSequence) -> None:
-            apply(seq)
             if not seq.timeline.evicts_at(seq.computed):
-                return
+                return settle(seq)
             kept = arena.kv.kept[seq.slot].long()
             positions = arena.kv.positions[seq.slot][..., : int(kept.max())].long()
             held = positions.masked_fill(torch.arange(positions.shape[-1]) >= kept[..., None], -1)
@@ -207,10 +207,17 @@ class Bench:
             known = self.seen[choice].kept.setdefault(seq.computed, held)
             if not same_bits(known, held):
                 self.complaints.append(f"{choice} was evicted at {seq.computed} again: other tokens stay")
+            settle(seq)
 
-        self.engine.compressor.apply = watched  # type: ignore[method-assign]
+        self.engine.side.settle = watched  # type: ignore[method-assign]
 
 
 def pages_for(model: Decoder, tokens: int, page_tokens: int = 16) -> int:
     """Pages of an arena whose longest sequence is of `tokens` tokens."""
     return model.config.layers * model.config.kv_heads * (-(-tokens // page_tokens) + 1)
+
+
+def pages_beside(model: Decoder, plan: dict[str, Any], prompt: int, tokens: int) -> int:
+    """Pages that stand for what a plan notes of as many tokens, at most."""
+    bench, evict = Bench(model), Plan.parse(plan).evict
+    return 0 if evict is None else bench.engine.side.most_pages(evict, prompt, tokens)

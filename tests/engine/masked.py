@@ -26,6 +26,8 @@ class MaskedRun:
     """[layers, q_heads, tokens, head_dim] after RoPE"""
     keys: Tensor = field(init=False)
     """[layers, kv_heads, tokens, head_dim] after RoPE"""
+    values: Tensor = field(init=False)
+    """[layers, kv_heads, tokens, head_dim]"""
     attention: Tensor = field(init=False)
     """[layers, q_heads, queries, tokens] float32 probabilities"""
 
@@ -62,6 +64,7 @@ def run_masked(
     run = MaskedRun(visible)
     queries: dict[int, Tensor] = {}
     keys: dict[int, Tensor] = {}
+    values: dict[int, Tensor] = {}
     attention: dict[int, Tensor] = {}
 
     def attend(
@@ -69,6 +72,7 @@ def run_masked(
     ) -> tuple[Tensor, None]:
         group = query.shape[1] // key.shape[1]
         queries[module.layer_idx], keys[module.layer_idx] = query[0], key[0]
+        values[module.layer_idx] = value[0]
         if look is not None:
             look(module.layer_idx, query[0], key[0])
         scores = query @ key.repeat_interleave(group, 1).mT * scaling
@@ -81,6 +85,7 @@ def run_masked(
         run.logits = model(torch.tensor([list(tokens)]), use_cache=False).logits[0]
     run.queries = torch.stack([queries[layer] for layer in sorted(queries)])
     run.keys = torch.stack([keys[layer] for layer in sorted(keys)])
+    run.values = torch.stack([values[layer] for layer in sorted(values)])
     run.attention = torch.stack([attention[layer] for layer in sorted(attention)])
     return run
 
@@ -99,6 +104,14 @@ def dense_attention(
 
     with _attention(model, function), torch.no_grad():
         return model(torch.tensor([list(tokens)]), use_cache=False).logits[0]
+
+
+def turned_back(heads: Tensor, inv_freq: Tensor) -> Tensor:
+    """[..., tokens, head_dim] as they were before RoPE."""
+    angles = torch.arange(heads.shape[-2], dtype=torch.float32)[:, None] * inv_freq
+    first, second = heads.chunk(2, -1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([first * cos + second * sin, second * cos - first * sin], -1)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from winnow.kernels.layout import PageFormat
 
 from ..compression.knobs import BUDGETED
 from ..models.checkpoints import prompt_of, random_model
-from .bench import Bench, pages_for
+from .bench import Bench, pages_beside, pages_for
 from .texts import tokens_of_text
 
 
@@ -49,7 +49,8 @@ def test_reported_bytes_are_those_of_the_tables(tiny: Decoder, kv: dict[str, Any
         columns = arena.kv.sealed[slot] + -(-(kept - packed) // layout.page_tokens)
         named = [table[layer, head, : columns[layer, head]] for layer in range(3) for head in range(2)]
         assert bool((table >= 0).sum() == columns.sum())
-        held.append((len(torch.cat(named).unique()) * layout.page_bytes, kept))
+        beside = sum(side[slot].nbytes for side in arena.kv.sides if slot in side)
+        held.append((len(torch.cat(named).unique()) + -(-beside // layout.page_bytes), kept))
         return report(slot, seen)
 
     arena.report = watched  # type: ignore[method-assign]
@@ -58,7 +59,7 @@ def test_reported_bytes_are_those_of_the_tables(tiny: Decoder, kv: dict[str, Any
         said = seen.last.compression
         assert said is not None
         count, kept = held.pop()
-        assert said.bytes_held == count
+        assert said.bytes_held == count * layout.page_bytes
         assert (said.tokens_kept_min, said.tokens_kept_max) == (kept.min(), kept.max())
         assert said.tokens_kept_mean == pytest.approx(float(kept.float().mean()), abs=0.005)
         assert said.tokens_seen == length + 39  # the last token is never read
@@ -81,7 +82,8 @@ def test_a_quarter_in_int4_is_a_tenth(wide: Decoder, policy: str, heads: str) ->
     bench = Bench(wide, max_step_tokens=4096)
     evict = {"policy": policy, "budget": 0.25, "head_budget": heads}
     bench.submit("a", prompt_of(4096), 8, {"kv": {"evict": evict, "format": "int4"}})
-    bench.step()
+    while not bench.sequence("a").generated:
+        bench.step()
     arena = bench.engine.arena
     slot = bench.sequence("a").slot
     assert arena.kept[slot].sum() == 4 * 1024
@@ -92,13 +94,14 @@ def test_a_quarter_in_int4_is_a_tenth(wide: Decoder, policy: str, heads: str) ->
     in_bf16 = 4 * 4096 * arena.layout.token_bytes(PageFormat.BF16)
     assert sealed_bytes <= in_bf16 / 10
     assert open_pages <= 4 * (32 + 112 + 15) // 16  # the residual, and what does not fill a page
-    assert bench.held_pages == open_pages + int(arena.sealed[slot].sum())
+    assert bench.held_pages == open_pages + int(arena.sealed[slot].sum()) + arena.ballast(slot)
     bench.run()
 
 
 def test_freed_pages_are_usable_at_once(tiny: Decoder) -> None:
     """An arena that holds one prompt: the step that cuts it makes room for the next, and nobody is preempted."""
-    bench = Bench(tiny, pages_for(tiny, 530), max_step_tokens=512, prefix_caching=False)
+    beside = pages_beside(tiny, {"kv": snapkv(0.1)}, 330, 360)
+    bench = Bench(tiny, pages_for(tiny, 530) + beside, max_step_tokens=512, prefix_caching=False)
     total, layout = bench.engine.arena.total, bench.engine.arena.layout
     assert total < 2 * 6 * layout.pages(330)
     for name in "abcd":
@@ -126,7 +129,7 @@ def test_decode_holds_lanes_at_the_budget(tiny: Decoder, policy: str, fmt: dict[
         if not bench.engine.is_idle and (seq := bench.sequence("a")).generated:
             since = (seq.computed - 200) % 6
             assert (arena.kept[seq.slot] == 50 + since).all()
-            pages.add(bench.held_pages)
+            pages.add(bench.held_pages - arena.ballast(seq.slot))
     assert max(pages) <= 6 * layout.pages(50 + 6)
 
 

@@ -7,6 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
@@ -22,13 +23,13 @@ from winnow.engine.models.decoder import Decoder
 from winnow.engine.models.loader import load_model, resolve_model
 from winnow.kernels.dispatch import Backend
 
-from ..compression.dense import Dense
+from ..compression.dense import SINKS, Dense, mass_of, moments_of, noise_of
 from ..compression.knobs import taken
-from ..compression.oracles import ORACLES, SINKS, best, budget_of
+from ..compression.oracles import ORACLES, best, budget_of
 from ..models.checkpoints import prompt_of, random_model
 from ..models.reference import default_reference
 from .bench import Bench, Seen, assert_same
-from .masked import MaskedRun, causal, hide_evicted, run_masked
+from .masked import MaskedRun, causal, hide_evicted, run_masked, turned_back
 from .profiles import profiles_of
 from .texts import tokens_of_text
 
@@ -56,7 +57,11 @@ def test_a_plan_that_keeps_everything_is_none(tiny: Decoder) -> None:
         seen = bench.alone(prompt, 30, plan)
         assert_same(seen, wanted)
         assert seen.logits.keys() == wanted.logits.keys()
-        assert seen.last.compression == wanted.last.compression
+        said, without = seen.last.compression, wanted.last.compression
+        assert said is not None and without is not None
+        noted = said.bytes_held - without.bytes_held  # by those whose budget might be exceeded yet
+        assert noted == 0 or (noted > 0 and Plan.parse(plan).evicts_in_decode)
+        assert msgspec.structs.replace(said, bytes_held=without.bytes_held) == without
 
 
 def test_a_plan_that_keeps_everything_is_none_on_the_default_model(default_model: Decoder) -> None:
@@ -147,29 +152,51 @@ def test_keeps_what_the_oracle_keeps(default_model: Decoder, attention: Dense, p
 def attention() -> Dense:
     run = run_masked(default_reference(), tokens_of_text(150, start=900), causal(30, 3, 150))
     inv_freq = torch.tensor(read_config(resolve_model("default")).inv_freq)
-    return Dense(run.keys, run.attention.double(), 3, inv_freq, load_profiles(resolve_model("default"), (PACKAGED,)))
+    return Dense(
+        run.keys,
+        run.values,
+        turned_back(run.queries, inv_freq),
+        run.attention.double(),
+        q_per_kv=3,
+        inv_freq=inv_freq,
+        profiles=load_profiles(resolve_model("default"), (PACKAGED,)),
+    )
 
 
-def view_at(event: int, last: int | None, held: Tensor, run: MaskedRun, plan: Plan, seed: int) -> LaneView:
+def view_at(event: int, last: int | None, held: Tensor, run: MaskedRun, plan: Plan, inv_freq: Tensor) -> LaneView:
     """What a policy must be shown at an event, from a dense run: held [layers, kv_heads, n] are positions, padded."""
     assert plan.evict is not None
     layers, heads = held.shape[:2]
-    q_per_kv = run.attention.shape[1] // heads
     voters = plan.evict.voters(event)
-    first = 0 if voters is None else max(event - voters, last or 0)
-    votes = run.attention[:, :, first:event].sum(2).unflatten(1, (heads, q_per_kv)).sum(2)
+    first = plan.evict.first_voter if voters is None else max(event - voters, last or 0)
+    newest, noise = plan.evict.newest_voters(event), noise_of(7, layers, heads, run.keys.shape[2])
+    votes, apart = (
+        mass_of(run.attention[:, :, start:event].double(), range(start, event), plan.evict.vote(90), noise).float()
+        for start in (first, max(event - newest, last or 0))
+    )
     at, padding = held.clamp_min(0), held < 0
-    keys = run.keys.gather(2, at[..., None].expand(*at.shape, run.keys.shape[-1]))
+    keys, values = (
+        side.gather(2, at[..., None].expand(*at.shape, side.shape[-1])).masked_fill(padding[..., None], 0.0)
+        for side in (run.keys, run.values)
+    )
     return LaneView(
         positions=held,
         kept=(~padding).sum(-1),
         layers=torch.arange(layers),
-        keys=keys.masked_fill(padding[..., None], 0.0),
+        keys=keys,
+        values=values,
         mass=votes.gather(2, at).masked_fill(padding, 0.0),
+        newest_mass=apart.gather(2, at).masked_fill(padding, 0.0) if newest else None,
+        newest_votes=min(newest, event - (last or 0)),
+        queries=moments_of(turned_back(run.queries, inv_freq)[:, :, first:event]),
         votes=event - first,
-        q_per_kv=q_per_kv,
+        q_per_kv=run.attention.shape[1] // heads,
         seen=event,
-        seed=seed,
+        seed=7,
+        sinks=plan.evict.sinks,
+        depth=layers,
+        inv_freq=inv_freq,
+        rope_factor=1.0,
     )
 
 
@@ -180,7 +207,7 @@ def test_decode_evicts_what_a_dense_run_says(tiny: Decoder, policy: str) -> None
     bench = Bench(tiny, max_step_tokens=64)
     prompt = prompt_of(90, 4)
     for during, heads, depth in product(("decode", "both"), ("uniform", "adaptive"), ("uniform", "pyramid")):
-        evict: dict[str, Any] = {"policy": policy, "budget": 0.6, "during": during, "interval": 7}
+        evict: dict[str, Any] = {"policy": policy, "budget": 0.6, "during": during, "interval": 7, "merge": None}
         plan = {"kv": {"evict": taken(evict | {"head_budget": heads, "layer_budget": depth})}}
         seen = bench.alone(prompt, 30, plan)
         run = masked_like(reference, tiny.config, [*prompt, *seen.tokens], seen)
@@ -190,8 +217,7 @@ def test_decode_evicts_what_a_dense_run_says(tiny: Decoder, policy: str) -> None
             new = torch.arange(last or 0, event).expand(3, 2, -1)
             held = packed(torch.cat([held, new], -1))
             view = replace(
-                view_at(event, last, held, run, Plan.parse(plan), seed=7),
-                inv_freq=torch.tensor(tiny.config.inv_freq),
+                view_at(event, last, held, run, Plan.parse(plan), torch.tensor(tiny.config.inv_freq)),
                 profile=profiles_of(tiny).get(policy),
             )
             check_choice(view, Plan.parse(plan), seen.kept[event])

@@ -13,7 +13,7 @@ from winnow.engine.models.decoder import Decoder
 from winnow.engine.prefix_cache import PrefixCache
 
 from ..models.checkpoints import prompt_of
-from .bench import Bench, assert_same, pages_for
+from .bench import Bench, assert_same, pages_beside, pages_for
 
 BLOCK = 16
 
@@ -142,7 +142,7 @@ def test_an_arena_full_of_cache_serves_a_prompt_that_just_fits(tiny: Decoder) ->
     prompt = prompt_of(300)
     plan = {"kv": {"evict": {"policy": "random", "budget": 0.7, "head_budget": "adaptive"}}}
     wanted = Bench(tiny).alone(prompt, 4, plan)
-    bench = Bench(tiny, pages_for(tiny, 304))
+    bench = Bench(tiny, pages_for(tiny, 304) + pages_beside(tiny, plan, 300, 304))
     assert bench.engine.max_model_len == 304
     for seed in range(2, 6):
         bench.alone(prompt_of(150, seed), 1)

@@ -10,6 +10,7 @@ import torch
 from winnow.engine.compression.plan import Plan
 from winnow.engine.errors import PlanNotSupported, RequestError
 from winnow.engine.models.decoder import Decoder
+from winnow.engine.sequence import Sequence as EngineSequence
 from winnow.kernels.layout import PageFormat
 
 from ..models.checkpoints import prompt_of, random_model
@@ -143,11 +144,18 @@ def test_a_squeeze_that_evicts_is_a_mask(tiny: Decoder) -> None:
     bench.submit("a", prompt, 30, {"on_pressure": {"evict": {"policy": "keydiff", "budget": 0.4}}})
     while bench.sequence("a").computed < 101:
         bench.step()
-    seq = bench.sequence("a")
-    assert bench.engine.pressure.relieve(bench.running)
-    arena = bench.engine.arena
+    seq, arena, side = bench.sequence("a"), bench.engine.arena, bench.engine.side
+    held, settle = {}, side.settle
+
+    def watched(squeezed: EngineSequence) -> None:
+        held[squeezed.computed] = arena.kv.positions[squeezed.slot][..., :40].long()
+        settle(squeezed)  # nobody looks them up later
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(side, "settle", watched)
+        assert bench.engine.pressure.relieve(bench.running)
     assert (arena.kept[seq.slot] == 40).all()
-    held = {101: arena.kv.positions[seq.slot][..., :40].long()}
+    assert held.keys() == {101}
     bench.run()
     tokens = [*prompt, *bench.seen["a", 0].tokens[:-1]]
     run = run_masked(reference, tokens, hide_evicted(causal(3, 2, len(tokens)), held))

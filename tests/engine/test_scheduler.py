@@ -10,7 +10,7 @@ import pytest
 from winnow.engine.models.decoder import Decoder
 
 from ..models.checkpoints import prompt_of
-from .bench import Bench, assert_same, pages_for
+from .bench import Bench, assert_same, pages_beside, pages_for
 
 QUANTIZED = {"kv": {"format": "int4", "residual": 0}}
 EVICTED = {"kv": {"evict": {"policy": "h2o", "budget": 0.4, "during": "both", "interval": 6}}}
@@ -68,7 +68,7 @@ def test_page_pressure_changes_no_answer(tiny: Decoder, plan: dict[str, Any], pr
     prompts = [prompt_of(40 + 5 * i, i) for i in range(6)]
     undisturbed = Bench(tiny)
     wanted = [undisturbed.alone(prompt, 90, plan) for prompt in prompts]
-    bench = Bench(tiny, pages_for(tiny, 160), prefix_caching=prefix_caching)
+    bench = Bench(tiny, pages_for(tiny, 160) + pages_beside(tiny, plan, 65, 160), prefix_caching=prefix_caching)
     for i, prompt in enumerate(prompts):
         bench.submit(str(i), prompt, 90, plan)
     bench.run(bench.engine.check_integrity)
@@ -115,7 +115,7 @@ def test_preemption_emits_nothing_twice(tiny: Decoder) -> None:
 def test_what_fits_exactly_is_served(tiny: Decoder, plan: dict[str, Any], n: int) -> None:
     """Prompt and answer fill the smallest arena to the last page; nothing else fits beside it."""
     wanted = Bench(tiny).alone(prompt_of(150), 10, plan)
-    bench = Bench(tiny, pages_for(tiny, 160))
+    bench = Bench(tiny, pages_for(tiny, 160) + pages_beside(tiny, plan, 150, 160))
     assert bench.engine.max_model_len == 160
     for name in "ab":
         bench.submit(name, prompt_of(150), 10, plan, n=n)

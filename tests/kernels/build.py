@@ -71,10 +71,9 @@ class State:
 def copy_kv(kv: PagedKV) -> PagedKV:
     names = ("data", "table", "kept", "sealed", "formats", "rest", "rest_formats")
     tables = {name: getattr(kv, name).clone() for name in names}
-    mass = {slot: part.clone() for slot, part in kv.mass.items()}
-    positions = {slot: part.clone() for slot, part in kv.positions.items()}
-    log_weights = {slot: part.clone() for slot, part in kv.log_weights.items()}
-    return PagedKV(kv.layout, **tables, mass=mass, positions=positions, log_weights=log_weights)
+    kinds = ("mass", "noise", "moments", "positions", "log_weights")
+    sides = {kind: {slot: part.clone() for slot, part in getattr(kv, kind).items()} for kind in kinds}
+    return PagedKV(kv.layout, **tables, **sides, votes=dict(kv.votes))
 
 
 def build(

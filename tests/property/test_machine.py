@@ -20,7 +20,7 @@ from winnow.engine.compression.plan import Plan
 from winnow.engine.speculation.registry import METHODS
 from winnow.engine.speculation.speculation import obstacle
 
-from ..engine.bench import Bench, Choice, pages_for
+from ..engine.bench import Bench, Choice, pages_beside, pages_for
 from .world import MOST_CHOICES, MOST_NEW, PLANS, PROMPTS, answers, model
 
 SLOTS = 5
@@ -50,7 +50,7 @@ class EngineMachine(RuleBasedStateMachine):
     def start(self, tokens: int, max_step_tokens: int, prefix_caching: bool) -> None:
         self.bench = Bench(
             model(),
-            pages_for(model(), tokens),
+            pages_for(model(), tokens) + max(pages_beside(model(), {"kv": plan}, 1, tokens) for plan in PLANS),
             max_step_tokens=max_step_tokens,
             max_seqs=SLOTS,
             prefix_caching=prefix_caching,

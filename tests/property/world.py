@@ -44,6 +44,8 @@ PLANS: list[dict[str, Any]] = [
         "format": "int4",
         "residual": 0,
     },
+    {"evict": {"policy": "keyformer", "budget": 0.5, "during": "both", "interval": 6}},
+    {"evict": {"policy": "expected_attention", "budget": 24, "during": "both", "interval": 9}, "format": "int8"},
     {"evict": {"policy": "streaming_llm", "budget": 30, "during": "both", "interval": 4}, "format": "bf16"},
     {"read": {"policy": "quest", "tokens": 24, "dense_layers": 0}},
     {

@@ -1,0 +1,218 @@
+"""What an evicting plan holds of a sequence beside its pages, token by token of each lane, and what it costs.
+
+    positions   where lane tokens stand in the text
+    mass        what the attention of voting queries gave them; noise is what it is disturbed by (see kernels/vote.py)
+    moments     of the queries that voted; the one part that does not grow
+    log weights of tokens that stand for several
+    hidden      states of a prompt that is read in stages; the sequence has them, here they are counted
+
+It lies outside the arena and counts as its memory: the arena's ballast. Kernels read and add to it in place, so it has
+room for a step's tokens before the step begins. Its size follows from the plan and the lanes' lengths alone.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+from winnow.engine.compression.hashing import uniform
+from winnow.engine.compression.plan import Evict
+from winnow.engine.compression.policy import QueryMoments
+from winnow.engine.compression.reader import Reader
+from winnow.engine.compression.signals import Signal
+from winnow.engine.compression.timeline import NEVER, Timeline
+from winnow.engine.errors import PromptTooLong
+from winnow.engine.models.config import ModelConfig
+from winnow.engine.pages import Ints, PageArena
+from winnow.engine.sequence import Sequence
+
+LATER = ("log_weights", "earlier_mass")
+"""Parts that come when there is something to put in them; they have their place before"""
+
+
+class SideState:
+    """The side state of all sequences; their plans' events move it along with the tokens."""
+
+    def __init__(self, arena: PageArena, config: ModelConfig, reader: Reader):
+        self._arena = arena
+        self._reader = reader
+        self._lanes = (config.layers, config.kv_heads)
+        self._moments = (config.layers, config.heads, 1 + config.head_dim, config.head_dim)
+        self._hidden_size = config.hidden_size
+        self._has_windows = any(config.windows)
+
+    # Steps -----------------------------------------------------------------------------------------------------------
+
+    def pages_to_extend(self, seq: Sequence, rows: int, growth: Ints | None = None) -> int:
+        """Pages that must be free before `prepare` when as many rows come, which lanes do not count yet; `growth` [1]
+        or [layers] is what lanes gain if not these rows."""
+        if seq.plan.evict is None:
+            return 0
+        gained = seq.growth(rows) if growth is None else growth
+        tokens = int((self._arena.kept[seq.slot] + gained[:, None]).max())
+        size = self._bytes(seq, tokens, seq.rows_read + rows)
+        return max(0, -(-size // self._arena.layout.page_bytes) - self._arena.ballast(seq.slot))
+
+    def prepare(self, seq: Sequence, rows: int) -> None:
+        """Before a step whose `rows` the lanes count already: room for what they add."""
+        self._reader.prepare(seq)
+        if seq.plan.evict is None:
+            return
+        slot, kv, upto = seq.slot, self._arena.kv, seq.rows_read + rows
+        tokens = int(self._arena.kept[slot].max())
+        for name, dtype in self._parts(seq, upto).items():
+            side = getattr(kv, name)
+            if slot in side or name not in LATER:
+                side[slot] = self._resized(side.get(slot), tokens, dtype)
+        if self._hears_newest(seq):
+            kv.earlier_mass[slot] = kv.mass[slot].clone()
+        if slot in kv.mass:
+            kv.votes[slot] = seq.plan.evict.vote(seq.prompt_tokens)
+        if self._counts_queries(seq, upto) and slot not in kv.moments:
+            kv.moments[slot] = torch.zeros(self._moments, dtype=torch.float64)
+        self._arena.hold(slot, self._bytes(seq, tokens, upto))
+        if self._has_windows or slot in kv.noise:  # kernels look positions up where a window meets evicted lanes
+            self.note_positions(seq, upto)
+
+    def most_pages(self, evict: Evict, prompt_tokens: int, tokens: int) -> int:
+        """Pages that a request's side state may come to by the time that `tokens` have been read."""
+        is_noisy, hears_newest = evict.vote(prompt_tokens).is_noisy, evict.newest_voters(tokens) > 0
+        parts = 1 + sum((Signal.ATTENTION in evict.signals, is_noisy, hears_newest, evict.merge is not None))
+        fixed = 8 * prod(self._moments) if Signal.QUERIES in evict.signals else 0
+        if evict.stage_bounds(self._lanes[0]):
+            fixed += 4 * self._hidden_size * prompt_tokens
+        return -(-(4 * parts * prod(self._lanes) * room(tokens) + fixed) // self._arena.layout.page_bytes)
+
+    def check_room(self, timeline: Timeline, text_tokens: int) -> None:
+        """PromptTooLong where the arena cannot hold a sequence, even alone, and what its policy notes of it."""
+        arena, evict = self._arena, timeline.plan.evict
+        if evict is None:
+            return
+        tokens = timeline.most_tokens(text_tokens)
+        beside = self.most_pages(evict, timeline.prompt_tokens, tokens)
+        if arena.lanes * (arena.layout.pages(tokens) + 1) + beside > arena.total:
+            raise PromptTooLong(
+                "max_tokens", f"{tokens} tokens, and what '{evict.policy}' notes of them, exceed the KV memory"
+            )
+
+    def _bytes(self, seq: Sequence, tokens: int, upto: int) -> int:
+        """What is held, or promised, while the fullest lane has `tokens` and they are read up to `upto`."""
+        size = 4 * len(self._parts(seq, upto)) * prod(self._lanes) * room(tokens)
+        if self._counts_queries(seq, upto):
+            size += 8 * prod(self._moments)
+        if seq.staging is not None:  # no stage hands on, or is handed, more
+            size += 4 * self._hidden_size * seq.prompt_tokens
+        return size
+
+    def _parts(self, seq: Sequence, upto: int) -> dict[str, torch.dtype]:
+        """The parts that grow with tokens, by their names in `PagedKV`, while tokens are read up to `upto`. All have
+        four bytes a token. Log weights, which merging may bring, have their place before."""
+        parts: dict[str, torch.dtype] = {}
+        if seq.plan.evict is None:
+            return parts
+        may_merge = seq.plan.evict.merge is not None and seq.timeline.evicts_after(seq.computed)
+        if may_merge or seq.slot in self._arena.kv.log_weights:
+            parts["log_weights"] = torch.float32
+        if self._keeps_positions(seq):
+            parts["positions"] = torch.int32
+        if Signal.ATTENTION in seq.plan.evict.signals:
+            if seq.vote_start < upto:
+                parts["mass"] = torch.float32
+            if self._hears_newest(seq) or seq.slot in self._arena.kv.earlier_mass:
+                parts["earlier_mass"] = torch.float32
+            if seq.vote_start != NEVER and seq.plan.evict.vote(seq.prompt_tokens).is_noisy:
+                parts["noise"] = torch.float32
+        return parts
+
+    def _keeps_positions(self, seq: Sequence) -> bool:
+        """Whether windows or an eviction to come, be it for want of pages, look positions up."""
+        if seq.plan.evict is None:
+            return False
+        return self._has_windows or seq.timeline.evicts_after(seq.computed) or seq.plan.on_pressure is not None
+
+    def _hears_newest(self, seq: Sequence) -> bool:
+        """Whether the next step's first query is the first that is heard apart."""
+        return seq.computed == seq.timeline.newest_start(seq.computed)
+
+    def _counts_queries(self, seq: Sequence, upto: int) -> bool:
+        evict = seq.plan.evict
+        return evict is not None and Signal.QUERIES in evict.signals and seq.vote_start < upto
+
+    def note_positions(self, seq: Sequence, upto: int) -> None:
+        """Writes down the tokens that came since it was last done; lanes already count them as kept."""
+        slot, kv = seq.slot, self._arena.kv
+        new = upto - seq.positions_known
+        if not new:
+            return
+        index = kv.kept[slot].long()[..., None] - new + torch.arange(new)
+        positions = torch.arange(seq.positions_known, upto).expand(index.shape)
+        held = self._resized(kv.positions.get(slot), int(self._arena.kept[slot].max()), torch.int32)
+        kv.positions[slot] = held.scatter_(2, index, positions.to(torch.int32))
+        if slot in kv.noise:
+            kv.noise[slot].scatter_(2, index, gumbel(seq.plan_seed, positions))
+        seq.positions_known = upto
+
+    def moments(self, slot: int, layers: slice, votes: int) -> QueryMoments:
+        """Mean and covariance of the queries that voted; zero if none did."""
+        moments = self._arena.kv.moments.get(slot)
+        if moments is None:  # the text has no more tokens than sinks
+            moments = torch.zeros((1, 1, 1, 1), dtype=torch.float64).expand(self._moments)
+        mean, upper = moments[layers, :, 0] / max(1, votes), moments[layers, :, 1:].triu() / max(1, votes)
+        products = upper + upper.triu(1).mT
+        return QueryMoments(mean, products - mean[..., :, None] * mean[..., None, :])
+
+    # Events ----------------------------------------------------------------------------------------------------------
+
+    def carry(self, seq: Sequence, keep: Tensor | None, count: Ints) -> None:
+        """Moves it with the tokens at an event: `keep` [layers, kv_heads, n] of them, padded with -1 (None: all stay).
+        Mass that does not accumulate starts anew after an eviction."""
+        kv, slot, tokens = self._arena.kv, seq.slot, int(count.max())
+        if keep is not None:
+            held = torch.arange(tokens) < torch.from_numpy(count)[..., None]
+            for side in (kv.positions, kv.mass, kv.noise, kv.log_weights):
+                if slot in side:
+                    moved = side[slot].gather(2, keep[..., :tokens].clamp_min(0)) * held
+                    side[slot] = self._resized(moved, tokens, moved.dtype)
+        if seq.timeline.evicts_at(seq.computed):
+            kv.earlier_mass.pop(slot, None)
+            if not seq.accumulates_votes:
+                kv.mass.pop(slot, None)
+
+    def put_log_weights(self, slot: int, weights: Tensor) -> None:
+        """After `carry`: what the tokens that stayed count for, [layers, kv_heads, n] float32."""
+        self._arena.kv.log_weights[slot] = self._resized(weights, weights.shape[-1], torch.float32)
+
+    def settle(self, seq: Sequence) -> None:
+        """After an event: lets go of what no later one looks at."""
+        kv, slot = self._arena.kv, seq.slot
+        if seq.vote_start == NEVER:
+            for part in (kv.mass, kv.earlier_mass, kv.noise, kv.moments, kv.votes):
+                part.pop(slot, None)
+        if not self._keeps_positions(seq) and kv.positions.pop(slot, None) is not None and seq.plan.evict is None:
+            seq.positions_known = 0  # lanes that nothing was evicted from: they may be noted again
+        self._arena.hold(slot, self._bytes(seq, int(self._arena.kept[slot].max()), seq.rows_read))
+
+    def _resized(self, side: Tensor | None, tokens: int, dtype: torch.dtype) -> Tensor:
+        """`side` with room for `tokens` tokens a lane, zeros where it is new."""
+        if side is not None and side.shape[-1] == room(tokens):
+            return side
+        resized = torch.zeros((*self._lanes, room(tokens)), dtype=dtype)
+        if side is not None:
+            known = min(side.shape[-1], room(tokens))
+            resized[..., :known] = side[..., :known]
+        return resized
+
+
+def room(tokens: int) -> int:
+    """Tokens that there is room for where there are `tokens`: at most an eighth more, or 15, so that growth is rare."""
+    step = max(16, 1 << max(0, tokens.bit_length() - 4))
+    return -(-tokens // step) * step
+
+
+def gumbel(seed: int, positions: Tensor) -> Tensor:
+    """Standard Gumbel noise of lane tokens: positions [layers, kv_heads, tokens] int64 -> float32."""
+    # In float64, whose last bits are rounded away: the vectorised logarithm may differ in them from the plain one.
+    even = uniform(seed, torch.arange(positions.shape[0]), positions).double() + 2.0**-25
+    return -(-even.log()).log().float()
