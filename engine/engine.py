@@ -154,7 +154,7 @@ class Engine:
         for seq in batch.seqs:
             # A sequence that is preempted here loses its place in this step; it will sample the same token later.
             try:
-                while seq.ends_a_stage:
+                while seq.is_running and seq.ends_a_stage:
                     self.scheduler.with_pages(self.compressor.end_stage, seq)
                 if seq.is_running and seq.timeline.acts_at(seq.computed):
                     self.scheduler.with_pages(self.compressor.apply, seq)
