@@ -40,6 +40,7 @@ from winnow.engine.messages import (
 from winnow.engine.models.decoder import Decoder
 from winnow.engine.pages import PageArena
 from winnow.engine.prefix_cache import PrefixCache
+from winnow.engine.recital import Recital, end_parts, keep_for_later, parts_of
 from winnow.engine.runner import Runner
 from winnow.engine.sampler import Draw, Sampler
 from winnow.engine.sampling import SamplingTable, check_sampling, choice_seed
@@ -100,7 +101,7 @@ class Engine:
         )
         self.runner = Runner(model, self.arena)
         self.sampler = Sampler()
-        self.speculator = Speculator(self.arena, self.table)
+        self.speculator = Speculator(self.arena, self.side, self.table)
         self.shortener = Shortener(settings, config, self.arena.kv, ops)
         self.totals = Totals()
         self.on_forced: Observer | None = None
@@ -151,14 +152,15 @@ class Engine:
             intact = seq.timeline.intact_tokens
             if before < intact <= seq.computed and self.cache is not None and not seq.stage_bounds:
                 self.cache.publish(seq.block_keys[: intact // self.cache.block_tokens], seq.slot)
+        end_parts(batch.seqs, self.arena)
         for seq in batch.seqs:
             # A sequence that is preempted here loses its place in this step; it will sample the same token later.
             try:
                 while seq.is_running and seq.ends_a_stage:
                     self.scheduler.with_pages(self.compressor.end_stage, seq)
-                if seq.is_running and seq.timeline.acts_at(seq.computed):
+                if seq.is_running and seq.stands_at_an_event:
                     self.scheduler.with_pages(self.compressor.apply, seq)
-                if seq.is_running and seq.is_to_be_squeezed:
+                if seq.is_running and seq.is_to_be_squeezed and seq.reciting is None:
                     self.scheduler.with_pages(self.pressure.squeeze, seq)
             except Exception:  # one plan's failure is its own request's
                 log.exception("the plan of request %s failed", seq.request_id)
@@ -170,6 +172,7 @@ class Engine:
         its first logits."""
         rows: list[int] = []
         seqs: list[Sequence] = []
+        logits = keep_for_later(batch.seqs, batch.logit_rows, logits)
         for row, seq in zip(batch.logit_rows.tolist(), batch.seqs, strict=True):
             if not seq.is_running or seq.remaining or seq in draws or seq.probe is not None:
                 continue
@@ -256,6 +259,7 @@ class Engine:
         sampling, length = request.sampling, len(request.prompt)
         self._check_tokens("prompt", request.prompt)
         self._check_tokens("forced", request.forced)
+        self._check_tokens("lead_ins", [token for part in request.lead_ins for token in part])
         check_sampling(sampling, self.config.vocab_size)
         if sampling.max_tokens < 1 + len(request.forced):
             least = 1 + len(request.forced)
@@ -279,8 +283,9 @@ class Engine:
         if stage_bounds and self.has_windows:
             path = "compression.kv.evict.policy"
             raise PlanNotSupported(path, f"{path}: prompts of a model with sliding windows are not read in stages")
+        parts = parts_of(plan.evict, np.array(request.prompt, np.int32), request.lead_ins, self.max_model_len - length)
         timeline = Timeline.of(plan, length, self.arena.layout)
-        self.side.check_room(timeline, length + sampling.max_tokens)
+        self.side.check_room(timeline, length + max([sampling.max_tokens, *map(len, parts)]))
         seed = int.from_bytes(os.urandom(8), "little") if sampling.seed is None else sampling.seed
         self._arrivals += 1
         first, *siblings = [
@@ -300,6 +305,7 @@ class Engine:
                 speculation=speculation,
                 forced=len(request.forced),
                 stage_bounds=stage_bounds,
+                recital=Recital(parts) if parts else None,
             )
             for index in range(sampling.n)
         ]

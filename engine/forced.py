@@ -38,7 +38,7 @@ def forced_spans(batch: ScheduledBatch) -> list[Span]:
     spans = []
     row = 0
     for seq, count in zip(batch.seqs, batch.counts.tolist(), strict=True):
-        if seq.told < seq.forced:
+        if seq.told < seq.forced and seq.reciting is None:
             # The row of a token foretells the next one.
             first = seq.prompt_tokens + seq.told
             last = min(seq.reads_from + count, seq.prompt_tokens + seq.forced - 1)

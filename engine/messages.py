@@ -42,6 +42,8 @@ class Submit(msgspec.Struct, frozen=True, tag="submit", omit_defaults=True):
     """A `Speculation` as JSON data; empty: none"""
     forced: list[int] = []
     """What the output begins with; it is read after the prompt's plan was carried out, and counts as generated."""
+    lead_ins: list[list[int]] = []
+    """`recital.lead_ins`, for plans under which the model repeats its prompt"""
 
 
 class ContextPart(msgspec.Struct, frozen=True, array_like=True):

@@ -83,11 +83,11 @@ class Runner:
         """[R, vocab] logits after chunks that pass through all layers."""
         counts, wanted = batch.counts, batch.drafts + 1
         ends = counts.cumsum(dtype=np.int32)
-        starts = np.array([seq.computed for seq in batch.seqs], np.int32)
+        starts = np.array([seq.rows_read for seq in batch.seqs], np.int32)
         places = starts - np.array([seq.turned_back for seq in batch.seqs], np.int32)
         positions = np.arange(ends[-1], dtype=np.int32) + np.repeat(places - ends + counts, counts)
         chunks = zip(batch.seqs, counts.tolist(), strict=True)
-        tokens = np.concatenate([seq.tokens[seq.computed : seq.computed + count] for seq, count in chunks])
+        tokens = np.concatenate([seq.next_tokens(count) for seq, count in chunks])
         own = np.arange(wanted.sum()) + np.repeat(ends - wanted - batch.logit_rows, wanted)
         rows = torch.from_numpy(np.concatenate((own, batch.more_rows)))
         lanes = _lanes(batch, starts, positions)

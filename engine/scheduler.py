@@ -180,12 +180,14 @@ class Scheduler:
 
     def _outstanding(self, seq: Sequence) -> int:
         """Pages that a sequence will still take to read what it knows, before its plan gives any back."""
-        if seq.remaining <= 1:
+        if seq.reciting is None and seq.remaining <= 1:
             return self._arena.lanes + self._side.pages_to_extend(seq, 1)  # the next page of each lane
         if seq.computed >= seq.prompt_tokens:
             more = min(seq.length, seq.chunk_end) - seq.computed
         else:
             more = seq.timeline.intact_tokens - int(self._arena.kept[seq.slot].max())
+        if seq.recital is not None and seq.computed <= seq.prompt_tokens:
+            more += seq.recital.growth
         count = max(1, more)
         growth = np.array([count], np.int32)
         if seq.staging is not None:  # what later stages will read is not known yet: at most what this one does
@@ -244,6 +246,8 @@ class Scheduler:
             sibling.computed, sibling.vote_start = seq.computed, seq.vote_start
             sibling.plan, sibling.timeline = seq.plan, seq.timeline
             sibling.squeezed_at, sibling.calm = seq.squeezed_at, seq.calm
+            if sibling.recital is not None:
+                sibling.recital.skip()
             sibling.positions_known, sibling.cached_tokens = seq.positions_known, seq.cached_tokens
             sibling.turned_back = seq.turned_back
             self._admit_sampling(sibling)

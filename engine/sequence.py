@@ -11,6 +11,7 @@ from winnow.engine.compression.timeline import NEVER, Timeline
 from winnow.engine.messages import CompressionReport, SamplingParams
 from winnow.engine.pages import Ints
 from winnow.engine.probe import Probe
+from winnow.engine.recital import Recital
 from winnow.engine.sampler import Draw
 from winnow.engine.speculation.speculation import Speculation
 from winnow.engine.staging import Staging
@@ -74,6 +75,8 @@ class Sequence:
     accepted_tokens: int = 0
     """Guesses that became part of the answer"""
     rejected_tokens: int = 0
+    recital: Recital | None = None
+    """For plans that are told by one"""
     probe: Probe | None = None
     """What is to be found out by reading the tokens; a sequence that has one generates none"""
     squeezed_at: int = NEVER
@@ -86,11 +89,24 @@ class Sequence:
 
     @property
     def remaining(self) -> int:
-        """Known tokens that have not been computed."""
-        return self.length - self.computed
+        """Known tokens that have not been computed; of a recital's part, where it is in one."""
+        return self.length - self.computed if self.reciting is None else self.reciting.left
+
+    @property
+    def reciting(self) -> Recital | None:
+        """The recital, from the prompt's end on until it is over."""
+        if self.recital is None or self.computed != self.prompt_tokens or self.recital.is_over:
+            return None
+        return self.recital
+
+    @property
+    def stands_at_an_event(self) -> bool:
+        return self.reciting is None and self.timeline.acts_at(self.computed)
 
     def chunk(self, most: int) -> int:
-        """Tokens of its next chunk: none crosses an event of the timeline, or a stage."""
+        """Tokens of its next chunk: none crosses an event of the timeline, a stage or a recital's part."""
+        if self.reciting is not None:
+            return min(most, self.reciting.left)
         if self.staging is not None:
             return min(most, self.staging.left)
         return min(most, self.remaining, self.chunk_end - self.computed)
@@ -99,17 +115,27 @@ class Sequence:
         """[1] or [layers] tokens that its lanes gain by a chunk."""
         return np.array([count], np.int32) if self.staging is None else self.staging.growth(count, 0)
 
+    def next_tokens(self, count: int) -> Ints:
+        """Of its next chunk."""
+        if self.reciting is not None:
+            return self.reciting.next_tokens(count)
+        return self.tokens[self.computed : self.computed + count]
+
     def advance(self, count: int) -> None:
         """Notes that a chunk was computed."""
-        if self.staging is None:
-            self.computed += count
-        else:
+        if self.reciting is not None:
+            self.reciting.done += count
+        elif self.staging is not None:
             self.staging.done += count
+        else:
+            self.computed += count
 
     @property
     def rows_read(self) -> int:
         """Tokens that the layers which come next have read."""
-        return self.computed if self.staging is None else self.staging.done
+        if self.staging is not None:
+            return self.staging.done
+        return self.computed if self.reciting is None else self.computed + self.reciting.done
 
     @property
     def reads_from(self) -> int:
@@ -142,7 +168,7 @@ class Sequence:
     @property
     def is_decoding(self) -> bool:
         """Reads its own last token next, and says another one."""
-        return self.is_running and self.remaining == 1 and self.sampled > 0
+        return self.is_running and self.remaining == 1 and self.sampled > 0 and self.reciting is None
 
     @property
     def first_needed(self) -> int:
@@ -160,7 +186,8 @@ class Sequence:
     def can_be_squeezed(self) -> bool:
         """Its caller allows it, its prompt is read, and it has not been done or is not to be done later anyway."""
         is_due = self.squeezed_at == NEVER or self.is_to_be_squeezed
-        return self.plan.on_pressure is not None and self.computed >= self.prompt_tokens and is_due
+        is_read = self.computed >= self.prompt_tokens and self.reciting is None
+        return self.plan.on_pressure is not None and is_read and is_due
 
     @property
     def is_to_be_squeezed(self) -> bool:
@@ -196,6 +223,8 @@ class Sequence:
         self.computed = self.positions_known = self.turned_back = self.drafted = 0
         self.staging = Staging.begin(self.stage_bounds, self.prompt_tokens) if self.stage_bounds else None
         self.distilled = None
+        if self.recital is not None:
+            self.recital.restart()
         self.vote_start = self.timeline.vote_start(0)
 
     def append(self, draw: Draw) -> None:

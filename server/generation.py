@@ -157,6 +157,7 @@ class Generation:
             forced=forced,
             cache_salt=self.request.cache_salt,
             speculative={} if speculation is None else speculation.model_dump(),
+            lead_ins=self.service.lead_ins if plan.evict is not None and plan.evict.recital_chunk else [],
         )
 
     def _output_tokens(self, prompt: int, forced: int, info: EngineInfo, plan: Plan) -> int:

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
 from fastapi import Request
@@ -14,6 +15,7 @@ from pydantic import ValidationError
 from winnow.engine.errors import ModelError, Overloaded
 from winnow.engine.messages import EngineInfo
 from winnow.engine.models.files import generation_config, resolve_model
+from winnow.engine.recital import lead_ins
 from winnow.server.admission import Admission
 from winnow.server.client import Client
 from winnow.server.errors import ApiError
@@ -43,6 +45,11 @@ class Service:
         self.sampling_defaults = sampling_defaults(settings)
         self.created = int(time.time())
         self._pool = ThreadPoolExecutor(settings.tokenizer_threads, "tokenizer")
+
+    @cached_property
+    def lead_ins(self) -> list[list[int]]:
+        """Of plans under which the model repeats its prompt."""
+        return lead_ins(self.tokenizer)
 
     async def start(self) -> None:
         await self.client.start()

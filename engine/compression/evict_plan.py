@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from winnow.engine.compression.budget import MAX_TOKENS, Budget, is_everything, tokens_of
 from winnow.engine.compression.merge_plan import AnyMerge, merge_model
-from winnow.engine.compression.policy import HearsNewest, PolicyParams, SetsBudgets, StagedPolicy, Voting
+from winnow.engine.compression.policy import HearsNewest, PolicyParams, Reciting, SetsBudgets, StagedPolicy, Voting
 from winnow.engine.compression.registry import EVICTION, OWN_MERGE, eviction_policy, merge_method
 from winnow.engine.compression.signals import Signal
 from winnow.engine.errors import PlanNotSupported
@@ -108,6 +108,12 @@ class Evict(PolicyParams):
     def voters(self, seen: int) -> int | None:
         """`EvictionPolicy.voters` of the plan's policy."""
         return eviction_policy(self.policy).voters(self, seen)
+
+    @property
+    def recital_chunk(self) -> int:
+        """Tokens of the prompt that the model repeats at a time before its eviction; 0: it repeats nothing."""
+        policy = eviction_policy(self.policy)
+        return policy.recital_chunk(self) if isinstance(policy, Reciting) else 0
 
     def stage_bounds(self, layers: int) -> tuple[int, ...]:
         """`Staging.bounds` of a policy that acts amid the prefill, () of all others; PlanNotSupported if the model is

@@ -121,6 +121,14 @@ class SetsBudgets(Protocol):
 
 
 @runtime_checkable
+class Reciting(Protocol):
+    """A policy that is told by the rows of a recital (engine/recital.py): they vote instead of the prompt's newest."""
+
+    def recital_chunk(self, params: Any) -> int:
+        """Tokens of the prompt that the model repeats at a time."""
+
+
+@runtime_checkable
 class StagedPolicy(EvictionPolicy, Protocol):
     """An eviction policy that acts amid the prefill: the layers above the one that chooses read only what it chose."""
 

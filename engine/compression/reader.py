@@ -27,8 +27,9 @@ class Reader:
         return read.rule(self._shape, self._profiles.get(read.policy, {}))
 
     def prepare(self, seq: Sequence) -> None:
-        """Before a step of generated tokens, which the lanes count as kept already: rows of the prompt read all."""
-        if seq.plan.read is None or seq.computed < seq.prompt_tokens:
+        """Before a step of generated tokens, which the lanes count as kept already: rows of the prompt read all, and so
+        do those that repeat it."""
+        if seq.plan.read is None or seq.computed < seq.prompt_tokens or seq.reciting is not None:
             return
         arena, shape = self._arena, self._shape
         state = arena.kv.reading.get(seq.slot)

@@ -30,6 +30,7 @@ EVICTION: dict[str, str] = {
     "lagkv": "winnow.engine.compression.eviction.lagkv:LagKV",
     "expected_attention": "winnow.engine.compression.eviction.expected_attention:ExpectedAttention",
     "lacache": "winnow.engine.compression.eviction.lacache:LaCache",
+    "kvzip": "winnow.engine.compression.eviction.kvzip:KVzip",
     "random": "winnow.engine.compression.eviction.random:Random",
 }
 

@@ -76,6 +76,18 @@ class SideState:
         if self._has_windows or slot in kv.noise:  # kernels look positions up where a window meets evicted lanes
             self.note_positions(seq, upto)
 
+    def truncated(self, seq: Sequence, upto: int) -> None:
+        """After the newest rows were taken out of its lanes again, so that they have read up to `upto`."""
+        seq.positions_known = min(seq.positions_known, upto)
+        if seq.plan.evict is None:
+            return
+        slot, kv = seq.slot, self._arena.kv
+        tokens = int(self._arena.kept[slot].max())
+        for side in (kv.positions, kv.mass, kv.noise, kv.log_weights):
+            if slot in side:
+                side[slot] = self._resized(side[slot], tokens, side[slot].dtype)
+        self._arena.hold(slot, self._bytes(seq, tokens, upto))
+
     def most_pages(self, evict: Evict, prompt_tokens: int, tokens: int) -> int:
         """Pages that a request's side state may come to by the time that `tokens` have been read."""
         is_noisy, hears_newest = evict.vote(prompt_tokens).is_noisy, evict.newest_voters(tokens) > 0
@@ -112,7 +124,7 @@ class SideState:
         parts: dict[str, torch.dtype] = {}
         if seq.plan.evict is None:
             return parts
-        may_merge = seq.plan.evict.merge is not None and seq.timeline.evicts_after(seq.computed)
+        may_merge = seq.plan.evict.merge is not None and self._will_evict(seq)
         if may_merge or seq.slot in self._arena.kv.log_weights:
             parts["log_weights"] = torch.float32
         if self._keeps_positions(seq):
@@ -130,7 +142,10 @@ class SideState:
         """Whether windows or an eviction to come, be it for want of pages, look positions up."""
         if seq.plan.evict is None:
             return False
-        return self._has_windows or seq.timeline.evicts_after(seq.computed) or seq.plan.on_pressure is not None
+        return self._has_windows or self._will_evict(seq) or seq.plan.on_pressure is not None
+
+    def _will_evict(self, seq: Sequence) -> bool:
+        return seq.reciting is not None or seq.timeline.evicts_after(seq.computed)
 
     def _hears_newest(self, seq: Sequence) -> bool:
         """Whether the next step's first query is the first that is heard apart."""

@@ -101,6 +101,8 @@ class Timeline:
         evict, (last, event) = self.plan.evict, self._evictions_around(position)
         if evict is None or event == NEVER:
             return NEVER
+        if evict.recital_chunk:
+            return event  # the rows of the recital, which stand behind the prompt
         voters = evict.voters(event)
         if voters is None:
             return evict.first_voter

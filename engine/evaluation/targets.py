@@ -73,8 +73,10 @@ class EngineTarget:
         from winnow.engine.config import EngineSettings
         from winnow.engine.models.tokenizer import load_tokenizer
         from winnow.engine.process import build_engine
+        from winnow.engine.recital import lead_ins
 
         self._tokenizer = load_tokenizer(model)
+        self._lead_ins = lead_ins(self._tokenizer)
         settings = {"model": model, "weights": weights, "threads": threads, "kv_memory_gib": kv_memory_gib}
         self.engine = build_engine(EngineSettings.model_validate(settings))
         self.weights = weights
@@ -99,7 +101,8 @@ class EngineTarget:
                 logprobs=0 if ask.foretells else None,
             )
             try:
-                self.engine.submit(Submit(str(i), ask.prompt, sampling, ask.plan, forced=ask.forced))
+                submit = Submit(str(i), ask.prompt, sampling, ask.plan, forced=ask.forced, lead_ins=self._lead_ins)
+                self.engine.submit(submit)
             except RequestError as error:
                 refused[str(i)] = error
         while not self.engine.is_idle:

@@ -26,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from winnow.engine.compression.side_state import SideState
 from winnow.engine.pages import Ints, PageArena
 from winnow.engine.sampler import Draw, Sampled, Sampler
 from winnow.engine.sampling import SamplingTable
@@ -58,8 +59,9 @@ class SpeculationCounters:
 class Speculator:
     """Guesses before a step, verifies after it."""
 
-    def __init__(self, arena: PageArena, table: SamplingTable):
+    def __init__(self, arena: PageArena, side: SideState, table: SamplingTable):
         self._arena = arena
+        self._side = side
         self._table = table
         self._drafters: dict[str, Drafter] = {}
         self.counters = SpeculationCounters()
@@ -107,8 +109,7 @@ class Speculator:
         if is_cut.any():
             self._arena.truncate(slots[is_cut], surplus[is_cut])
             for b, count in zip(where[is_cut].tolist(), said[is_cut].tolist(), strict=True):
-                seq = batch.seqs[b]
-                seq.positions_known = min(seq.positions_known, seq.computed + count)
+                self._side.truncated(batch.seqs[b], batch.seqs[b].computed + count)
         batch.counts[where] = said
 
     def _learn(self, seqs: list[Sequence], read: list[Ints], logits: Tensor) -> None:

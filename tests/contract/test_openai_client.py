@@ -165,6 +165,14 @@ def test_compression_frees_memory(client: OpenAI) -> None:
     assert abs(after["bytes_uncompressed"] - before["bytes_uncompressed"]) < 0.05 * before["bytes_uncompressed"]
 
 
+def test_a_prompt_is_repeated_and_cut(client: OpenAI) -> None:
+    answer = ask(client, LONG, {"kv": {"evict": {"policy": "kvzip", "budget": 0.5, "chunk": 512}}})
+    report = compression_of(answer.usage)
+    assert report["tokens_seen"] > 1200
+    assert report["tokens_kept"]["min"] < report["tokens_kept"]["mean"] < 0.55 * report["tokens_seen"]
+    assert report["tokens_kept"]["max"] <= report["tokens_seen"]
+
+
 def test_a_plan_that_keeps_all_changes_nothing(client: OpenAI) -> None:
     everything = {"kv": {"evict": {"policy": "snapkv", "budget": 1.0}}}
     assert ask(client, LONG, everything).choices[0].message.content == ask(client, LONG).choices[0].message.content

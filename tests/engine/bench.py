@@ -93,11 +93,13 @@ class Bench:
         plan: dict[str, Any] | None = None,
         salt: str = "",
         speculative: dict[str, Any] | None = None,
+        lead_ins: Sequence[list[int]] = (),
         forced: Sequence[int] = (),
         **sampling: Any,
     ) -> None:
         params = SamplingParams(**({"temperature": 0.0, "max_tokens": tokens, "seed": 7} | sampling))
-        self.engine.submit(Submit(request_id, list(prompt), params, plan or {}, salt, speculative or {}, list(forced)))
+        more = (speculative or {}, list(forced), list(lead_ins))
+        self.engine.submit(Submit(request_id, list(prompt), params, plan or {}, salt, *more))
 
     def shorten(self, message: Shorten) -> Shortened:
         """What is left of one prompt, with nobody else there."""
@@ -175,7 +177,7 @@ class Bench:
             for seq, count, first, drafts in zip(batch.seqs, *parts, strict=True):
                 choice, computed = (seq.request_id, seq.index), seq.reads_from + count - drafts
                 self.batches[-1].append((choice, count))
-                if computed >= seq.prompt_tokens:
+                if computed >= seq.prompt_tokens and seq.reciting is None:
                     guess = seq.tokens[seq.length : seq.length + drafts].tolist()
                     rows = logits[first : first + drafts + 1].clone()
                     self._rows.append((choice, seq.prompt_tokens, computed, guess, rows))
