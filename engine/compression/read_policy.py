@@ -36,13 +36,17 @@ class LaneShape:
 
 
 class ReadParams(PolicyParams):
-    """The knobs that all read policies have, each with defaults of its own."""
+    """The knobs that all read policies have, each with defaults of its own.
+
+    Papers without `sinks` and `recent` were tried on larger models. Small ones lose more without: on real text after
+    2048 tokens quest is 0.25 nats from the uncompressed model with 256 tokens, 0.06 with 192 and these beside them.
+    """
 
     tokens: Budget = Field(
         512, description="tokens that each lane reads by their score: a count, or a fraction (0.06) of those it holds"
     )
-    sinks: int = Field(0, ge=0, le=MAX_TOKENS, description="first tokens that are always read, beside `tokens`")
-    recent: int = Field(1, ge=1, le=MAX_TOKENS, description="newest tokens that are always read, beside `tokens`")
+    sinks: int = Field(4, ge=0, le=MAX_TOKENS, description="first tokens that are always read, beside `tokens`")
+    recent: int = Field(64, ge=1, le=MAX_TOKENS, description="newest tokens that are always read, beside `tokens`")
     dense_layers: int = Field(2, ge=0, le=1024, description="first layers, which read everything")
 
     @property

@@ -23,6 +23,8 @@ from .masked import causal, run_masked
 from .texts import tokens_of_text
 
 NEW = 14
+PAPER = {"sinks": 0, "recent": 1}
+"""Knobs of the papers that protect no tokens"""
 
 
 def read(policy: str, **knobs: Any) -> dict[str, Any]:
@@ -52,7 +54,7 @@ def logits_by_oracle(
 
 
 def check_against_oracle(bench: Bench, model: PreTrainedModel, prompt: list[int], policy: str, new: int = NEW) -> None:
-    seen = bench.alone(prompt, new, read(policy, **READ_ORACLES[policy][1]))
+    seen = bench.alone(prompt, new, read(policy, **(PAPER | READ_ORACLES[policy][1])))
     logits, part = logits_by_oracle(model, bench, [*prompt, *seen.tokens[:-1]], len(prompt), policy)
     assert part < 0.8, "nearly everything was read"
     rows = sorted(seen.logits)

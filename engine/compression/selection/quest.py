@@ -11,7 +11,8 @@ channel: 1/32 of a page of 16 f32 tokens). Pages in int8, int4 and int2 carry th
 
 Where we depart: the paper's lanes have one query head. Here the query heads of a group read one lane, and each votes by
 its softmax, so that none outweighs the others by the size of its logits; with one head the order of pages is the
-paper's. Its code rounds the budget down to pages and reads three at least; here the last page may exceed the budget.
+paper's. Pages of the first and newest tokens are read too (`sinks`, `recent`). The paper's code rounds the budget down
+to pages and reads three at least; here the last page may exceed the budget.
 """
 
 from __future__ import annotations
