@@ -343,7 +343,8 @@ def _native_kv(kv: PagedKV) -> Any:
             if tensor.dtype != torch.int32 or not tensor.is_contiguous():
                 raise ValueError("lane tables must be contiguous int32")
         slots, layers, heads, width = kv.table.shape
-        handle.bind(*addresses, slots, layers, heads, width)
+        table, kept, sealed, formats, rest, rest_formats = addresses
+        handle.bind(table, kept, sealed, formats, rest, rest_formats, slots, layers, heads, width)
         kv.native = (key, handle)
     return kv.native[1]
 
