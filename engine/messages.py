@@ -102,6 +102,8 @@ class CompressionReport(msgspec.Struct, frozen=True):
     """Bytes of the pages that the same tokens take with no plan"""
     bytes_held: int
     """Bytes of the pages that the sequence's lanes refer to, and of those that stand for what it holds beside them"""
+    tokens_by_format: dict[str, float] = {}
+    """Page format -> tokens that a lane holds in it, the mean over lanes"""
     bytes_beside: int = 0
     """Bytes kept beside the pages to choose what is read: plans that read a part free none"""
     tokens_read: int = 0

@@ -290,11 +290,23 @@ class PageArena:
             tokens_kept_max=int(kept.max()),
             bytes_uncompressed=self.layout.pages(seen) * self.lanes * self.layout.page_bytes,
             bytes_held=(int(self.columns[slot].sum()) + self.ballast(slot)) * self.layout.page_bytes,
+            tokens_by_format=self._by_format(slot),
             bytes_beside=0 if reading is None else reading.nbytes,
             tokens_read=rows,
             bytes_read=bytes_read,
             bytes_read_dense=bytes_read_dense,
         )
+
+    def _by_format(self, slot: int) -> dict[str, float]:
+        """Mean tokens of a lane in each page format."""
+        parts = ((self.sealed[slot], self.formats[slot]), (self.rest[slot], self.rest_formats[slot]))
+        totals = dict.fromkeys((self.layout.compute, *(PageFormat(code) for _, code in parts)), 0)
+        totals[self.layout.compute] = int(self.kept[slot].sum())
+        for pages, code in parts:
+            tokens = int(pages.sum()) * int(self._capacity[code])
+            totals[self.layout.compute] -= tokens
+            totals[PageFormat(code)] += tokens
+        return {fmt.label: round(tokens / self.lanes, 2) for fmt, tokens in totals.items()}
 
     def check_integrity(self, cached: Ints) -> None:
         """AssertionError unless free + referenced = all, and the counts match the tables and the `cached` pages."""

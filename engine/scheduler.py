@@ -214,7 +214,7 @@ class Scheduler:
 
     def _start(self, seq: Sequence, hits: Ints | None, hit_tokens: int) -> None:
         seq.restart()  # also sets where its queries begin to vote
-        seq.slot = self._arena.open_slot(seq.timeline.fmt)
+        seq.slot = self._arena.open_slot(seq.timeline.fmt, seq.timeline.rest)
         if hits is not None:
             self._arena.adopt(seq.slot, hits, hit_tokens)
             seq.computed = hit_tokens
@@ -241,7 +241,7 @@ class Scheduler:
 
     def _fork(self, seq: Sequence, sibling: Sequence) -> bool:
         if self._make_free(self._arena.ballast(seq.slot)):
-            sibling.slot = self._arena.open_slot(sibling.timeline.fmt)
+            sibling.slot = self._arena.open_slot(sibling.timeline.fmt, sibling.timeline.rest)
             self._arena.fork(seq.slot, sibling.slot)
             sibling.computed, sibling.vote_start = seq.computed, seq.vote_start
             sibling.plan, sibling.timeline = seq.plan, seq.timeline

@@ -9,6 +9,7 @@ from winnow.engine.calibration.frontier import resolve_quality
 from winnow.engine.calibration.registry import check_profiles
 from winnow.engine.compression.maximum import Maximum
 from winnow.engine.compression.merge_plan import merge_schema
+from winnow.engine.compression.mix import mix_schema
 from winnow.engine.compression.plan import FormatName, Plan, evict_schema, plan_schema
 from winnow.engine.compression.profiles import PROFILES, load_profiles
 from winnow.engine.compression.prompt.plan import prompt_schema
@@ -47,6 +48,7 @@ class Plans:
         if plan is not named and self.maximum is not None:
             self.maximum.check(plan)
         plan.sealed_format(PageFormat.parse(info.compute_format))
+        plan.check_windows(info.has_windows)
         check_profiles(plan, info.profiles, model)
         return plan
 
@@ -56,6 +58,7 @@ class Plans:
         return {
             "policies": evict_schema(),
             "merges": merge_schema(),
+            "mixes": mix_schema(),
             "prompt": prompt_schema(),
             "read": read_schema(),
             "formats": list(FormatName.__args__),  # type: ignore[attr-defined]
@@ -73,7 +76,6 @@ def described(plan: Plan) -> dict[str, Any]:
 
 def labels(plan: Plan, compute_format: str) -> tuple[str, str]:
     """Policy and format as metrics name them: words of our own tables."""
-    return (
-        plan.evict.policy if plan.evict else "none",
-        plan.sealed_format(PageFormat.parse(compute_format)).label,
-    )
+    policy = plan.mix.policy if plan.mix else plan.evict.policy if plan.evict else "none"
+    fmt = plan.sealed_format(PageFormat.parse(compute_format)).label
+    return policy, fmt if plan.rest_format is None else f"{fmt}+{plan.rest_format.label}"

@@ -79,6 +79,10 @@ def _kept(plan: dict[str, Any] | None, reports: list[CompressionReport]) -> dict
         "bytes_uncompressed": sum(report.bytes_uncompressed for report in reports),
         "bytes_held": sum(report.bytes_held for report in reports),
     }
+    if formats := sorted({fmt for report in reports for fmt in report.tokens_by_format}):
+        said["tokens_by_format"] = {
+            fmt: round(sum(report.tokens_by_format.get(fmt, 0.0) for report in reports), 3) for fmt in formats
+        }
     if tokens := sum(report.tokens_read for report in reports):
         said["read"] = {
             "tokens": tokens,

@@ -19,6 +19,8 @@ from torch.nn.functional import pad
 
 from winnow.engine.calibration.store import NO_PROFILES, Profile
 from winnow.engine.compression.change import Change, Turn, from_place
+from winnow.engine.compression.destination import destination
+from winnow.engine.compression.mixer import by_position, mix_formats
 from winnow.engine.compression.plan import Evict
 from winnow.engine.compression.policy import LaneView, SetsBudgets, StagedPolicy
 from winnow.engine.compression.registry import eviction_policy
@@ -27,7 +29,7 @@ from winnow.engine.compression.side_state import SideState
 from winnow.engine.compression.signals import Signal
 from winnow.engine.compression.timeline import NEVER
 from winnow.engine.models.config import ModelConfig
-from winnow.engine.pages import Ints, OutOfPages, PageArena
+from winnow.engine.pages import Ints, PageArena
 from winnow.engine.prefix_cache import PrefixCache
 from winnow.engine.sequence import Sequence
 from winnow.kernels.dispatch import Backend
@@ -82,18 +84,25 @@ class Compressor:
         keep: Tensor | None = None
         change: Change | None = None
         count = kept
+        chosen: tuple[Tensor, Tensor] | None = None
         if distils:
             assert seq.distilled is not None
             keep, count = self._distil(seq, seq.distilled)
         elif evict is not None:
             self._side.note_positions(seq, seen)
             index, counts, scores = self._choose(seq, evict)
-            count = counts.numpy().astype(np.int32)
-            if (count < kept).any():
+            if seq.plan.mix is not None:
+                chosen = index, scores
+            elif (count := counts.numpy().astype(np.int32)) is not None and (count < kept).any():
                 keep, change = index, self._change(seq, evict, index, counts, scores)
         before = int(arena.columns[slot].sum())
         given_up = int(kept.flat[0]) - int(count.flat[0])
-        self._rewrite(seq, keep, count, change)
+        if seq.plan.mix is not None:
+            self._side.note_positions(seq, seen)
+            moved = mix_formats(arena, self._cache, self._ops, seq, seq.plan.mix, chosen)
+            self._side.carry(seq, moved, arena.kept[slot])
+        else:
+            self._rewrite(seq, keep, count, change)
         if change is not None and change.turn is not None:  # all lanes gave up as many
             seq.turned_back += given_up
         # A lane may take more pages than before, where what is left of a sealed page no longer fills one.
@@ -112,12 +121,15 @@ class Compressor:
         protected = min(budget, recent + evict.sinks)
         budgets = torch.tensor(layer_budgets(budget, layers, evict.layer_budget, seen, protected=protected))
         votes = max(0, seen - seq.timeline.vote_start(seen - 1))
+        order = None if seq.plan.mix is None else by_position(self._arena, slot)
         # Tokens are read a layer at a time, since those of all layers together may be larger than the arena.
         reads = not policy.signals.isdisjoint(READS)
         blocks = [slice(i, i + 1) for i in range(layers)] if reads else [slice(0, layers)]
         chosen = []
         for block in blocks:
             view = self._view(seq, evict, block, seen, votes)
+            if order is not None:
+                view = view.taken(order[block, :, : view.positions.shape[-1]])
             scores = policy.score(view, evict)
             lanes = policy.lane_budgets(view, evict) if isinstance(policy, SetsBudgets) else budgets[block]
             index, count = keep_sets(scores, view.kept, lanes, evict.sinks, recent, evict.head_budget)
@@ -248,7 +260,7 @@ class Compressor:
             self._side.carry(seq, None, count)
             return
 
-        table, fresh = self._destination(slot, start, columns)
+        table, fresh = destination(arena, self._cache, slot, start, columns)
         rest = torch.from_numpy(np.ascontiguousarray(count - start * packed, np.int32))
         first, new_table = torch.from_numpy(start), torch.from_numpy(table)
         new_sealed = torch.from_numpy(np.ascontiguousarray(sealed, np.int32))
@@ -291,36 +303,6 @@ class Compressor:
             if stay.log_weights is not None:
                 weights.append(stay.log_weights.masked_fill(~held[layer], 0.0))
         return torch.stack(weights) if weights else None
-
-    def _destination(self, slot: int, start: Ints, columns: Ints) -> tuple[Ints, Ints]:
-        """The lanes' new pages [layers, kv_heads, n]: own ones where nobody else refers to them, else fresh ones.
-
-        Also the fresh ones alone.
-        """
-        arena = self._arena
-        width = max(1, int(columns.max()))
-        place = np.arange(width)
-        written = (place >= start[..., None]) & (place < columns[..., None])
-
-        def mine() -> tuple[Ints, np.ndarray]:
-            old = np.full((*columns.shape, width), -1, np.int32)
-            shared_width = min(width, arena.table.shape[-1])
-            old[..., :shared_width] = arena.table[slot, :, :, :shared_width]
-            old[place >= arena.columns[slot][..., None]] = -1
-            return old, written & ((old < 0) | (arena.refs[old] > 1))
-
-        table, needs_fresh = mine()
-        try:
-            fresh = arena.take(int(needs_fresh.sum()))
-        except OutOfPages:
-            if self._cache is None:
-                raise
-            # The cache's own references can go: then the pages are ours and are rewritten in place.
-            self._cache.forget(arena.held(slot))
-            table, needs_fresh = mine()
-            fresh = arena.take(int(needs_fresh.sum()))
-        table[needs_fresh] = fresh
-        return table, fresh
 
 
 def _stacked(parts: Iterable[Tensor], padding: float) -> Tensor:

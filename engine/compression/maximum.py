@@ -29,6 +29,9 @@ class Maximum(Part):
             return
         if self.budget is not None:
             unit = "fraction of the tokens" if isinstance(self.budget, float) else "number of tokens"
+            if plan.mix is not None:
+                path = f"{at}.kv.mix"
+                raise RequestError(path, f"{path} evicts nothing, and this server has a largest eviction budget")
             evict = plan.kv.evict
             if evict is not None and isinstance(eviction_policy(evict.policy), SetsBudgets):
                 path = f"{at}.kv.evict.policy"
@@ -39,5 +42,5 @@ class Maximum(Part):
         if self.format is not None:
             held = plan.format if plan.format is not None else PageFormat.F32
             if held.bits > PageFormat.parse(self.format).bits:
-                path = f"{at}.kv.format"
+                path = f"{at}.kv.{'format' if plan.mix is None else 'mix.format'}"
                 raise RequestError(path, f"{path} must be given, as '{self.format}' or smaller, on this server")

@@ -24,12 +24,13 @@ from pydantic_core import PydanticCustomError
 
 from winnow.engine.compression.evict_plan import AnyEvict, Evict, evict_model
 from winnow.engine.compression.merge_plan import merge_model
+from winnow.engine.compression.mix import AnyMix, Mix, check_mix, mix_model
 from winnow.engine.compression.part import FormatName, Part
 from winnow.engine.compression.plan_errors import explain
 from winnow.engine.compression.pressure_plan import OnPressure
 from winnow.engine.compression.prompt.plan import AnyPrompt, Prompt, prompt_model
 from winnow.engine.compression.read import AnyRead, Read, read_model
-from winnow.engine.compression.registry import EVICTION, MERGE, PROMPT, READ
+from winnow.engine.compression.registry import EVICTION, MERGE, MIX, PROMPT, READ
 from winnow.engine.errors import PlanNotSupported, RequestError
 from winnow.kernels.layout import PageFormat
 
@@ -42,13 +43,16 @@ class KV(Part):
 
     evict: AnyEvict | None = None
     format: FormatName | None = Field(None, description="page format of full pages; the engine's own if unset")
+    mix: AnyMix | None = Field(None, description="how unimportant tokens are held at fewer bits, instead of evicted")
     residual: int = Field(32, ge=0, le=65536, description="newest tokens that stay unquantized")
     read: AnyRead | None = None
 
     @model_validator(mode="after")
-    def _residual_is_used(self) -> KV:
-        if self.format is None and "residual" in self.model_fields_set:
-            raise PydanticCustomError("unused", "has no effect without `format`", {"at": "residual"})
+    def _parts_go_together(self) -> KV:
+        if self.format is None and self.mix is None and "residual" in self.model_fields_set:
+            raise PydanticCustomError("unused", "has no effect without `format` or `mix`", {"at": "residual"})
+        if self.mix is not None:
+            check_mix(self.mix, self.format, self.evict, self.read)
         return self
 
 
@@ -90,11 +94,18 @@ class Plan(Part):
         """The prompt compression asked for; None if there is none or it keeps everything."""
         return None if self.prompt is None or self.prompt.keeps_all else self.prompt
 
-    @property
+    @cached_property
     def evict(self) -> Evict | None:
-        """The eviction asked for; None if there is none or its budget is everything."""
+        """The choice of tokens to keep, or under a mix to keep at more bits; None if there is none or it is all."""
         evict = self.kv.evict
+        if self.mix is not None and (choice := self.mix.choice) is not None:
+            evict = evict_model(self.mix.policy)(policy=self.mix.policy, **choice)
         return None if evict is None or evict.keeps_all else evict
+
+    @property
+    def mix(self) -> Mix | None:
+        """How tokens that `evict` does not choose are held; None drops them."""
+        return self.kv.mix
 
     @property
     def read(self) -> Read | None:
@@ -123,23 +134,34 @@ class Plan(Part):
 
     @property
     def format(self) -> PageFormat | None:
-        """Format of sealed pages; None is the engine's compute format."""
-        return None if self.kv.format is None else PageFormat.parse(self.kv.format)
+        """Format of sealed pages, under a mix those of important tokens; None is the engine's compute format."""
+        label = self.kv.format if self.mix is None else self.mix.format
+        return None if label is None else PageFormat.parse(label)
+
+    @property
+    def rest_format(self) -> PageFormat | None:
+        """Format of the pages behind those; None where there are none."""
+        return None if self.mix is None else PageFormat.parse(self.mix.rest)
 
     @property
     def residual(self) -> int:
         """Newest tokens that stay in the compute format."""
-        return self.kv.residual if self.kv.format is not None else 0
+        return self.kv.residual if self.kv.format is not None or self.mix is not None else 0
 
     def sealed_format(self, compute: PageFormat) -> PageFormat:
         """Format of sealed pages on an engine that computes in `compute`; PlanNotSupported if it has more bits."""
         if self.format is None:
             return compute
         if self.format.bits > compute.bits:
-            raise PlanNotSupported(
-                "compression.kv.format", f"'{self.kv.format}' is larger than '{compute.label}', the engine's own format"
-            )
+            path = f"compression.kv.{'format' if self.mix is None else 'mix.format'}"
+            raise PlanNotSupported(path, f"'{self.format.label}' is larger than '{compute.label}', the engine's format")
         return self.format
+
+    def check_windows(self, has_windows: bool) -> None:
+        """PlanNotSupported where the model's layers have sliding windows, which are found by the order of positions."""
+        if has_windows and self.mix is not None:
+            path = "compression.kv.mix"
+            raise PlanNotSupported(path, f"{path}: this model's sliding windows need lanes in order of positions")
 
     def budget_tokens(self, seen: int) -> int:
         """Tokens that a lane keeps of `seen`, before layers and heads share them out; at least 1."""
@@ -223,6 +245,8 @@ def _fields(path: tuple[str, ...], policy: str | None) -> list[str]:
         return list(KV.model_fields)
     if path == ("on_pressure",):
         return list(OnPressure.model_fields)
+    if path == ("kv", "mix"):
+        return list(mix_model(policy or next(iter(MIX))).model_fields)
     if path[-1] == "merge":
         return list(merge_model(policy or next(iter(MERGE))).model_fields)
     if path == ("prompt",):

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from winnow.engine.compression.registry import EVICTION, MERGE, PROMPT, READ
+from winnow.engine.compression.registry import EVICTION, MERGE, MIX, PROMPT, READ
 from winnow.engine.errors import PlanNotSupported, RequestError
 
 SENTENCES = {
@@ -34,6 +34,7 @@ SENTENCES = {
 UNIONS: dict[tuple[str, ...], str] = {
     ("kv", "evict"): ", ".join(EVICTION),
     ("kv", "evict", "merge"): ", ".join(MERGE),
+    ("kv", "mix"): ", ".join(MIX),
     ("prompt",): ", ".join(PROMPT),
     ("kv", "read"): ", ".join(READ),
     ("on_pressure", "evict"): ", ".join(EVICTION),

@@ -8,7 +8,7 @@ knobs and must not load it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict
@@ -85,6 +85,16 @@ class LaneView:
         """[layers, kv_heads, tokens] int64: how many tokens of the lane are newer; negative beyond kept."""
         indices = self.positions.new_ones(self.positions.shape[-1]).cumsum(0)  # 1, 2, ...
         return self.kept.unsqueeze(-1) - indices
+
+    def taken(self, index: Tensor) -> LaneView:
+        """The same tokens in another order: index [layers, kv_heads, tokens] int64, padding last."""
+        sides = {name: getattr(self, name) for name in ("positions", "keys", "values", "mass", "newest_mass")}
+        taken = {
+            name: side.gather(2, index if side.dim() == 3 else index[..., None].expand_as(side))
+            for name, side in sides.items()
+            if side is not None
+        }
+        return replace(self, **taken)
 
     @property
     def is_held(self) -> Tensor:

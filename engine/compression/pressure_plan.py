@@ -48,6 +48,9 @@ class OnPressure(Part):
 
     def check_with(self, kv: KV) -> None:
         """PydanticCustomError for what cannot follow a plan's `kv`."""
+        if kv.mix is not None:
+            why = f"'{kv.mix.policy}' has given lanes two formats, which nothing further can follow"
+            raise PydanticCustomError("combination", why, {"at": "on_pressure"})
         if self.evict is not None and kv.evict is not None and kv.evict.is_compact:
             why = "compact positions of `kv.evict` cannot become others"
             raise PydanticCustomError("combination", why, {"at": "on_pressure"})

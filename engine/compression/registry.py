@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from winnow.engine.compression.merge import MergeMethod
 from winnow.engine.compression.policy import EvictionPolicy
 from winnow.engine.compression.prompt.policy import PromptPolicy
 from winnow.engine.compression.read_policy import ReadPolicy
+
+if TYPE_CHECKING:
+    from winnow.engine.compression.mix import MixMethod
 
 EVICTION: dict[str, str] = {
     "streaming_llm": "winnow.engine.compression.eviction.streaming_llm:StreamingLLM",
@@ -58,11 +61,16 @@ MERGE: dict[str, str] = {
 OWN_MERGE: dict[str, str] = {"ems": "ems", "razor_attention": "compensation"}
 """Eviction policies whose papers merge what they evict: the method that `merge` is unless the caller says otherwise."""
 
+MIX: dict[str, str] = {
+    "mikv": "winnow.engine.compression.mixing.mikv:MiKV",
+}
+
 
 @cache
 def eviction_policy(name: str) -> EvictionPolicy:
-    """The one instance of the policy; KeyError if there is none of this name."""
-    policy: EvictionPolicy = _made(EVICTION[name])
+    """The one instance of the policy, or of the mix method that chooses like one; KeyError if there is none of this
+    name."""
+    policy: EvictionPolicy = _made((EVICTION if name in EVICTION else MIX)[name])
     return policy
 
 
@@ -85,6 +93,13 @@ def read_policy(name: str) -> ReadPolicy:
     """The one instance of the policy; KeyError if there is none of this name."""
     policy: ReadPolicy = _made(READ[name])
     return policy
+
+
+@cache
+def mix_method(name: str) -> MixMethod:
+    """The one instance of the mix method; KeyError if there is none of this name."""
+    method: MixMethod = _made(MIX[name])
+    return method
 
 
 def _made(place: str) -> Any:

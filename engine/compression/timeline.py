@@ -26,13 +26,16 @@ class Timeline:
     prompt_tokens: int
     fmt: PageFormat
     """Format of sealed pages"""
+    rest: PageFormat | None
+    """Format of the pages behind them, for plans that mix two"""
     seal_every: int
     """Generated tokens between two sealings; 0 where nothing is sealed"""
 
     @classmethod
     def of(cls, plan: Plan, prompt_tokens: int, layout: PageLayout) -> Timeline:
         fmt = plan.sealed_format(layout.compute)
-        return cls(plan, prompt_tokens, fmt, 0 if fmt is layout.compute else layout.capacity(fmt))
+        seal_every = 0 if fmt is layout.compute else layout.capacity(fmt)
+        return cls(plan, prompt_tokens, fmt, plan.rest_format, seal_every)
 
     @property
     def never_acts(self) -> bool:

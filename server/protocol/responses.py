@@ -50,6 +50,7 @@ class Compression(Part):
     tokens_kept: TokensKept
     bytes_uncompressed: int
     bytes_held: int
+    tokens_by_format: dict[str, float] | None = None
     prompt: ShortenedPrompt | None = None
 
 

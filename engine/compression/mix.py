@@ -1,0 +1,108 @@
+"""`kv.mix` of a plan: {"policy": "mikv", "format": "int8", "rest": "int2"}.
+
+Nothing is evicted: the tokens that a policy would drop stay, at fewer bits. Important ones are held in `format`, the
+others in `rest`, and attention merges the parts. "mikv" lets `kv.evict` say who is important; the other methods have a
+choice of their own, which the engine carries out as if it were an eviction.
+"""
+
+from __future__ import annotations
+
+from functools import cache, reduce
+from operator import or_
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self, cast
+
+from pydantic import Field, create_model, model_validator
+from pydantic_core import PydanticCustomError
+
+from winnow.engine.compression.policy import PolicyParams, StagedPolicy
+from winnow.engine.compression.registry import MIX, eviction_policy, mix_method
+from winnow.kernels.layout import PageFormat
+
+HighFormat = Literal["f32", "bf16", "int8", "fp8", "int4"]
+LowFormat = Literal["int8", "fp8", "int4", "int2"]
+
+
+class MixMethod(Protocol):
+    """One named way to mix formats. Stateless; the registry makes one instance for the process."""
+
+    format: ClassVar[str | None]
+    """Of important tokens, unless the caller names another; None is the engine's compute format"""
+
+    demotes: ClassVar[bool]
+    """Whether a token that was important may lose its bits later on; otherwise it is judged once"""
+
+    Params: ClassVar[type[PolicyParams]]
+    """The method's own knobs; the request's `mix` object holds them beside the common ones"""
+
+    def choice(self, params: Any) -> dict[str, Any] | None:
+        """Knobs of the choice of important tokens, as those of an eviction by the policy of the same name; None where
+        `kv.evict` chooses."""
+
+
+class Mix(PolicyParams):
+    """An instance is of `mix_model(policy)`: it has the method's own knobs too."""
+
+    policy: str
+    format: HighFormat | None = Field(None, description="page format of important tokens; the engine's own if null")
+    rest: LowFormat = Field("int2", description="page format of the other tokens")
+
+    @model_validator(mode="after")
+    def _rest_is_smaller(self) -> Self:
+        if self.format is not None and PageFormat.parse(self.rest).bits >= PageFormat.parse(self.format).bits:
+            raise PydanticCustomError("unused", "has no fewer bits than `format`", {"at": "rest"})
+        return self
+
+    @property
+    def demotes(self) -> bool:
+        return mix_method(self.policy).demotes
+
+    @property
+    def choice(self) -> dict[str, Any] | None:
+        """`MixMethod.choice` of this method."""
+        return mix_method(self.policy).choice(self)
+
+
+@cache
+def mix_model(name: str) -> type[Mix]:
+    """The model of `mix` for one method."""
+    method = mix_method(name)
+    doc = (type(method).__doc__ or name).strip()
+    fields: dict[str, Any] = {
+        "policy": (Literal[name], Field(description=doc)),
+        "format": (HighFormat | None, Field(method.format, description=Mix.model_fields["format"].description)),
+    }
+    bases: Any = (Mix, method.Params)
+    return cast(type[Mix], create_model(f"Mix_{name}", __base__=bases, __doc__=doc, **fields))
+
+
+if TYPE_CHECKING:
+    AnyMix = Mix
+else:
+    AnyMix = Annotated[reduce(or_, (mix_model(name) for name in MIX)), Field(discriminator="policy")]
+
+
+def check_mix(mix: Mix, fmt: str | None, evict: Any | None, read: Any | None) -> None:
+    """PydanticCustomError where a plan's other parts do not go with a mix: its `format`, `evict` (an `Evict`), `read`."""
+    choice, at, why = mix.choice, "mix", None
+    if fmt is not None:
+        at, why = "format", "the format of important tokens is `mix.format`; leave this out"
+    elif choice is None and evict is None:
+        why = f"'{mix.policy}' holds at fewer bits what `kv.evict` would drop, and there is none"
+    elif choice is not None and evict is not None:
+        why = f"'{mix.policy}' chooses tokens itself; 'mikv' mixes formats by what `kv.evict` would drop"
+    elif read is not None:
+        why = f"`kv.read` reads pages of one format, and lanes of '{mix.policy}' hold two"
+    elif evict is not None:
+        if evict.merge is not None:
+            why = "`kv.evict.merge` merges tokens that are dropped, and with `kv.mix` none are"
+        elif evict.is_compact:
+            why = "compact positions close the gaps of dropped tokens, and with `kv.mix` none are"
+        elif isinstance(eviction_policy(evict.policy), StagedPolicy):
+            why = f"'{evict.policy}' spares higher layers what it drops, so there is nothing to hold at fewer bits"
+    if why is not None:
+        raise PydanticCustomError("combination", "{why}", {"at": at, "why": why})
+
+
+def mix_schema() -> dict[str, dict[str, Any]]:
+    """JSON schema of `kv.mix` for each method, by name."""
+    return {name: mix_model(name).model_json_schema() for name in MIX}
