@@ -82,7 +82,7 @@ else:
 
 
 def check_mix(mix: Mix, fmt: str | None, evict: Any | None, read: Any | None) -> None:
-    """PydanticCustomError where a plan's other parts do not go with a mix: its `format`, `evict` (an `Evict`), `read`."""
+    """PydanticCustomError where other parts of a plan's `kv` do not go with a mix; `evict` is an `Evict`."""
     choice, at, why = mix.choice, "mix", None
     if fmt is not None:
         at, why = "format", "the format of important tokens is `mix.format`; leave this out"

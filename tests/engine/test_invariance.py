@@ -86,8 +86,31 @@ MERGES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+MIXED: list[dict[str, Any]] = [
+    {
+        "mix": {"policy": "mikv", "rest": "int2"},
+        "evict": {"policy": "h2o", "budget": 0.4, "during": "both", "interval": 11},
+        "residual": 8,
+    },
+    {
+        "mix": {"policy": "mikv", "format": "int8", "rest": "int2"},
+        "evict": {"policy": "snapkv", "budget": 0.3, "head_budget": "adaptive"},
+    },
+    {
+        "mix": {"policy": "mikv", "format": "int4", "rest": "int2"},
+        "evict": {"policy": "random", "budget": 60, "during": "both", "interval": 8},
+        "residual": 0,
+    },
+    {
+        "mix": {"policy": "mikv", "format": "bf16", "rest": "int4"},
+        "evict": {"policy": "keydiff", "budget": 0.5, "during": "decode", "interval": 16},
+    },
+]
+
+
 @pytest.fixture(
-    scope="module", params=[*ORACLES, *(f"{name}, merged" for name in MERGE), "compact", "formats only", *READ]
+    scope="module",
+    params=[*ORACLES, *(f"{name}, merged" for name in MERGE), "compact", "formats only", "formats mixed", *READ],
 )
 def requests(request: pytest.FixtureRequest, tiny: Decoder) -> list[Request]:
     """Requests with every plan of a policy; their prompts begin alike, so that they meet in the prefix cache."""
@@ -110,6 +133,8 @@ def requests(request: pytest.FixtureRequest, tiny: Decoder) -> list[Request]:
         name = request.param.removesuffix(", merged")
         policy, knobs = MERGES[name]
         plans = plans_of(policy, {"policy": name} | knobs)[::3]
+    elif request.param == "formats mixed":
+        plans = [{"kv": plan} for plan in MIXED]
     elif request.param in READ:
         plans = reading_plans(request.param)
     else:
