@@ -63,6 +63,8 @@ OWN_MERGE: dict[str, str] = {"ems": "ems", "razor_attention": "compensation"}
 
 MIX: dict[str, str] = {
     "mikv": "winnow.engine.compression.mixing.mikv:MiKV",
+    "zipcache": "winnow.engine.compression.mixing.zipcache:ZipCache",
+    "zipvl": "winnow.engine.compression.mixing.zipvl:ZipVL",
 }
 
 

@@ -105,6 +105,8 @@ MIXED: list[dict[str, Any]] = [
         "mix": {"policy": "mikv", "format": "bf16", "rest": "int4"},
         "evict": {"policy": "keydiff", "budget": 0.5, "during": "decode", "interval": 16},
     },
+    {"mix": {"policy": "zipcache", "share": 0.4, "every": 20}, "residual": 4},
+    {"mix": {"policy": "zipvl", "tau": 0.8, "every": 16}, "residual": 0},
 ]
 
 
