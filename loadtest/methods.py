@@ -12,13 +12,16 @@ from typing import Annotated, Any
 
 import typer
 
+from winnow.engine.compression.mix import mix_model
 from winnow.engine.compression.registry import (
     EVICTION,
     MERGE,
+    MIX,
     PROMPT,
     READ,
     eviction_policy,
     merge_method,
+    mix_method,
     prompt_policy,
     read_policy,
 )
@@ -46,6 +49,7 @@ def methods(result: Result) -> str:
             "Reading a part: `kv.read`, frees nothing", (*HEAD[:2], "a quarter of the tokens", "reads"), _reads(result)
         ),
         *_table("Page formats: `kv.format`", ("format", "measured"), _formats(result)),
+        *_table("Two formats in a lane: `kv.mix`", (*HEAD[:2], "measured"), _mixes(result)),
         *_table("Prompts: `prompt`, shortens what is marked as context", HEAD[:2], _prompts()),
     ]
     return "\n".join(lines) + "\n"
@@ -75,6 +79,12 @@ def _reads(result: Result) -> Iterator[tuple[str, ...]]:
 def _formats(result: Result) -> Iterator[tuple[str, ...]]:
     for name in FORMATS:
         yield f"`{name}`", _measured(result, name)
+
+
+def _mixes(result: Result) -> Iterator[tuple[str, ...]]:
+    for name in MIX:
+        plan = f"{MERGED}+{name}" if mix_model(name)(policy=name).choice is None else name
+        yield f"`{name}`", _first_line(mix_method(name)), f"{plan}: {_measured(result, plan)}"
 
 
 def _prompts() -> Iterator[tuple[str, ...]]:

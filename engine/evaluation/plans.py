@@ -14,8 +14,9 @@ from typing import Any, get_args
 
 import yaml
 
+from winnow.engine.compression.mix import mix_model
 from winnow.engine.compression.plan import FormatName, Plan
-from winnow.engine.compression.registry import EVICTION, MERGE, READ
+from winnow.engine.compression.registry import EVICTION, MERGE, MIX, READ
 from winnow.engine.errors import EvalError, RequestError
 
 Plans = dict[str, dict[str, Any]]
@@ -30,7 +31,7 @@ CONTROLS = ("random", "streaming_llm")
 BUDGETS = (0.5, 0.25)
 MERGED = "h2o:0.25"
 FORMATS = ("int8", "int4", "int2", "fp8")
-OTHERS = dict.fromkeys(READ, "read")
+OTHERS = dict.fromkeys(READ, "read") | dict.fromkeys(MIX, "mix")
 """The part of `kv` that a policy belongs to"""
 COMPOSED = ("snapkv:0.25:adaptive", "snapkv:0.25:pyramid", "snapkv:0.5+int8", "snapkv:0.25+int4")
 
@@ -48,7 +49,8 @@ def default_plans(budgets: Iterable[float] = BUDGETS) -> list[str]:
     evictions = [f"{policy}:{budget}" for policy in EVICTION for budget in budgets]
     merges = [f"{MERGED}:merge={method}" for method in MERGE]
     reads = [f"{policy}:tokens={budget}" for policy in READ for budget in budgets]
-    return [*FORMATS, *evictions, *reads, *merges, *COMPOSED]
+    mixes = [f"{MERGED}+{name}" if _needs_eviction(name) else name for name in MIX]
+    return [*FORMATS, *evictions, *reads, *mixes, *merges, *COMPOSED]
 
 
 def read_plans(text: str, budgets: Iterable[float] = BUDGETS) -> Plans:
@@ -114,6 +116,11 @@ def check(plans: Plans) -> dict[str, str]:
         except RequestError as error:
             refused[name] = error.message
     return refused
+
+
+def _needs_eviction(name: str) -> bool:
+    """A method that mixes formats by the choice of an eviction policy."""
+    return mix_model(name)(policy=name).choice is None
 
 
 def _set(kv: dict[str, Any], key: str, value: Any, text: str) -> None:

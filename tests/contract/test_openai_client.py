@@ -173,6 +173,16 @@ def test_a_prompt_is_repeated_and_cut(client: OpenAI) -> None:
     assert report["tokens_kept"]["max"] <= report["tokens_seen"]
 
 
+def test_formats_mix_in_a_lane(client: OpenAI) -> None:
+    mix = {"policy": "mikv", "format": "int8", "rest": "int2"}
+    report = compression_of(ask(client, LONG, {"kv": {"evict": QUARTER_INT4["kv"]["evict"], "mix": mix}}).usage)
+    assert report["plan"]["kv"]["mix"]["policy"] == "mikv"
+    assert report["tokens_kept"]["min"] == report["tokens_seen"], "nothing is evicted"
+    held = report["tokens_by_format"]
+    assert held["int2"] > held["int8"] > held["f32"]
+    assert report["bytes_held"] < 0.4 * report["bytes_uncompressed"]
+
+
 def test_a_plan_that_keeps_all_changes_nothing(client: OpenAI) -> None:
     everything = {"kv": {"evict": {"policy": "snapkv", "budget": 1.0}}}
     assert ask(client, LONG, everything).choices[0].message.content == ask(client, LONG).choices[0].message.content
