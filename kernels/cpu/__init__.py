@@ -327,8 +327,8 @@ def copy_pages(kv: PagedKV, src: Tensor, dst: Tensor) -> None:
 def _native_kv(kv: PagedKV) -> Any:
     """The arena's addresses, bound again where the engine has replaced a table."""
     tables = (kv.table, kv.kept, kv.sealed, kv.formats, kv.rest, kv.rest_formats)
-    addresses = [tensor.data_ptr() for tensor in tables]
-    key = (*addresses, kv.data.data_ptr(), kv.table.shape)
+    table, kept, sealed, formats, rest, rest_formats = (tensor.data_ptr() for tensor in tables)
+    key = (table, kept, sealed, formats, rest, rest_formats, kv.data.data_ptr(), kv.table.shape)
     if kv.native is None or kv.native[0] != key:
         layout = kv.layout
         shapes = []
@@ -343,7 +343,6 @@ def _native_kv(kv: PagedKV) -> Any:
             if tensor.dtype != torch.int32 or not tensor.is_contiguous():
                 raise ValueError("lane tables must be contiguous int32")
         slots, layers, heads, width = kv.table.shape
-        table, kept, sealed, formats, rest, rest_formats = addresses
         handle.bind(table, kept, sealed, formats, rest, rest_formats, slots, layers, heads, width)
         kv.native = (key, handle)
     return kv.native[1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import methods
 
-from winnow.engine.compression.registry import EVICTION, MERGE, PROMPT, READ
+from winnow.engine.compression.registry import EVICTION, MERGE, MIX, PROMPT, READ
 from winnow.engine.evaluation.plans import FORMATS
 from winnow.engine.evaluation.result import Result
 
@@ -14,10 +14,10 @@ def test_the_table_of_methods() -> None:
     for kl in (0.1, 0.3):
         result.add("snapkv:0.5", "text", 100, "", kl=kl, agreement=0.9, held=0.55)
     page = methods.methods(result)
-    for name in (*EVICTION, *MERGE, *PROMPT, *READ, *FORMATS):
+    for name in (*EVICTION, *MERGE, *MIX, *PROMPT, *READ, *FORMATS):
         assert f"| `{name}` |" in page
     row = next(line for line in page.splitlines() if line.startswith("| `snapkv` |"))
     assert "| attention | 90%, 0.2 nats, 55% held | not measured |" in row
     assert "needs a profile" in page
     widths = {line.count("|") for line in page.splitlines() if line.startswith("| `") and "not measured" in line}
-    assert widths <= {3, 5, 6}
+    assert widths <= {3, 4, 5, 6}
