@@ -171,3 +171,10 @@ def test_what_cannot_be_mixed_is_refused(kv: dict[str, Any], path: str, why: str
     with pytest.raises(PlanNotSupported, match=why) as refused:
         Plan.parse({"kv": kv})
     assert refused.value.param == path
+
+
+def test_a_mix_gives_nothing_further_up_under_pressure() -> None:
+    plan = {"kv": {"mix": {"policy": "zipcache"}}, "on_pressure": {"format": "int2"}}
+    with pytest.raises(PlanNotSupported, match="two formats") as refused:
+        Plan.parse(plan)
+    assert refused.value.param == "compression.on_pressure"
