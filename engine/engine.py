@@ -269,7 +269,7 @@ class Engine:
         if not 1 <= sampling.n <= self.settings.max_seqs:
             raise RequestError("n", f"n must be from 1 to {self.settings.max_seqs}")
         plan = resolve_quality(Plan.parse(request.plan), self.frontier, self.name)
-        plan.check_windows(self._has_windows)
+        plan.check_windows(self.has_windows)
         longest = longest_text(plan, self.info)
         if length + sampling.max_tokens > longest:
             raise PromptTooLong(
