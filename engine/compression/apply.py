@@ -121,7 +121,7 @@ class Compressor:
         protected = min(budget, recent + evict.sinks)
         budgets = torch.tensor(layer_budgets(budget, layers, evict.layer_budget, seen, protected=protected))
         votes = max(0, seen - seq.timeline.vote_start(seen - 1))
-        order = None if seq.plan.mix is None else by_position(self._arena, slot)
+        order = None if seq.plan.mix is None else by_position(self._arena, seq.slot)
         # Tokens are read a layer at a time, since those of all layers together may be larger than the arena.
         reads = not policy.signals.isdisjoint(READS)
         blocks = [slice(i, i + 1) for i in range(layers)] if reads else [slice(0, layers)]
