@@ -139,9 +139,11 @@ class SideState:
         return parts
 
     def _keeps_positions(self, seq: Sequence) -> bool:
-        """Whether windows or an eviction to come, be it for want of pages, look positions up."""
+        """Whether windows, lanes of two formats or an eviction to come, be it for want of pages, look positions up."""
         if seq.plan.evict is None:
             return False
+        if seq.plan.mix is not None:
+            return True
         return self._has_windows or self._will_evict(seq) or seq.plan.on_pressure is not None
 
     def _will_evict(self, seq: Sequence) -> bool:
