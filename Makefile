@@ -12,7 +12,7 @@ serve: install  ## start the server on 127.0.0.1:8000 with the default model
 	$(BIN)/winnow serve $(ARGS)
 
 test: install-dev  ## run all tests
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: install-dev build/src  ## linters and types
 	$(BIN)/ruff check .

@@ -209,8 +209,10 @@ class TextModels:
         return self._pool.submit(run)
 
     def stop(self) -> None:
+        """Waits for what is being loaded or read: transformers patches its classes while it loads a model, and would
+        leave them so if another one were loaded meanwhile."""
         if "_pool" in self.__dict__:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _give_way() -> None:

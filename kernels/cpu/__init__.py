@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from winnow.kernels import _cpu
-from winnow.kernels.cpu.reading import set_reading
+from winnow.kernels.cpu.handles import address, native_batch, native_kv
 from winnow.kernels.dispatch import WeightKind
 from winnow.kernels.kv import LaneBatch, PagedKV, Rest
 from winnow.kernels.layout import PageFormat
 from winnow.kernels.reference.rows import check_rows, check_sums
-from winnow.kernels.vote import Vote
 
 _PANEL, _GROUP = 16, 64
 
@@ -68,8 +67,8 @@ def pack(weight: Tensor, kind: WeightKind, bias: Tensor | None = None) -> Weight
     bias = None if bias is None else _floats(bias)
     if bias is not None and bias.shape != (rows,):
         raise ValueError(f"a bias of shape {tuple(bias.shape)} does not fit {rows} rows")
-    _cpu.pack(weight.data_ptr(), rows, cols, int8, panels.data_ptr(), _address(scale))
-    native = _cpu.Matrix(panels.data_ptr(), _address(scale), _address(bias), rows, cols, int8)
+    _cpu.pack(weight.data_ptr(), rows, cols, int8, panels.data_ptr(), address(scale))
+    native = _cpu.Matrix(panels.data_ptr(), address(scale), address(bias), rows, cols, int8)
     return Weight(rows, cols, kind, panels, scale, bias, native)
 
 
@@ -142,16 +141,16 @@ def rope_write(
     qkv = _floats(qkv)
     q = torch.empty((rows, q_heads, dim))
     _cpu.rope_write(
-        _native_kv(kv),
-        _native_batch(batch, kv),
+        native_kv(kv),
+        native_batch(batch, kv),
         layer,
         qkv.data_ptr(),
         q_heads,
         cos.data_ptr(),
         sin.data_ptr(),
         cos.shape[0],
-        _address(q_norm),
-        _address(k_norm),
+        address(q_norm),
+        address(k_norm),
         eps,
         q.data_ptr(),
     )
@@ -164,11 +163,11 @@ def attention(q: Tensor, batch: LaneBatch, kv: PagedKV, layer: int, scale: float
         raise ValueError(f"q of shape {tuple(q.shape)} does not fit the batch")
     q = _floats(q)
     out = torch.empty((rows, q_heads * dim))
-    native = _native_batch(batch, kv)
+    native = native_batch(batch, kv)
     votes = bool(kv.mass)
     lse = torch.empty((rows, q_heads)) if votes else None
     _cpu.attention(
-        _native_kv(kv), native, layer, q.data_ptr(), q_heads, scale, window, out.data_ptr(), _address(lse), votes
+        native_kv(kv), native, layer, q.data_ptr(), q_heads, scale, window, out.data_ptr(), address(lse), votes
     )
     return out
 
@@ -178,7 +177,7 @@ def choose_reads(q: Tensor, batch: LaneBatch, kv: PagedKV, layer: int, scale: fl
     if rows != batch.positions.shape[0] or dim != kv.layout.head_dim:
         raise ValueError(f"q of shape {tuple(q.shape)} does not fit the batch")
     q = _floats(q)
-    _cpu.choose_reads(_native_kv(kv), _native_batch(batch, kv), layer, q.data_ptr(), q_heads, scale, window)
+    _cpu.choose_reads(native_kv(kv), native_batch(batch, kv), layer, q.data_ptr(), q_heads, scale, window)
 
 
 def query_moments(qkv: Tensor, batch: LaneBatch, kv: PagedKV, layer: int, q_norm: Tensor | None, eps: float) -> None:
@@ -192,14 +191,14 @@ def query_moments(qkv: Tensor, batch: LaneBatch, kv: PagedKV, layer: int, q_norm
         if moments.shape != (kv.table.shape[1], q_heads, 1 + dim, dim):
             raise ValueError(f"moments of shape {tuple(moments.shape)} do not fit {q_heads} query heads of {dim}")
     qkv, q_norm = _floats(qkv), None if q_norm is None else _floats(q_norm)
-    _cpu.query_moments(_native_kv(kv), _native_batch(batch, kv), layer, qkv.data_ptr(), q_heads, _address(q_norm), eps)
+    _cpu.query_moments(native_kv(kv), native_batch(batch, kv), layer, qkv.data_ptr(), q_heads, address(q_norm), eps)
 
 
 def read_lanes(kv: PagedKV, slot: int, layer: int) -> tuple[Tensor, Tensor]:
     count = int(kv.kept[slot, layer].max())
     shape = (kv.table.shape[2], count, kv.layout.head_dim)
     keys, values = torch.empty(shape), torch.empty(shape)
-    _cpu.read_lanes(_native_kv(kv), slot, layer, count, keys.data_ptr(), values.data_ptr())
+    _cpu.read_lanes(native_kv(kv), slot, layer, count, keys.data_ptr(), values.data_ptr())
     return keys, values
 
 
@@ -226,7 +225,7 @@ def write_lanes(
     if dst_table.dim() != 2 or dst_table.shape[0] != heads:
         raise ValueError("write_lanes: the table does not fit the lanes")
     _cpu.write_lanes(
-        _native_kv(kv),
+        native_kv(kv),
         slot,
         layer,
         keys.shape[1],
@@ -262,9 +261,9 @@ def repack(
     if tuple(dst_table.shape[:2]) != lanes or (keep is not None and tuple(keep.shape[:2]) != lanes):
         raise ValueError("repack: the tables do not fit the lanes")
     _cpu.repack(
-        _native_kv(kv),
+        native_kv(kv),
         slot,
-        _address(keep),
+        address(keep),
         0 if keep is None else keep.shape[2],
         counts.data_ptr(),
         start.data_ptr(),
@@ -272,8 +271,8 @@ def repack(
         dst_table.shape[2],
         dst_sealed.data_ptr(),
         int(fmt),
-        _address(rest_start),
-        _address(rest_pages),
+        address(rest_start),
+        address(rest_pages),
         int(kv.layout.compute if rest is None else rest.fmt),
     )
 
@@ -322,89 +321,6 @@ def copy_pages(kv: PagedKV, src: Tensor, dst: Tensor) -> None:
         if len(pages) and not 0 <= int(pages.min()) <= int(pages.max()) < len(kv.data):
             raise IndexError("a page to copy lies outside the arena")
     kv.data[dst.long()] = kv.data[src.long()]
-
-
-def _native_kv(kv: PagedKV) -> Any:
-    """The arena's addresses, bound again where the engine has replaced a table."""
-    tables = (kv.table, kv.kept, kv.sealed, kv.formats, kv.rest, kv.rest_formats)
-    table, kept, sealed, formats, rest, rest_formats = (tensor.data_ptr() for tensor in tables)
-    key = (table, kept, sealed, formats, rest, rest_formats, kv.data.data_ptr(), kv.table.shape)
-    if kv.native is None or kv.native[0] != key:
-        layout = kv.layout
-        shapes = []
-        for fmt in PageFormat:
-            o = layout.offsets(fmt)
-            blocks = [layout.key_block(fmt), layout.value_block(fmt)]
-            shapes.append([layout.capacity(fmt), *blocks, o.values, o.k_scale, o.k_zero, o.v_scale, o.v_zero])
-        handle = _cpu.KV(
-            kv.data.data_ptr(), kv.data.shape[0], layout.page_bytes, layout.head_dim, int(layout.compute), shapes
-        )
-        for tensor in (kv.table, kv.kept, kv.sealed, kv.rest):
-            if tensor.dtype != torch.int32 or not tensor.is_contiguous():
-                raise ValueError("lane tables must be contiguous int32")
-        slots, layers, heads, width = kv.table.shape
-        handle.bind(table, kept, sealed, formats, rest, rest_formats, slots, layers, heads, width)
-        kv.native = (key, handle)
-    return kv.native[1]
-
-
-def _native_batch(batch: LaneBatch, kv: PagedKV) -> Any:
-    """The step's addresses; made once a step, so the lanes' side state must be in place before its first layer."""
-    if batch.native is None:
-        for tensor in (batch.slots, batch.cu_rows, batch.positions, batch.first_vote):
-            if tensor.dtype != torch.int32 or not tensor.is_contiguous():
-                raise ValueError("a batch holds contiguous int32 tensors")
-        size, rows = batch.slots.shape[0], batch.positions.shape[0]
-        if batch.cu_rows.shape[0] != size + 1 or batch.first_vote.shape[0] != size or int(batch.cu_rows[-1]) != rows:
-            raise ValueError("the batch's tensors do not fit each other")
-        native = _cpu.Batch(
-            size,
-            rows,
-            batch.slots.data_ptr(),
-            batch.cu_rows.data_ptr(),
-            batch.positions.data_ptr(),
-            batch.first_vote.data_ptr(),
-        )
-        if kv.mass or kv.positions or kv.log_weights or kv.moments:
-            for b, slot in enumerate(batch.slots.tolist()):
-                if slot in kv.mass:
-                    _set_mass(native, b, kv, slot)
-                if (moments := kv.moments.get(slot)) is not None:
-                    native.set_moments(b, moments.data_ptr())
-                if (positions := kv.positions.get(slot)) is not None:
-                    native.set_positions(b, positions.data_ptr(), positions.shape[2])
-                if (weights := kv.log_weights.get(slot)) is not None:
-                    native.set_log_weights(b, weights.data_ptr(), weights.shape[2])
-        if kv.reading:
-            batch.make_room_for_choices(kv)
-            slots = batch.slots.tolist()
-            for b, choice in batch.choices.items():
-                set_reading(native, b, kv.reading[slots[b]], choice, kv)
-        batch.native = native
-    return batch.native
-
-
-def _set_mass(native: Any, b: int, kv: PagedKV, slot: int) -> None:
-    mass, vote = kv.mass[slot], kv.votes.get(slot, Vote())
-    noise = kv.noise[slot] if vote.is_noisy else None
-    if noise is not None and noise.shape != mass.shape:
-        raise ValueError(f"noise of shape {tuple(noise.shape)} does not fit mass of shape {tuple(mass.shape)}")
-    is_max = vote.reduce == "max"
-    native.set_mass(
-        b,
-        mass.data_ptr(),
-        mass.shape[2],
-        is_max,
-        vote.decay,
-        vote.temperature,
-        vote.heating,
-        vote.warm_from,
-        _address(noise),
-    )
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _floats(tensor: Tensor) -> Tensor:

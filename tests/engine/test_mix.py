@@ -18,7 +18,7 @@ from winnow.kernels.layout import PageFormat, PageLayout
 from winnow.kernels.reference.codec import decode_pages, encode_pages
 
 from ..models.checkpoints import prompt_of, random_model
-from .bench import Bench
+from .bench import Bench, assert_same
 
 TOKENS = 420
 H2O = {"policy": "h2o", "budget": 0.4, "sinks": 2}
@@ -178,3 +178,25 @@ def test_a_mix_gives_nothing_further_up_under_pressure() -> None:
     with pytest.raises(PlanNotSupported, match="two formats") as refused:
         Plan.parse(plan)
     assert refused.value.param == "compression.on_pressure"
+
+
+def test_mikv_goes_by_what_a_recital_takes(tiny: Decoder) -> None:
+    """kvzip repeats the prompt behind itself before lanes are arranged: nothing is lost, whatever the schedule."""
+    plan = {
+        "kv": {"evict": {"policy": "kvzip", "budget": 0.4}, "mix": {"policy": "mikv", "rest": "int4"}, "residual": 0}
+    }
+    wanted = Bench(tiny).alone(prompt_of(300), 20, plan)
+    report = wanted.last.compression
+    assert report is not None
+    assert (report.tokens_kept_min, report.tokens_kept_max) == (319, 319)
+    assert report.bytes_held < 0.8 * report.bytes_uncompressed
+    assert_same(Bench(tiny, max_step_tokens=37).alone(prompt_of(300), 20, plan), wanted)
+    bench = Bench(tiny, max_step_tokens=64)
+    for i in range(3):
+        bench.submit(str(i), prompt_of(300), 20, plan)
+    for _ in range(12):
+        bench.step()
+    bench.engine.scheduler.preempt(bench.running[-1])
+    bench.run(bench.engine.check_integrity)
+    for i in range(3):
+        assert_same(bench.seen[str(i), 0], wanted)
