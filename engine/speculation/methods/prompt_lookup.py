@@ -58,7 +58,7 @@ class PromptLookup:
         return [self._continuations(seq).after(seq.length, count) for seq, count in zip(seqs, most, strict=True)]
 
     def learn(self, seq: Sequence, read: Ints, likeliest: Ints) -> None:
-        raise NotImplementedError  # the text itself says it all
+        """Nothing, and is not called: the text itself says it all."""
 
     def _continuations(self, seq: Sequence) -> Continuations:
         if (known := self._texts.get(seq)) is None:
