@@ -36,7 +36,7 @@ class PageArena:
     def __init__(self, layout: PageLayout, pages: int, slots: int, layers: int, kv_heads: int, ops: Backend):
         self.layout = layout
         self.lanes = layers * kv_heads
-        self.kv = PagedKV.allocate(layout, pages, slots, layers, kv_heads, width=32)
+        self.kv = PagedKV.allocate(layout, pages, slots, layers, kv_heads, width=32, device=ops.device())
         self.refs: Ints = np.zeros(pages, np.int32)
         self.columns: Ints = np.zeros((slots, layers, kv_heads), np.int32)
         """Pages of each lane: the entries of `table` in use"""
@@ -106,6 +106,7 @@ class PageArena:
         """Drops everything the sequence holds; returns the pages that became free."""
         freed = self.release(self.held(slot))
         self.table[slot] = -1
+        self.kv.stale.add(slot)
         self.kept[slot] = self.sealed[slot] = self.rest[slot] = self.columns[slot] = 0
         self._tail_shared[slot] = False
         for side in self.kv.sides:
@@ -154,6 +155,7 @@ class PageArena:
             pages = self.take(total)
             self.table.reshape(-1, self.table.shape[-1])[self._cells(slots, have, missing)] = pages
             self.columns[slots] = np.maximum(wanted, have)
+            self.kv.stale.update(slots[missing.any((1, 2))].tolist())
         self.kept[slots] += _by_lane(counts)
 
     def truncate(self, slots: Ints, counts: Ints) -> None:
@@ -178,6 +180,7 @@ class PageArena:
             self.release(pages)
             table[cells] = -1
             self.columns[slots] = wanted
+            self.kv.stale.update(slots.tolist())
         lanes = slots.astype(np.int64)[:, None] * self.lanes + np.arange(self.lanes)
         tails = table[lanes, wanted.reshape(lanes.shape) - 1].reshape(wanted.shape)
         is_shared = (open_tokens % self.layout.page_tokens > 0) & (self.refs[tails] > 1)
@@ -224,6 +227,7 @@ class PageArena:
         count = pages.shape[-1]
         self._reserve_width(count)
         self.table[slot, :, :, :count] = pages
+        self.kv.stale.add(slot)
         self.columns[slot] = count
         self.kept[slot] = tokens
         self.share(pages.reshape(-1))
@@ -237,6 +241,7 @@ class PageArena:
         lanes = (self.table, self.columns, self.kept, self.sealed, self.rest)
         for rows in (*lanes, self.formats, self.rest_formats):
             rows[target] = rows[source]
+        self.kv.stale.add(target)
         self.share(self.held(source))
         self._tail_shared[[source, target]] = True
         for side in self.kv.sides:
@@ -257,6 +262,7 @@ class PageArena:
             fresh = self.take(int(shared.sum()))
             self._ops.copy_pages(self.kv, torch.from_numpy(pages[shared]), torch.from_numpy(fresh))
             self.table[slot, layer[shared], head[shared], column[shared]] = fresh
+            self.kv.stale.add(slot)
             self.release(pages[shared])
         self._tail_shared[slot] = False
 
@@ -269,6 +275,7 @@ class PageArena:
         self._reserve_width(width)
         in_use = np.arange(width) < columns[..., None]
         dropped = np.setdiff1d(old, table[in_use])
+        self.kv.stale.add(slot)
         self.table[slot] = -1
         self.table[slot, :, :, :width] = np.where(in_use, table, -1)
         self.columns[slot], self.kept[slot], self.sealed[slot] = columns, kept, sealed

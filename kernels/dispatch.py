@@ -1,8 +1,11 @@
 """The operations every backend has, and the one place that chooses a backend.
 
-A backend is a package with functions of these names: `winnow.kernels.reference` (torch, exact) and
-`winnow.kernels.cpu` (C++). Whatever the backend, a row's result has the same bits alone and among any batch
-mates, and however its prompt was cut into chunks.
+A backend is a package with functions of these names: `winnow.kernels.reference` (torch, exact), `winnow.kernels.cpu`
+(C++) and `winnow.kernels.triton` (GPU). On the CPU a row's result has the same bits alone and among any batch mates,
+and however its prompt was cut into chunks; on the GPU the kernels over pages keep the first half of that.
+
+Activations have the dtype that `embed` gives them: f32 on the CPU, that of the weights on the GPU. Pages, side state
+and activations are on the backend's device, tables and batches in host memory.
 """
 
 from __future__ import annotations
@@ -10,15 +13,20 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Literal, Protocol, cast
 
+import torch
 from torch import Tensor
 
 from winnow.kernels.kv import LaneBatch, PagedKV, Rest
 from winnow.kernels.layout import PageFormat
 
-BackendName = Literal["cpu", "reference"]
-WeightKind = Literal["f32", "int8"]
+BackendName = Literal["cpu", "reference", "triton"]
+WeightKind = Literal["f32", "int8", "bf16", "fp8"]
 
-_MODULES: dict[str, str] = {"cpu": "winnow.kernels.cpu", "reference": "winnow.kernels.reference"}
+_MODULES: dict[str, str] = {
+    "cpu": "winnow.kernels.cpu",
+    "reference": "winnow.kernels.reference",
+    "triton": "winnow.kernels.triton",
+}
 
 
 class Weight(Protocol):
@@ -37,11 +45,14 @@ class Weight(Protocol):
 class Backend(Protocol):
     """Shapes: T rows of a step, B sequences, Hq query heads, Hkv KV heads, D head dimension, L layers."""
 
+    def device(self) -> torch.device:
+        """Where pages, weights and activations are."""
+
     def pack(self, weight: Tensor, kind: WeightKind, bias: Tensor | None = None) -> Weight:
         """Packs `weight` [N, K] f32, and `bias` [N] f32, for `linear` and `embed`."""
 
     def linear(self, x: Tensor, w: Weight, out: Tensor | None = None, accumulate: bool = False) -> Tensor:
-        """x [T, K] f32 contiguous -> [T, N] f32; with `accumulate`, adds to `out`."""
+        """x [T, K] contiguous -> [T, N]; with `accumulate`, adds to `out`, which may be f32 whatever x is."""
 
     def embed(self, tokens: Tensor, w: Weight) -> Tensor:
         """Rows of a packed matrix: tokens [T] int32 -> [T, K] f32."""

@@ -64,8 +64,15 @@ class PagedKV:
     of how many tokens a token stands for; a slot without any counts each token once"""
     reading: dict[int, ReadState] = field(default_factory=dict)
     """slot -> how its rows choose what they read; those of other slots read all"""
+    stale: set[int] = field(default_factory=set)
+    """Slots whose rows of `table` were changed since a backend that has its own copy of it looked"""
     native: Any = field(default=None, repr=False, compare=False)
     """A backend's own handle"""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pages are."""
+        return self.data.device
 
     @property
     def sides(self) -> tuple[dict[int, Tensor], ...]:
@@ -73,12 +80,24 @@ class PagedKV:
         return self.mass, self.earlier_mass, self.noise, self.moments, self.positions, self.log_weights
 
     @classmethod
-    def allocate(cls, layout: PageLayout, pages: int, slots: int, layers: int, kv_heads: int, width: int) -> PagedKV:
-        """An arena of `pages` pages with empty lanes. The arena's memory is reserved but not touched."""
+    def allocate(
+        cls,
+        layout: PageLayout,
+        pages: int,
+        slots: int,
+        layers: int,
+        kv_heads: int,
+        width: int,
+        device: torch.device | None = None,
+    ) -> PagedKV:
+        """An arena of `pages` pages with empty lanes. The arena's memory is reserved but not touched.
+
+        Pages are in the memory of `device`, where what slots hold beside them must be too; tables are in the host's.
+        """
         lanes = (slots, layers, kv_heads)
         return cls(
             layout=layout,
-            data=torch.empty((pages, layout.page_bytes), dtype=torch.uint8),
+            data=torch.empty((pages, layout.page_bytes), dtype=torch.uint8, device=device),
             table=torch.full((*lanes, width), -1, dtype=torch.int32),
             kept=torch.zeros(lanes, dtype=torch.int32),
             sealed=torch.zeros(lanes, dtype=torch.int32),

@@ -16,6 +16,7 @@ from torch import Tensor
 from winnow.kernels import _cpu
 from winnow.kernels.cpu.handles import address, native_batch, native_kv
 from winnow.kernels.dispatch import WeightKind
+from winnow.kernels.host import device as device
 from winnow.kernels.kv import LaneBatch, PagedKV, Rest
 from winnow.kernels.layout import PageFormat
 from winnow.kernels.reference.rows import check_rows, check_sums

@@ -1,5 +1,6 @@
 """The reference backend: every operation in plain torch, exact and slow. Other backends are tested against it."""
 
+from winnow.kernels.host import device
 from winnow.kernels.reference.attention import attention
 from winnow.kernels.reference.linear import embed, linear, pack
 from winnow.kernels.reference.moments import query_moments
@@ -13,6 +14,7 @@ __all__ = [
     "attention",
     "choose_reads",
     "copy_pages",
+    "device",
     "embed",
     "linear",
     "nearest_rows",

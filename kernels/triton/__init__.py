@@ -1,0 +1,8 @@
+"""The GPU backend: the operations of `winnow.kernels.dispatch.Backend` in Triton.
+
+Where there is no GPU its kernels run in Triton's interpreter (TRITON_INTERPRET=1), which is how they are checked.
+"""
+
+from winnow.kernels.triton.device import device
+
+__all__ = ["device"]

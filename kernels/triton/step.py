@@ -1,0 +1,157 @@
+"""What the kernels of a step read of the arena's tables and of the batch, on the device.
+
+The engine keeps tables and batch in host memory, where it changes them. Once a step, before its first layer, this
+brings over what changed: lane tables of the slots in `PagedKV.stale`, and everything else that is said per sequence in
+one copy. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from winnow.kernels.kv import LaneBatch, PagedKV
+from winnow.kernels.layout import PageFormat
+from winnow.kernels.triton.device import device, upload
+
+
+@dataclass(slots=True)
+class DeviceTable:
+    """The lane tables' copy; kept as `PagedKV.native`."""
+
+    source: tuple[int, torch.Size]
+    """Address and shape of the host's table that it is a copy of"""
+    table: Tensor
+    """[slots, layers, kv_heads, width] int32"""
+
+
+@dataclass(slots=True)
+class DeviceBatch:
+    """A step on the device; kept as `LaneBatch.native`. All int32 unless said otherwise; indexed by b, not by slot."""
+
+    size: int
+    """B"""
+    rows: int
+    """T"""
+    most_rows: int
+    """of one sequence"""
+    formats: frozenset[PageFormat]
+    """of the full pages, in either part, that any of the lanes has"""
+    table: Tensor
+    """[slots, layers, kv_heads, width]: the one thing that is indexed by slot"""
+    slots: Tensor
+    """[B]"""
+    cu_rows: Tensor
+    """[B+1]"""
+    first_vote: Tensor
+    """[B]"""
+    positions: Tensor
+    """[T]"""
+    owners: Tensor
+    """[T]: b of each row"""
+    kept: Tensor
+    """[B, layers, kv_heads]"""
+    sealed: Tensor
+    """[B, layers, kv_heads]"""
+    rest: Tensor
+    """[B, layers, kv_heads]"""
+    sealed_format: Tensor
+    """[B]"""
+    rest_format: Tensor
+    """[B]"""
+    sides: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Name of a part of `PagedKV` that is held by slot -> addresses [B] int64, 0 for a slot without, and capacities [B]
+    int32 (the last dimension). A name is there if any sequence of the batch has the part"""
+
+
+def device_table(kv: PagedKV) -> Tensor:
+    """[slots, layers, kv_heads, width] int32: the lane tables as the engine has them."""
+    source = (kv.table.data_ptr(), kv.table.shape)
+    if not isinstance(kv.native, DeviceTable) or kv.native.source != source:
+        kv.native = DeviceTable(source, upload(kv.table))
+    elif kv.stale:
+        slots = torch.tensor(sorted(kv.stale))
+        kv.native.table[upload(slots)] = upload(kv.table[slots])
+    kv.stale.clear()
+    return kv.native.table
+
+
+def device_batch(batch: LaneBatch, kv: PagedKV) -> DeviceBatch:
+    """The step on the device, brought over when first asked for: tables and side state must be in place before."""
+    if isinstance(batch.native, DeviceBatch):
+        return batch.native
+    slots, size, rows = batch.slots.long(), len(batch.slots), len(batch.positions)
+    check_batch(batch, kv, rows)
+    counts = batch.cu_rows.diff()
+    kept, sealed, rest = kv.kept[slots], kv.sealed[slots], kv.rest[slots]
+    formats, rest_formats = kv.formats[slots].int(), kv.rest_formats[slots].int()
+    has_sealed, has_rest = sealed.flatten(1).any(1), rest.flatten(1).any(1)
+    present = torch.cat([formats[has_sealed], rest_formats[has_rest]]).unique().tolist()
+    parts = {
+        "slots": batch.slots,
+        "cu_rows": batch.cu_rows,
+        "first_vote": batch.first_vote,
+        "positions": batch.positions,
+        "owners": torch.repeat_interleave(torch.arange(size, dtype=torch.int32), counts.long()),
+        "kept": kept,
+        "sealed": sealed,
+        "rest": rest,
+        "sealed_format": formats,
+        "rest_format": rest_formats,
+    }
+    together = upload(torch.cat([part.reshape(-1) for part in parts.values()]))
+    pieces = together.split([part.numel() for part in parts.values()])
+    on_device = {name: piece.view(part.shape) for (name, part), piece in zip(parts.items(), pieces, strict=True)}
+    native = DeviceBatch(
+        size=size,
+        rows=rows,
+        most_rows=int(counts.max()) if size else 0,
+        formats=frozenset(PageFormat(fmt) for fmt in present),
+        table=device_table(kv),
+        sides=_sides(batch, kv),
+        **on_device,
+    )
+    batch.native = native
+    return native
+
+
+def check_batch(batch: LaneBatch, kv: PagedKV, rows: int) -> None:
+    """IndexError or ValueError where the host's tables would lead a kernel outside the arena."""
+    slots, bounds, size = batch.slots.long(), batch.cu_rows, len(batch.slots)
+    for tensor in (batch.slots, bounds, batch.positions, batch.first_vote):
+        if tensor.dtype != torch.int32 or not tensor.is_contiguous():
+            raise ValueError("a batch holds contiguous int32 tensors")
+    if len(bounds) != size + 1 or len(batch.first_vote) != size or int(bounds[0]) != 0 or int(bounds[-1]) != rows:
+        raise ValueError("the batch's tensors do not fit each other")
+    if not size:
+        return
+    if int(slots.min()) < 0 or int(slots.max()) >= len(kv.table):
+        raise IndexError(f"a slot is not among {len(kv.table)}")
+    counts = bounds.diff()
+    if int(counts.min()) < 0 or int(batch.first_vote.min()) < 0:
+        raise ValueError("row bounds must ascend, and no first vote is negative")
+    kept, sealed, rest = (part[slots].long() for part in (kv.kept, kv.sealed, kv.rest))
+    capacity = torch.tensor([kv.layout.capacity(fmt) for fmt in PageFormat])
+    first, second = (capacity[formats[slots].long()][:, None, None] for formats in (kv.formats, kv.rest_formats))
+    open_tokens = kept - sealed * first - rest * second
+    if int(sealed.min()) < 0 or int(rest.min()) < 0 or int(open_tokens.min()) < 0:
+        raise ValueError("a lane's full pages hold more tokens than it keeps")
+    if bool((counts[:, None, None] > open_tokens).any()):
+        raise ValueError("a sequence has more rows than its lanes have tokens in open pages")
+    columns = sealed + rest + -(-open_tokens // kv.layout.page_tokens)
+    if int(columns.max()) > kv.table.shape[3]:
+        raise IndexError(f"a lane of {int(columns.max())} pages in a table {kv.table.shape[3]} wide")
+
+
+def _sides(batch: LaneBatch, kv: PagedKV) -> dict[str, tuple[Tensor, Tensor]]:
+    """Addresses are the device's: side state is made there."""
+    sides, slots = {}, batch.slots.tolist()
+    for name in ("mass", "noise", "moments", "positions", "log_weights"):
+        parts = [getattr(kv, name).get(slot) for slot in slots]
+        if any(part is not None for part in parts):
+            addresses = [0 if part is None else part.data_ptr() for part in parts]
+            capacities = [0 if part is None else part.shape[-1] for part in parts]
+            sides[name] = (upload(torch.tensor(addresses)), upload(torch.tensor(capacities, dtype=torch.int32)))
+    return sides
