@@ -7,6 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 from triton import knobs
+from triton.runtime import driver
 
 
 @cache
@@ -14,9 +15,17 @@ def device() -> torch.device:
     """The current GPU; the CPU where TRITON_INTERPRET=1 was set before this was imported. RuntimeError without both."""
     if knobs.runtime.interpret:
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise RuntimeError("the triton backend needs a GPU, or TRITON_INTERPRET=1 to check its kernels without one")
-    return torch.device("cuda", torch.cuda.current_device())
+    try:
+        return driver.active.get_active_torch_device()
+    except RuntimeError as error:
+        hint = "the triton backend needs a GPU, or TRITON_INTERPRET=1 to check its kernels without one"
+        raise RuntimeError(hint) from error
+
+
+@cache
+def architecture() -> int:
+    """The GPU's compute capability times ten: 80 is an A100, 90 a Hopper, 100 a B200. In the interpreter 90."""
+    return 90 if knobs.runtime.interpret else int(driver.active.get_current_target().arch)
 
 
 def upload(host: Tensor) -> Tensor:
