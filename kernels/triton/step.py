@@ -14,7 +14,7 @@ from torch import Tensor
 
 from winnow.kernels.kv import LaneBatch, PagedKV
 from winnow.kernels.layout import PageFormat
-from winnow.kernels.triton.device import device, upload
+from winnow.kernels.triton.device import upload
 
 
 @dataclass(slots=True)

@@ -1,7 +1,7 @@
 """Backends as fixtures: `ops` is each in turn, `native` each that is compared with `reference`.
 
-Where there is a GPU the Triton backend is among them. Where there is none its kernels run in Triton's interpreter, which
-is slow: the tests under tests/kernels/triton ask for `triton` themselves, with small cases.
+Where there is a GPU the Triton backend is among them. Where there is none its kernels run in Triton's interpreter,
+which is slow: the tests under tests/kernels/triton ask for `triton` themselves, with small cases.
 """
 
 import os
