@@ -144,4 +144,4 @@ class LaneBatch:
         for b, slot in enumerate(self.slots.tolist()):
             if slot in kv.reading:
                 room = (bounds[b + 1] - bounds[b], heads, int(kv.kept[slot].max()))
-                self.choices[b] = torch.zeros(room, dtype=torch.uint8)
+                self.choices[b] = torch.zeros(room, dtype=torch.uint8, device=kv.device)

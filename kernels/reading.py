@@ -19,6 +19,8 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from winnow.kernels.transfer import upload
+
 
 class ReadMode(IntEnum):
     """What a row does in a layer. The values are those of kernels/cpu/kernels.h."""
@@ -38,7 +40,7 @@ NEVER_SIMILAR = 2.0
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReadRule:
-    """How the rows of a sequence choose; made once for each plan."""
+    """How the rows of a sequence choose; made once for each plan. Its tensors are in host memory."""
 
     modes: Tensor
     """[layers] uint8: `ReadMode`"""
@@ -83,7 +85,8 @@ class ReadRule:
 
 @dataclass(slots=True)
 class ReadState:
-    """What a sequence that reads by a rule keeps from step to step. It begins empty at the end of the prompt."""
+    """What a sequence that reads by a rule keeps from step to step, in the memory of its pages' device. It begins empty
+    at the end of the prompt."""
 
     rule: ReadRule
     touched: Tensor
@@ -101,15 +104,26 @@ class ReadState:
     """[layers, tokens] uint8: what was chosen then, protected tokens aside"""
 
     @classmethod
-    def empty(cls, rule: ReadRule, layers: int, kv_heads: int, q_heads: int, head_dim: int) -> ReadState:
+    def empty(
+        cls,
+        rule: ReadRule,
+        layers: int,
+        kv_heads: int,
+        q_heads: int,
+        head_dim: int,
+        device: torch.device | None = None,
+    ) -> ReadState:
+        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
         return cls(
             rule=rule,
-            touched=torch.zeros(3, dtype=torch.int64),
-            bounds=torch.empty((layers, kv_heads, 0, 2, head_dim), dtype=torch.bfloat16) if rule.by_bounds else None,
-            bounded=torch.zeros((layers, kv_heads), dtype=torch.int32),
-            anchors=torch.zeros((layers, q_heads, head_dim)) if rule.reuses else None,
-            anchored=torch.zeros(layers, dtype=torch.int32),
-            anchor_choice=torch.zeros((layers, 0), dtype=torch.uint8) if rule.reuses else None,
+            touched=zeros(3, dtype=torch.int64),
+            bounds=zeros(layers, kv_heads, 0, 2, head_dim, dtype=torch.bfloat16) if rule.by_bounds else None,
+            bounded=zeros(layers, kv_heads, dtype=torch.int32),
+            anchors=zeros(layers, q_heads, head_dim, dtype=torch.float32) if rule.reuses else None,
+            anchored=zeros(layers, dtype=torch.int32),
+            anchor_choice=zeros(layers, 0, dtype=torch.uint8) if rule.reuses else None,
         )
 
     @property
@@ -130,12 +144,12 @@ class ReadState:
 
     def forget_newest(self, pages: Tensor) -> None:
         """The lanes were cut: of their pages in a float format the first `pages` [layers, kv_heads] are as before."""
-        torch.minimum(self.bounded, pages.clamp_min(0), out=self.bounded)
+        torch.minimum(self.bounded, upload(pages.clamp_min(0), self.bounded.device), out=self.bounded)
 
 
 def _grown(part: Tensor, dim: int, size: int) -> Tensor:
     shape = list(part.shape)
     shape[dim] = max(size, shape[dim] * 5 // 4)
-    grown = torch.zeros(shape, dtype=part.dtype)
+    grown = part.new_zeros(shape)
     grown.narrow(dim, 0, part.shape[dim]).copy_(part)
     return grown

@@ -35,7 +35,8 @@ class Reader:
         state = arena.kv.reading.get(seq.slot)
         if state is None:
             rule = self._rule(seq.plan.read)
-            state = ReadState.empty(rule, shape.layers, shape.kv_heads, shape.q_heads, shape.head_dim)
+            lanes = (shape.layers, shape.kv_heads, shape.q_heads, shape.head_dim)
+            state = ReadState.empty(rule, *lanes, arena.kv.device)
             arena.kv.reading[seq.slot] = state
         pages = arena.columns[seq.slot]
         if PageFormat(int(arena.formats[seq.slot])).is_integer:
