@@ -15,6 +15,7 @@ Kernels never allocate pages and never change `kept`, `sealed` or `table`: the e
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -141,7 +142,10 @@ class LaneBatch:
     def make_room_for_choices(self, kv: PagedKV) -> None:
         """Empty choices for the sequences that read by a rule; once a step, before its first layer."""
         bounds, heads = self.cu_rows.tolist(), kv.table.shape[2]
-        for b, slot in enumerate(self.slots.tolist()):
-            if slot in kv.reading:
-                room = (bounds[b + 1] - bounds[b], heads, int(kv.kept[slot].max()))
-                self.choices[b] = torch.zeros(room, dtype=torch.uint8, device=kv.device)
+        reading = [b for b, slot in enumerate(self.slots.tolist()) if slot in kv.reading]
+        rooms = [(bounds[b + 1] - bounds[b], heads, int(kv.kept[int(self.slots[b])].max())) for b in reading]
+        # One piece of memory, in which each begins at a multiple of 16 bytes.
+        sizes = [-(-math.prod(room) // 16) * 16 for room in rooms]
+        pieces = torch.zeros(sum(sizes), dtype=torch.uint8, device=kv.device).split(sizes)
+        for b, room, piece in zip(reading, rooms, pieces, strict=True):
+            self.choices[b] = piece[: math.prod(room)].view(room)

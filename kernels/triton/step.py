@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from winnow.kernels.kv import LaneBatch, PagedKV
 from winnow.kernels.layout import PageFormat
+from winnow.kernels.reading import ReadMode
 from winnow.kernels.triton.device import upload
 
 
@@ -63,7 +65,16 @@ class DeviceBatch:
     """[B]"""
     sides: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Name of a part of `PagedKV` that is held by slot -> addresses [B] int64, 0 for a slot without, and capacities [B]
-    int32 (the last dimension). A name is there if any sequence of the batch has the part"""
+    int32 (the last dimension). A name is there if any sequence of the batch has the part. So with "choices", which
+    `LaneBatch` holds by b"""
+    modes: Tensor | None = None
+    """[layers, B]: `ReadMode`; None where all read all"""
+
+    def side(self, name: str) -> tuple[Tensor, Tensor]:
+        """Of `sides`, with zeros where no sequence of the batch has the part."""
+        if name not in self.sides:
+            self.sides[name] = (torch.zeros_like(self.slots, dtype=torch.int64), torch.zeros_like(self.slots))
+        return self.sides[name]
 
 
 def device_table(kv: PagedKV) -> Tensor:
@@ -101,9 +112,16 @@ def device_batch(batch: LaneBatch, kv: PagedKV) -> DeviceBatch:
         "sealed_format": formats,
         "rest_format": rest_formats,
     }
-    together = upload(torch.cat([part.reshape(-1) for part in parts.values()]))
-    pieces = together.split([part.numel() for part in parts.values()])
-    on_device = {name: piece.view(part.shape) for (name, part), piece in zip(parts.items(), pieces, strict=True)}
+    if not batch.choices:
+        batch.make_room_for_choices(kv)
+    if batch.choices:
+        parts["modes"] = _modes(batch, kv)
+    # Each part begins at a multiple of 16 bytes: kernels are compiled for what they are told of alignment.
+    flat = [pad(part.reshape(-1), (0, -part.numel() % 4)) for part in parts.values()]
+    pieces = upload(torch.cat(flat)).split([len(part) for part in flat])
+    on_device = {
+        name: piece[: part.numel()].view(part.shape) for (name, part), piece in zip(parts.items(), pieces, strict=True)
+    }
     native = DeviceBatch(
         size=size,
         rows=rows,
@@ -145,13 +163,27 @@ def check_batch(batch: LaneBatch, kv: PagedKV, rows: int) -> None:
         raise IndexError(f"a lane of {int(columns.max())} pages in a table {kv.table.shape[3]} wide")
 
 
+def _modes(batch: LaneBatch, kv: PagedKV) -> Tensor:
+    """[layers, B] int32"""
+    states = [kv.reading.get(slot) for slot in batch.slots.tolist()]
+    all_ = torch.full((kv.table.shape[1],), int(ReadMode.ALL), dtype=torch.uint8)
+    return torch.stack([all_ if state is None else state.rule.modes for state in states], 1).int()
+
+
 def _sides(batch: LaneBatch, kv: PagedKV) -> dict[str, tuple[Tensor, Tensor]]:
-    """Addresses are the device's: side state is made there."""
-    sides, slots = {}, batch.slots.tolist()
+    """Addresses are the device's: side state is made there. IndexError where a part is shorter than a lane."""
+    slots = batch.slots.tolist()
+    held: dict[str, list[Tensor | None]] = {"choices": [batch.choices.get(b) for b in range(len(slots))]}
     for name in ("mass", "noise", "moments", "positions", "log_weights"):
-        parts = [getattr(kv, name).get(slot) for slot in slots]
+        held[name] = [getattr(kv, name).get(slot) for slot in slots]
+    longest = kv.kept[batch.slots.long()].flatten(1).amax(1).tolist() if slots else []
+    sides = {}
+    for name, parts in held.items():
         if any(part is not None for part in parts):
             addresses = [0 if part is None else part.data_ptr() for part in parts]
             capacities = [0 if part is None else part.shape[-1] for part in parts]
+            for part, tokens in zip(parts, longest, strict=True):
+                if part is not None and name != "moments" and part.shape[-1] < tokens:
+                    raise IndexError(f"{tokens} tokens in a lane, but {name} for {part.shape[-1]}")
             sides[name] = (upload(torch.tensor(addresses)), upload(torch.tensor(capacities, dtype=torch.int32)))
     return sides

@@ -39,7 +39,8 @@ class OnDevice:
                 if isinstance(value, PagedKV):
                     bound.arguments[key] = _kv_to(value, to)
                 elif isinstance(value, LaneBatch):
-                    bound.arguments[key] = replace(value, choices={}, native=None)
+                    choices = {b: choice.to(to, copy=True) for b, choice in value.choices.items()}
+                    bound.arguments[key] = replace(value, choices=choices, native=None)
                 elif isinstance(value, Tensor) and key not in HOST:
                     bound.arguments[key] = value.to(to, copy=True)
             result = operation(*bound.args, **bound.kwargs)
