@@ -31,6 +31,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
+from typing import ClassVar
 
 VECTOR = 8
 """Capacities are multiples of this, so that a key row is whole vectors on every target."""
@@ -75,16 +76,56 @@ class PageFormat(IntEnum):
 
 @dataclass(frozen=True)
 class Offsets:
-    """Byte offsets of a page's parts; `k_scale` and what follows are meaningful for quantized formats, and a zero is
-    empty where there is none."""
+    """Byte offsets of the parts of a page of `tokens` tokens with `dim` channels; those of scales and zeros are
+    meaningful for quantized formats, and a zero is empty where there is none."""
 
-    keys: int
-    values: int
-    k_scale: int
-    k_zero: int
-    v_scale: int
-    v_zero: int
-    end: int
+    fmt: PageFormat
+    dim: int
+    tokens: int
+    keys: ClassVar[int] = 0
+
+    @property
+    def values(self) -> int:
+        return self.tokens * self.dim * self.fmt.bits // 8
+
+    @property
+    def k_scale(self) -> int:
+        return 2 * self.values
+
+    @property
+    def k_zero(self) -> int:
+        return self.k_scale + 2 * self._key_scales
+
+    @property
+    def v_scale(self) -> int:
+        return self.k_zero + (2 * self._key_scales if self.fmt.is_integer else 0)
+
+    @property
+    def v_zero(self) -> int:
+        return self.v_scale + 2 * self._value_scales
+
+    @property
+    def end(self) -> int:
+        return self.v_zero + (2 * self._value_scales if self.fmt.is_integer else 0)
+
+    @property
+    def value_block(self) -> int:
+        """Channels that share the scale of a token's value."""
+        if self.fmt is not PageFormat.INT2:
+            return self.dim
+        return BLOCK if self.dim % BLOCK == 0 else BLOCK // 2
+
+    @property
+    def _key_scales(self) -> int:
+        if not self.fmt.is_integer:
+            return int(self.fmt is PageFormat.FP8)
+        return self.dim * (self.tokens // BLOCK if self.fmt is PageFormat.INT2 else 1)
+
+    @property
+    def _value_scales(self) -> int:
+        if not self.fmt.is_integer:
+            return int(self.fmt is PageFormat.FP8)
+        return self.tokens * (self.dim // self.value_block)
 
 
 @dataclass(frozen=True)
@@ -123,9 +164,7 @@ class PageLayout:
 
     def value_block(self, fmt: PageFormat) -> int:
         """Channels that share the scale of a token's value."""
-        if fmt is not PageFormat.INT2:
-            return self.head_dim
-        return BLOCK if self.head_dim % BLOCK == 0 else BLOCK // 2
+        return Offsets(fmt, self.head_dim, BLOCK).value_block
 
     @cache  # noqa: B019 - layouts are few and live as long as the process
     def capacity(self, fmt: PageFormat) -> int:
@@ -138,17 +177,7 @@ class PageLayout:
 
     @cache  # noqa: B019
     def offsets(self, fmt: PageFormat) -> Offsets:
-        tokens, dim = self.capacity(fmt), self.head_dim
-        side = tokens * dim * fmt.bits // 8
-        k_scales = v_scales = int(fmt is PageFormat.FP8)
-        if fmt.is_integer:
-            k_scales, v_scales = dim * tokens // self.key_block(fmt), tokens * dim // self.value_block(fmt)
-        k_scale = 2 * side
-        k_zero = k_scale + 2 * k_scales
-        v_scale = k_zero + (2 * k_scales if fmt.is_integer else 0)
-        v_zero = v_scale + 2 * v_scales
-        end = v_zero + (2 * v_scales if fmt.is_integer else 0)
-        return Offsets(0, side, k_scale, k_zero, v_scale, v_zero, end)
+        return Offsets(fmt, self.head_dim, self.capacity(fmt))
 
     def pages(self, tokens: int, fmt: PageFormat | None = None) -> int:
         """Pages that hold `tokens` tokens of one lane."""
