@@ -4,6 +4,12 @@ Where there is no GPU its kernels run in Triton's interpreter (TRITON_INTERPRET=
 """
 
 from winnow.kernels.triton.device import device
+from winnow.kernels.triton.moments import query_moments
 from winnow.kernels.triton.rows import rms_norm, silu_mul
 
-__all__ = ["device", "rms_norm", "silu_mul"]
+__all__ = [
+    "device",
+    "query_moments",
+    "rms_norm",
+    "silu_mul",
+]
