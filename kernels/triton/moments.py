@@ -6,8 +6,6 @@ cut into chunks changes no bit.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -36,7 +34,7 @@ def query_moments(qkv: Tensor, batch: LaneBatch, kv: PagedKV, layer: int, q_norm
     if "moments" not in native.sides:
         return
     columns = triton.next_power_of_2(dim)
-    block = 4096 // columns
+    block = 2048 // columns
     _add_moments[(triton.cdiv(columns, block), q_heads, native.size)](
         qkv.contiguous(),
         q_norm,
@@ -55,13 +53,13 @@ def query_moments(qkv: Tensor, batch: LaneBatch, kv: PagedKV, layer: int, q_norm
 
 @triton.jit(do_not_specialize=["layer"])
 def _add_moments(
-    qkv: Any,
-    norm: Any,
-    eps: Any,
-    cu_rows: Any,
-    first_vote: Any,
-    addresses: Any,
-    layer: Any,
+    qkv: tl.tensor,
+    norm: tl.tensor,
+    eps: tl.tensor,
+    cu_rows: tl.tensor,
+    first_vote: tl.tensor,
+    addresses: tl.tensor,
+    layer: tl.tensor,
     q_heads: tl.constexpr,
     kv_heads: tl.constexpr,
     D: tl.constexpr,
