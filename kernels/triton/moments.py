@@ -75,9 +75,11 @@ def _add_moments(
         return
     i, j = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, COLUMNS)
     inside = (i < D)[:, None] & (j < D)[None, :]
-    own = address.to(tl.pointer_type(tl.float64)) + (layer * q_heads + head).to(tl.int64) * ((1 + D) * D)
+    own = tl.multiple_of(address.to(tl.pointer_type(tl.float64)), 16) + (layer * q_heads + head).to(tl.int64) * (
+        (1 + D) * D
+    )
     products = own + D + i[:, None] * D + j[None, :]
-    sums = tl.load(own + j, mask=j < D, other=0.0)
+    sums = tl.load(own + j, mask=(j < D) & (block == 0), other=0.0)
     total = tl.load(products, mask=inside, other=0.0)
     width: tl.constexpr = (q_heads + 2 * kv_heads) * D
     for start in range(first, end, AHEAD):
