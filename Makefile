@@ -6,7 +6,7 @@ ARGS ?=
 
 NATIVE := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h kernels/cpu/CMakeLists.txt)
 
-.PHONY: serve test check bench eval parity methods install install-dev format clean
+.PHONY: serve test check bench bench-gpu eval parity methods install install-dev format clean
 
 serve: install  ## start the server on 127.0.0.1:8000 with the default model
 	$(BIN)/winnow serve $(ARGS)
@@ -22,6 +22,9 @@ check: install-dev build/src  ## linters and types
 
 bench: install-dev  ## measure beside transformers; writes loadtest/results/
 	$(BIN)/python loadtest/bench.py $(ARGS)
+
+bench-gpu: install-dev  ## measure kernels and engine on a GPU, beside torch and transformers: about ten minutes on an H100
+	$(BIN)/python loadtest/gpu.py $(ARGS)
 
 eval: install  ## what compression costs in quality: a few minutes; writes eval.json and eval.html
 	$(BIN)/winnow eval $(ARGS)

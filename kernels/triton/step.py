@@ -39,6 +39,8 @@ class DeviceBatch:
     """T"""
     most_rows: int
     """of one sequence"""
+    positions_end: int
+    """One more than the highest position"""
     formats: frozenset[PageFormat]
     """of the full pages, in either part, that any of the lanes has"""
     table: Tensor
@@ -59,6 +61,8 @@ class DeviceBatch:
     """[B, layers, kv_heads]"""
     rest: Tensor
     """[B, layers, kv_heads]"""
+    open_tokens: Tensor
+    """[B, layers, kv_heads]: tokens behind the full pages"""
     sealed_format: Tensor
     """[B]"""
     rest_format: Tensor
@@ -79,9 +83,8 @@ class DeviceBatch:
 
 def device_table(kv: PagedKV) -> Tensor:
     """[slots, layers, kv_heads, width] int32: the lane tables as the engine has them."""
-    source = (kv.table.data_ptr(), kv.table.shape)
-    if not isinstance(kv.native, DeviceTable) or kv.native.source != source:
-        kv.native = DeviceTable(source, upload(kv.table))
+    if not _has_copy(kv):
+        kv.native = DeviceTable((kv.table.data_ptr(), kv.table.shape), upload(kv.table))
     elif kv.stale:
         slots = torch.tensor(sorted(kv.stale))
         kv.native.table[upload(slots)] = upload(kv.table[slots])
@@ -94,7 +97,7 @@ def device_batch(batch: LaneBatch, kv: PagedKV) -> DeviceBatch:
     if isinstance(batch.native, DeviceBatch):
         return batch.native
     slots, size, rows = batch.slots.long(), len(batch.slots), len(batch.positions)
-    check_batch(batch, kv, rows)
+    open_tokens = check_batch(batch, kv, rows)
     counts = batch.cu_rows.diff()
     kept, sealed, rest = kv.kept[slots], kv.sealed[slots], kv.rest[slots]
     formats, rest_formats = kv.formats[slots].int(), kv.rest_formats[slots].int()
@@ -109,6 +112,7 @@ def device_batch(batch: LaneBatch, kv: PagedKV) -> DeviceBatch:
         "kept": kept,
         "sealed": sealed,
         "rest": rest,
+        "open_tokens": open_tokens.int(),
         "sealed_format": formats,
         "rest_format": rest_formats,
     }
@@ -126,6 +130,7 @@ def device_batch(batch: LaneBatch, kv: PagedKV) -> DeviceBatch:
         size=size,
         rows=rows,
         most_rows=int(counts.max()) if size else 0,
+        positions_end=int(batch.positions.max()) + 1 if rows else 0,
         formats=frozenset(PageFormat(fmt) for fmt in present),
         table=device_table(kv),
         sides=_sides(batch, kv),
@@ -135,8 +140,9 @@ def device_batch(batch: LaneBatch, kv: PagedKV) -> DeviceBatch:
     return native
 
 
-def check_batch(batch: LaneBatch, kv: PagedKV, rows: int) -> None:
-    """IndexError or ValueError where the host's tables would lead a kernel outside the arena."""
+def check_batch(batch: LaneBatch, kv: PagedKV, rows: int) -> Tensor:
+    """[B, layers, kv_heads] int64: tokens in open pages. IndexError or ValueError where the host's tables would lead a
+    kernel outside the arena."""
     slots, bounds, size = batch.slots.long(), batch.cu_rows, len(batch.slots)
     for tensor in (batch.slots, bounds, batch.positions, batch.first_vote):
         if tensor.dtype != torch.int32 or not tensor.is_contiguous():
@@ -144,12 +150,14 @@ def check_batch(batch: LaneBatch, kv: PagedKV, rows: int) -> None:
     if len(bounds) != size + 1 or len(batch.first_vote) != size or int(bounds[0]) != 0 or int(bounds[-1]) != rows:
         raise ValueError("the batch's tensors do not fit each other")
     if not size:
-        return
+        return torch.empty((0, *kv.kept.shape[1:]), dtype=torch.int64)
     if int(slots.min()) < 0 or int(slots.max()) >= len(kv.table):
         raise IndexError(f"a slot is not among {len(kv.table)}")
     counts = bounds.diff()
     if int(counts.min()) < 0 or int(batch.first_vote.min()) < 0:
         raise ValueError("row bounds must ascend, and no first vote is negative")
+    if rows and int(batch.positions.min()) < 0:
+        raise IndexError("a position is negative")
     kept, sealed, rest = (part[slots].long() for part in (kv.kept, kv.sealed, kv.rest))
     capacity = torch.tensor([kv.layout.capacity(fmt) for fmt in PageFormat])
     first, second = (capacity[formats[slots].long()][:, None, None] for formats in (kv.formats, kv.rest_formats))
@@ -161,6 +169,26 @@ def check_batch(batch: LaneBatch, kv: PagedKV, rows: int) -> None:
     columns = sealed + rest + -(-open_tokens // kv.layout.page_tokens)
     if int(columns.max()) > kv.table.shape[3]:
         raise IndexError(f"a lane of {int(columns.max())} pages in a table {kv.table.shape[3]} wide")
+    _check_pages(kv, slots, columns)
+    return open_tokens
+
+
+def _has_copy(kv: PagedKV) -> bool:
+    return isinstance(kv.native, DeviceTable) and kv.native.source == (kv.table.data_ptr(), kv.table.shape)
+
+
+def _check_pages(kv: PagedKV, slots: Tensor, columns: Tensor) -> None:
+    """IndexError unless the first `columns` [B, layers, kv_heads] pages of all lanes are in the arena: looks at all of
+    them where the device has no copy of them yet, else at the last."""
+    new = torch.tensor([slot in kv.stale or not _has_copy(kv) for slot in slots.tolist()])
+    layers, heads, width = kv.table.shape[1:]
+    lanes = (slots[:, None, None], torch.arange(layers)[:, None], torch.arange(heads))
+    for pages, used in (
+        (kv.table[slots[new]], torch.arange(width) < columns[new][..., None]),
+        (kv.table[(*lanes, (columns - 1).clamp_min(0))], columns > 0),
+    ):
+        if bool((((pages < 0) | (pages >= len(kv.data))) & used).any()):
+            raise IndexError(f"a page of a lane is not in the arena of {len(kv.data)} pages")
 
 
 def _modes(batch: LaneBatch, kv: PagedKV) -> Tensor:

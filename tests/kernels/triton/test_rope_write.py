@@ -1,0 +1,64 @@
+"""Queries, and keys and values in their pages, as the reference has them: in both types, beside dimensions that blocks
+do not divide."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from winnow.kernels.dispatch import Backend
+from winnow.kernels.layout import PageFormat, PageLayout
+
+from ..build import Held, State, assert_same_bits, build, one_sequence, randn
+
+F32, BF16, INT8, INT4, INT2, FP8 = PageFormat
+HELD = [
+    Held((60,), rows=1, fmt=INT8, sealed=(1,)),
+    Held((33, 40), rows=33),
+    Held((9, 20), rows=7, fmt=INT4, sealed=(1, 0), rest=(0, 1)),
+    Held((1,)),
+    Held((17,), rows=2, sealed=(0, 2)),
+]
+
+
+def _tables(dim: int) -> tuple[Tensor, Tensor]:
+    angles = torch.arange(400)[:, None] * 10000.0 ** -(torch.arange(dim // 2) * 2 / dim)
+    return 1.2 * angles.cos(), 1.2 * angles.sin()
+
+
+def _run(ops: Backend, state: State, qkv: Tensor, norms: tuple[Tensor | None, Tensor | None]) -> Tensor:
+    return ops.rope_write(qkv, *_tables(state.kv.layout.head_dim), state.batch, state.kv, 1, *norms, 1e-6)
+
+
+@pytest.mark.parametrize("dim", [16, 80, 128])
+@pytest.mark.parametrize("pages", [F32, BF16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_as_the_reference(triton: Backend, reference: Backend, dim: int, pages: PageFormat, dtype: torch.dtype) -> None:
+    state = build(PageLayout(dim, pages), HELD, layers=2)
+    theirs = state.copy()
+    qkv = randn(state.rows, 8 * dim).to(dtype)
+    norms = (randn(dim, seed=8), randn(dim, seed=9) if dim > 16 else None)
+    q, expected = _run(triton, state, qkv, norms), _run(reference, theirs, qkv.float(), norms)
+    assert q.dtype == dtype
+    torch.testing.assert_close(q.float(), expected, atol=5e-6, rtol=1e-5 if dtype is torch.float32 else 2**-8)
+    size, step = (torch.int32, 1e-5) if pages is F32 else (torch.int16, 2**-7)
+    actual, wanted = (kv.data.view(size) for kv in (state.kv, theirs.kv))
+    differ = actual != wanted
+    numbers = (
+        part[differ].view(torch.float32 if pages is F32 else torch.bfloat16).float() for part in (actual, wanted)
+    )
+    torch.testing.assert_close(*numbers, atol=5e-6, rtol=step)  # NaN where nothing should have been written
+    assert differ.float().mean() < 0.1
+
+
+def test_a_row_has_the_same_bits_in_any_company(triton: Backend) -> None:
+    state = build(PageLayout(32, BF16), HELD, layers=2)
+    qkv, norms = randn(state.rows, 8 * 32).bfloat16(), (randn(32, seed=8), randn(32, seed=9))
+    together = state.copy()
+    q = _run(triton, together, qkv, norms)
+    alone = state.copy()
+    for index in range(len(HELD)):
+        alone.batch, rows = one_sequence(state.batch, index)
+        assert_same_bits(_run(triton, alone, qkv[rows], norms).float(), q[rows].float())
+    assert torch.equal(alone.kv.data, together.kv.data)
