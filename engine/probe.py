@@ -18,6 +18,7 @@ from torch import Tensor
 from winnow.engine.models.config import ModelConfig
 from winnow.kernels.dispatch import Backend
 from winnow.kernels.kv import PagedKV
+from winnow.kernels.transfer import upload
 
 ROWS = 64
 """Rows whose logits are there at a time"""
@@ -29,8 +30,9 @@ class Probe(Protocol):
     first_row: int
     """The first position whose row is looked at; rows before it may come from the prefix cache"""
 
-    values: NDArray[np.float32]
-    """The answer, complete when the sequence has been read"""
+    @property
+    def values(self) -> NDArray[np.float32]:
+        """The answer, complete when the sequence has been read."""
 
     @property
     def tokens_to_read(self) -> int:
@@ -65,12 +67,12 @@ class SurprisalProbe:
         pass
 
     def see_hidden(self, position: int, hidden: Tensor, logits: Callable[[Tensor], Tensor]) -> None:
-        for start in range(0, len(hidden), ROWS):
-            rows = hidden[start : start + ROWS]
-            at = position + start + 1
-            following = self._tokens[at : at + len(rows), None]
-            logprobs = torch.log_softmax(logits(rows), dim=1).gather(1, following)
-            self.values[at : at + len(rows)] = -logprobs[:, 0].numpy()
+        at = position + 1
+        following = upload(self._tokens[at : at + len(hidden)], hidden.device)
+        found = []
+        for rows, tokens in zip(hidden.split(ROWS), following.split(ROWS), strict=True):
+            found.append(torch.log_softmax(logits(rows), dim=1).gather(1, tokens[:, None])[:, 0])
+        self.values[at : at + len(hidden)] = -torch.cat(found).cpu().numpy()
 
 
 @dataclass
@@ -86,14 +88,20 @@ class AttentionProbe:
     layers: range
     wants_logits = False
     first_row: int = field(init=False)
-    values: NDArray[np.float32] = field(init=False)
+    _most: Tensor = field(init=False)
+    """[tokens] float32: the greatest of what has been paid so far"""
     _waiting: dict[int, Tensor] = field(init=False, default_factory=dict)
     """layer -> queries [window, heads, head_dim], where a chunk ends within the window"""
 
     def __post_init__(self) -> None:
         self.window = min(self.window, self.tokens)
         self.first_row = self.tokens - self.window
-        self.values = np.zeros(self.tokens, np.float32)
+        self._most = torch.zeros(self.tokens, device=self.kv.device)
+
+    @property
+    def values(self) -> NDArray[np.float32]:
+        most: NDArray[np.float32] = self._most.cpu().numpy()
+        return most
 
     @property
     def tokens_to_read(self) -> int:
@@ -110,7 +118,7 @@ class AttentionProbe:
             queries = held
         if last == self.window:  # not before: the bits of a sum may depend on how many tokens it runs over
             self._waiting.pop(layer, None)
-            self.values = np.maximum(self.values, self._paid(layer, slot, queries).numpy())
+            self._most = torch.maximum(self._most, self._paid(layer, slot, queries.float()))
 
     def see_hidden(self, position: int, hidden: Tensor, logits: Callable[[Tensor], Tensor]) -> None:
         pass
@@ -119,13 +127,13 @@ class AttentionProbe:
         """[tokens] float32 of one layer. Products go through the backend: their bits do not depend on threads."""
         config = self.config
         keys, _ = self.ops.read_lanes(self.kv, slot, layer)
-        row = torch.arange(self.first_row, self.tokens)[:, None]
-        column = torch.arange(self.tokens)
+        column = torch.arange(self.tokens, device=keys.device)
+        row = column[self.first_row :, None]
         is_hidden = column > row
         if sliding := config.windows[layer]:
             is_hidden |= column <= row - sliding
-        weight = torch.arange(self.window)[:, None] / (self.window - 1) if self.window > 1 else torch.ones(1, 1)
-        paid = torch.zeros(self.tokens)
+        weight = (row - self.first_row) / (self.window - 1) if self.window > 1 else torch.ones_like(row)
+        paid = torch.zeros_like(self._most)
         for kv_head, group in enumerate((queries * config.head_dim**-0.5).chunk(config.kv_heads, dim=1)):
             key = self.ops.pack(keys[kv_head].contiguous(), "f32")
             for query in group.unbind(1):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from winnow.engine.pages import Ints
+from winnow.kernels.transfer import upload
 
 
 @dataclass(eq=False)
@@ -60,7 +61,8 @@ class Staging:
     def next(self, chosen: Ints) -> None:
         """Begins the next stage with these of the rows (ascending indices)."""
         assert self.handed is not None
-        self.hidden, self.handed = self.handed[torch.from_numpy(chosen).long()], None
+        rows = upload(torch.from_numpy(chosen).long(), self.handed.device)
+        self.hidden, self.handed = self.handed[rows], None
         self.rows = self.rows[chosen]
         self.stage += 1
         self.done = 0

@@ -24,7 +24,7 @@ from winnow.engine.compression.mixer import by_position, mix_formats
 from winnow.engine.compression.plan import Evict
 from winnow.engine.compression.policy import LaneView, SetsBudgets, StagedPolicy
 from winnow.engine.compression.registry import eviction_policy
-from winnow.engine.compression.select import keep_sets, layer_budgets
+from winnow.engine.compression.select import keep_mask, keep_sets, layer_budgets, packed
 from winnow.engine.compression.side_state import SideState
 from winnow.engine.compression.signals import Signal
 from winnow.engine.compression.timeline import NEVER
@@ -34,6 +34,7 @@ from winnow.engine.prefix_cache import PrefixCache
 from winnow.engine.sequence import Sequence
 from winnow.kernels.dispatch import Backend
 from winnow.kernels.layout import PageFormat
+from winnow.kernels.transfer import upload
 
 READS = {Signal.KEYS, Signal.VALUES}
 
@@ -64,9 +65,13 @@ class Compressor:
         self._side = side
         self._ops = ops
         self._q_per_kv = config.heads // config.kv_heads
-        self._inv_freq = torch.tensor(config.inv_freq, dtype=torch.float32)
+        self._device = arena.kv.device
+        self._inv_freq = upload(torch.tensor(config.inv_freq, dtype=torch.float32), self._device)
         self._rope_factor = config.rope_factor
-        self._profiles = profiles
+        self._profiles = {
+            method: {name: upload(part, self._device) for name, part in profile.items()}
+            for method, profile in profiles.items()
+        }
         self.freed = Freed()
 
     # Events ----------------------------------------------------------------------------------------------------------
@@ -93,7 +98,7 @@ class Compressor:
             index, counts, scores = self._choose(seq, evict)
             if seq.plan.mix is not None:
                 chosen = index, scores
-            elif (count := counts.numpy().astype(np.int32)) is not None and (count < kept).any():
+            elif (count := counts.cpu().numpy().astype(np.int32)) is not None and (count < kept).any():
                 keep, change = index, self._change(seq, evict, index, counts, scores)
         before = int(arena.columns[slot].sum())
         given_up = int(kept.flat[0]) - int(count.flat[0])
@@ -119,7 +124,8 @@ class Compressor:
         budget = evict.budget_tokens(seen)
         recent = evict.recent_tokens(budget)
         protected = min(budget, recent + evict.sinks)
-        budgets = torch.tensor(layer_budgets(budget, layers, evict.layer_budget, seen, protected=protected))
+        shares = layer_budgets(budget, layers, evict.layer_budget, seen, protected=protected)
+        budgets = upload(torch.tensor(shares), self._device)
         votes = max(0, seen - seq.timeline.vote_start(seen - 1))
         order = None if seq.plan.mix is None else by_position(self._arena, seq.slot)
         # Tokens are read a layer at a time, since those of all layers together may be larger than the arena.
@@ -132,10 +138,10 @@ class Compressor:
                 view = view.taken(order[block, :, : view.positions.shape[-1]])
             scores = policy.score(view, evict)
             lanes = policy.lane_budgets(view, evict) if isinstance(policy, SetsBudgets) else budgets[block]
-            index, count = keep_sets(scores, view.kept, lanes, evict.sinks, recent, evict.head_budget)
-            chosen.append((index, count, scores))
-        indices, counts, all_scores = zip(*chosen, strict=True)
-        return _stacked(indices, -1), torch.cat(counts), _stacked(all_scores, 0.0)
+            keep = keep_mask(scores, view.kept, lanes, evict.sinks, recent, evict.head_budget)
+            chosen.append((keep, scores))
+        masks, all_scores = zip(*chosen, strict=True)
+        return *packed(_stacked(masks, False)), _stacked(all_scores, 0.0)
 
     def _newest_mass(self, slot: int, layers: slice, tokens: int) -> Tensor | None:
         """What the newest queries gave; None where they are not heard apart."""
@@ -153,7 +159,7 @@ class Compressor:
         return Change(
             merge=evict.merge,
             turn=Turn.to_places(keep[0, 0], self._inv_freq) if evict.is_compact else None,
-            kept=kv.kept[slot].long(),
+            kept=upload(kv.kept[slot].long(), self._device),
             keep=keep,
             count=count,
             scores=scores,
@@ -165,15 +171,15 @@ class Compressor:
     def _view(self, seq: Sequence, evict: Evict, block: slice, seen: int, votes: int) -> LaneView:
         """What the plan's policy is shown of some layers, whose positions are noted already."""
         slot, kv, signals = seq.slot, self._arena.kv, evict.signals
-        kept = kv.kept[slot, block].long()
-        tokens = int(kept.max())
-        held = torch.arange(tokens) < kept[..., None]
+        tokens = int(kv.kept[slot, block].max())
+        kept = upload(kv.kept[slot, block].long(), self._device)
+        held = torch.arange(tokens, device=self._device) < kept[..., None]
         reads = not signals.isdisjoint(READS)
         keys, values = self._ops.read_lanes(kv, slot, block.start) if reads else (None, None)
         return LaneView(
             positions=kv.positions[slot][block, :, :tokens].long().masked_fill(~held, -1),
             kept=kept,
-            layers=torch.arange(block.start, block.stop),
+            layers=torch.arange(block.start, block.stop, device=self._device),
             keys=None if keys is None or Signal.KEYS not in signals else keys[None],
             values=None if values is None or Signal.VALUES not in signals else values[None],
             mass=kv.mass[slot][block, :, :tokens] if Signal.ATTENTION in signals else None,
@@ -198,7 +204,7 @@ class Compressor:
         staging, evict, kv, slot = seq.staging, seq.plan.evict, self._arena.kv, seq.slot
         assert staging is not None and evict is not None
         layers, rows = slice(staging.layers.start, staging.layers.stop), len(staging.rows)
-        kv.positions[slot][layers, :, :rows] = torch.from_numpy(staging.rows)
+        kv.positions[slot][layers, :, :rows] = upload(torch.from_numpy(staging.rows), self._device)
         if staging.is_last:
             seq.computed = seq.positions_known = seq.prompt_tokens
             seq.distilled, seq.staging = staging.rows, None
@@ -207,8 +213,9 @@ class Compressor:
         view = self._view(seq, evict, slice(layers.stop - 1, layers.stop), seq.prompt_tokens, votes=1)
         budget = evict.budget_tokens(seq.prompt_tokens)
         recent = evict.recent_tokens(budget)
-        index, count = keep_sets(policy.score(view, evict), view.kept, torch.tensor([budget]), evict.sinks, recent)
-        staging.next(index[0, 0, : int(count[0, 0])].numpy().astype(np.int32))
+        budgets = torch.full((1,), budget, device=self._device)
+        index, _ = keep_sets(policy.score(view, evict), view.kept, budgets, evict.sinks, recent)
+        staging.next(index[0, 0].int().cpu().numpy())  # in all lanes the same
         seq.vote_start = NEVER
         self._side.settle(seq)
 
@@ -219,12 +226,15 @@ class Compressor:
         policy = eviction_policy(evict.policy)
         if not isinstance(policy, StagedPolicy) or not policy.truncates(evict):
             return None, kept
-        keep = torch.arange(len(chosen)).expand(*kept.shape, len(chosen)).clone()
-        keep[: seq.stage_bounds[1]] = torch.from_numpy(chosen).long()
+        keep = torch.arange(len(chosen), device=self._device).expand(*kept.shape, len(chosen)).clone()
+        keep[: seq.stage_bounds[1]] = upload(torch.from_numpy(chosen).long(), self._device)
         return keep, np.full_like(kept, len(chosen))
 
     def _rewrite(self, seq: Sequence, keep: Tensor | None, count: Ints, change: Change | None) -> None:
-        """Moves the kept tokens (None: all) to where the plan wants them, and seals what is to be sealed."""
+        """Moves the kept tokens (None: all) to where the plan wants them, and seals what is to be sealed.
+
+        `keep` is on the device, where side state and changing tokens are; tables are laid out by the host's copy.
+        """
         arena, slot, fmt = self._arena, seq.slot, seq.timeline.fmt
         packed, open_ = arena.layout.capacity(fmt), arena.layout.page_tokens
         is_sealing, was_fmt = fmt is not arena.layout.compute, PageFormat(arena.formats[slot])
@@ -236,7 +246,8 @@ class Compressor:
         if keep is None:
             same, in_sealed = count, np.minimum(count, old_sealed * was_packed)
         else:
-            moves = keep.numpy()
+            chosen = keep.int().cpu()
+            moves = chosen.numpy()
             in_place = moves == np.arange(moves.shape[-1])
             same = np.logical_and.accumulate(in_place, -1).sum(-1, dtype=np.int32)
             if change is not None:  # any token of a lane that gives some up may change
@@ -267,7 +278,7 @@ class Compressor:
         log_weights: Tensor | None = None
         try:
             if change is None:
-                moves_on = None if keep is None else _from(keep, start * packed)
+                moves_on = None if keep is None else _from(chosen, start * packed)
                 self._ops.repack(arena.kv, slot, moves_on, rest, first, new_table, new_sealed, fmt)
             else:
                 log_weights = self._write_changed(slot, change, rest, first, new_table, new_sealed, fmt)
@@ -293,7 +304,7 @@ class Compressor:
     ) -> Tensor | None:
         """`repack` of survivors that change on the way; returns their log weights [layers, kv_heads, most], if any."""
         kv, weights = self._arena.kv, []
-        first, held = start.long() * kv.layout.capacity(fmt), change.keep >= 0
+        first, held = upload(start.long() * kv.layout.capacity(fmt), self._device), change.keep >= 0
         for layer in range(len(change.keep)):
             # All of a layer is read before any of it is written: its new pages may be its old ones.
             stay = change.survivors(self._ops, layer, *self._ops.read_lanes(kv, slot, layer))

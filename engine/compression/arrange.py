@@ -58,7 +58,7 @@ def arrange(tokens: Tokens, residual: int, capacity: int, rest_capacity: int) ->
     """
     held, part = tokens.is_held, tokens.part
     count = held.sum(-1)
-    order = torch.arange(held.shape[-1]).expand_as(held)
+    order = torch.arange(held.shape[-1], device=held.device).expand_as(held)
     is_old = held & ((order < (count - residual)[:, None]) | (part < 2))
     is_low = held & (part == 1)
     free = is_old & ~is_low
@@ -79,7 +79,7 @@ def arrange(tokens: Tokens, residual: int, capacity: int, rest_capacity: int) ->
     # Within a part, tokens that were in it keep their order and come first; the others follow by position.
     segment = torch.full_like(part, 2).masked_fill(is_rest, 1).masked_fill(is_high & bool(capacity), 0)
     was_there = (segment == part) & (part < 2)
-    behind = int(tokens.index.max()) + 1 if held.any() else 0
+    behind = tokens.index.max() + 1 if held.numel() else 0
     within = torch.where(was_there, tokens.index, order + behind)
     key = (segment * (behind + held.shape[-1]) + within).masked_fill(~held, torch.iinfo(torch.int64).max)
     sequence = torch.sort(key, dim=-1, stable=True).indices
@@ -95,7 +95,8 @@ def _rank(free: Tensor, bound: Tensor, is_important: Tensor, score: Tensor) -> T
     tier = torch.full_like(by_score, 3).masked_fill(free, 2).masked_fill(free & is_important, 1).masked_fill(bound, 0)
     by_tier = torch.sort(tier.gather(-1, by_score), dim=-1, stable=True).indices
     order = by_score.gather(-1, by_tier)
-    return torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1]).expand_as(order))
+    places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, places)
 
 
 @dataclass(frozen=True)
@@ -118,13 +119,14 @@ class Moves:
 
     def is_nothing(self, sealed: Tensor, rest: Tensor) -> bool:
         """Whether lanes that have `sealed` and `rest` pages are so arranged already."""
-        parts = ((self.start, self.sealed), (self.start, sealed), (self.rest_start, self.rest), (self.rest_start, rest))
-        return all(torch.equal(one, other) for one, other in parts)
+        first = (self.start != self.sealed) | (self.start != sealed)
+        second = (self.rest_start != self.rest) | (self.rest_start != rest)
+        return not (first | second).any()
 
 
 def moves(to: Arrangement, sealed: Tensor, rest: Tensor, capacity: int, rest_capacity: int) -> Moves:
     """From lanes that have `sealed` and `rest` pages [lanes] to an arrangement of their tokens."""
-    place = torch.arange(to.index.shape[-1]).expand_as(to.index)
+    place = torch.arange(to.index.shape[-1], device=to.index.device).expand_as(to.index)
     high, was_high = (to.sealed * capacity)[:, None], (sealed * capacity)[:, None]
 
     same = (to.index == place) & (place < torch.minimum(high, was_high))

@@ -80,7 +80,7 @@ class Turn:
     @classmethod
     def to_places(cls, keep: Tensor, inv_freq: Tensor) -> Turn:
         """keep [most] int64: the old place of each token; inv_freq [head_dim / 2]."""
-        back = keep - torch.arange(len(keep))
+        back = keep - torch.arange(len(keep), device=keep.device)
         angles = back.double()[:, None] * inv_freq.double()
         return cls(angles.cos().float(), angles.sin().float())
 

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from winnow.engine.compression.arrange import Tokens, arrange, moves
 from winnow.engine.compression.destination import destination
 from winnow.engine.compression.mix import Mix
-from winnow.engine.pages import Ints, PageArena
+from winnow.engine.pages import PageArena
 from winnow.engine.prefix_cache import PrefixCache
 from winnow.engine.sequence import Sequence
 from winnow.kernels.dispatch import Backend
 from winnow.kernels.kv import Rest
 from winnow.kernels.layout import PageFormat
+from winnow.kernels.transfer import upload
 
 
 def by_position(arena: PageArena, slot: int) -> Tensor:
     """[layers, kv_heads, most] int64: the lane indices of each lane's tokens in the order of their positions, then
     those of padding."""
     kv = arena.kv
-    kept = kv.kept[slot]
-    positions = kv.positions[slot][..., : int(kept.max())]
-    is_padding = torch.arange(positions.shape[-1]) >= kept[..., None]
+    tokens, kept = int(arena.kept[slot].max()), upload(kv.kept[slot], kv.device)
+    positions = kv.positions[slot][..., :tokens]
+    is_padding = torch.arange(tokens, device=kv.device) >= kept[..., None]
     return torch.sort(positions.masked_fill(is_padding, torch.iinfo(torch.int32).max), dim=-1, stable=True).indices
 
 
@@ -49,14 +49,15 @@ def mix_formats(
     kv, fmt, rest_fmt = arena.kv, seq.timeline.fmt, PageFormat.parse(mix.rest)
     capacity = layout.capacity(fmt) if fmt is not layout.compute else 0
     order = by_position(arena, slot).flatten(0, 1)
-    held = torch.arange(order.shape[-1]) < kv.kept[slot].flatten()[:, None]
-    sealed, rest = kv.sealed[slot].flatten().long(), kv.rest[slot].flatten().long()
+    lengths = torch.stack([kv.kept[slot], kv.sealed[slot], kv.rest[slot]]).long()
+    kept, sealed, rest = upload(lengths, kv.device).flatten(1)
+    held = torch.arange(order.shape[-1], device=kv.device) < kept[:, None]
     closed = sealed * capacity + rest * layout.capacity(rest_fmt)
     part = (order >= (sealed * capacity)[:, None]).long() + (order >= closed[:, None])
-    important, score, bound = held, torch.zeros(held.shape), part == 0
+    important, score, bound = held, torch.zeros(held.shape, device=kv.device), part == 0
     if chosen is not None:
         index, score = (side.flatten(0, 1) for side in chosen)
-        places = torch.zeros(len(held), held.shape[-1] + 1, dtype=torch.bool)
+        places = held.new_zeros(len(held), held.shape[-1] + 1)
         important = places.scatter_(1, index.masked_fill(index < 0, held.shape[-1]), True)[:, :-1]
         bound = bound & (not mix.demotes)
     tokens = Tokens(order, held, part, important, score, bound)
@@ -66,25 +67,17 @@ def mix_formats(
         return None
 
     lanes = tuple(kv.kept.shape[1:])
-
-    def ints(numbers: Tensor) -> Ints:
-        return np.ascontiguousarray(numbers.unflatten(0, lanes).numpy(), np.int32)
-
-    columns = ints(
-        way.sealed
-        + way.rest
-        + -(-(way.count - way.sealed * capacity - way.rest * layout.capacity(rest_fmt)) // layout.page_tokens)
-    )
-    table, fresh = destination(arena, cache, slot, ints(way.start), columns, ints(way.sealed), ints(way.rest_start))
-    keep, counts, start, new_sealed, rest_start, new_rest = (
-        torch.from_numpy(ints(part))
-        for part in (way.keep, way.written, way.start, way.sealed, way.rest_start, way.rest)
-    )
-    target = Rest(rest_start, new_rest, rest_fmt)
+    parts = (way.count, way.sealed, way.rest, way.start, way.rest_start, way.written)
+    count, high, low, start, rest_start, moved = torch.stack(parts).int().unflatten(1, lanes).cpu().numpy()
+    columns = high + low - (high * capacity + low * layout.capacity(rest_fmt) - count) // layout.page_tokens
+    table, fresh = destination(arena, cache, slot, start, columns, high, rest_start)
+    keep = way.keep.int().unflatten(0, lanes).cpu()
+    first, rest_first, written = (torch.from_numpy(part) for part in (start, rest_start, moved))
+    target = Rest(rest_first, torch.from_numpy(low), rest_fmt)
     try:
-        ops.repack(kv, slot, keep, counts, start, torch.from_numpy(table), new_sealed, fmt, target)
+        ops.repack(kv, slot, keep, written, first, torch.from_numpy(table), torch.from_numpy(high), fmt, target)
     except Exception:
         arena.release(fresh)
         raise
-    arena.replace(slot, table, columns, ints(way.count), ints(way.sealed), ints(way.rest))
+    arena.replace(slot, table, columns, count, high, low)
     return way.index.unflatten(0, lanes)

@@ -71,6 +71,19 @@ def keep_sets(
         index    [layers, kv_heads, most] int64: lane indices, ascending, padded with -1
         count    [layers, kv_heads] int64
     """
+    return packed(keep_mask(scores, kept, budgets, sinks, recent, head_budget, floor))
+
+
+def keep_mask(
+    scores: Tensor,
+    kept: Tensor,
+    budgets: Tensor,
+    sinks: int,
+    recent: int,
+    head_budget: HeadBudget = "uniform",
+    floor: float = 0.2,
+) -> Tensor:
+    """`keep_sets` as a mask [layers, kv_heads, tokens] bool, which its device makes without the host."""
     tokens = scores.shape[-1]
     indices = torch.arange(tokens, device=scores.device)
     held = indices < kept.unsqueeze(-1)
@@ -78,7 +91,7 @@ def keep_sets(
     budget = torch.minimum(budgets, kept)
 
     newest = budget.clamp_max(recent)
-    first = torch.minimum(budget - newest, budget.new_tensor(sinks))
+    first = (budget - newest).clamp_max(sinks)
     protected = held & ((indices < first.unsqueeze(-1)) | (indices >= (kept - newest).unsqueeze(-1)))
 
     limit = torch.finfo(torch.float32).max
@@ -96,7 +109,7 @@ def keep_sets(
         rank = _rank(by_token.flatten(1)).view_as(by_token).transpose(1, 2)
         keep = held & (rank < shared[:, None, None])
 
-    return packed(keep)
+    return keep
 
 
 def packed(chosen: Tensor) -> tuple[Tensor, Tensor]:

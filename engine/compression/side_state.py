@@ -27,6 +27,7 @@ from winnow.engine.errors import PromptTooLong
 from winnow.engine.models.config import ModelConfig
 from winnow.engine.pages import Ints, PageArena
 from winnow.engine.sequence import Sequence
+from winnow.kernels.transfer import upload
 
 LATER = ("log_weights", "earlier_mass")
 """Parts that come when there is something to put in them; they have their place before"""
@@ -37,6 +38,7 @@ class SideState:
 
     def __init__(self, arena: PageArena, config: ModelConfig, reader: Reader):
         self._arena = arena
+        self._device = arena.kv.device
         self._reader = reader
         self._lanes = (config.layers, config.kv_heads)
         self._moments = (config.layers, config.heads, 1 + config.head_dim, config.head_dim)
@@ -71,7 +73,7 @@ class SideState:
         if slot in kv.mass:
             kv.votes[slot] = seq.plan.evict.vote(seq.prompt_tokens)
         if self._counts_queries(seq, upto) and slot not in kv.moments:
-            kv.moments[slot] = torch.zeros(self._moments, dtype=torch.float64)
+            kv.moments[slot] = torch.zeros(self._moments, dtype=torch.float64, device=self._device)
         self._arena.hold(slot, self._bytes(seq, tokens, upto))
         if self._has_windows or slot in kv.noise:  # kernels look positions up where a window meets evicted lanes
             self.note_positions(seq, upto)
@@ -163,8 +165,9 @@ class SideState:
         new = upto - seq.positions_known
         if not new:
             return
-        index = kv.kept[slot].long()[..., None] - new + torch.arange(new)
-        positions = torch.arange(seq.positions_known, upto).expand(index.shape)
+        kept = upload(kv.kept[slot].long(), self._device)
+        index = kept[..., None] - new + torch.arange(new, device=self._device)
+        positions = torch.arange(seq.positions_known, upto, device=self._device).expand(index.shape)
         held = self._resized(kv.positions.get(slot), int(self._arena.kept[slot].max()), torch.int32)
         kv.positions[slot] = held.scatter_(2, index, positions.to(torch.int32))
         if slot in kv.noise:
@@ -175,7 +178,7 @@ class SideState:
         """Mean and covariance of the queries that voted; zero if none did."""
         moments = self._arena.kv.moments.get(slot)
         if moments is None:  # the text has no more tokens than sinks
-            moments = torch.zeros((1, 1, 1, 1), dtype=torch.float64).expand(self._moments)
+            moments = torch.zeros((1, 1, 1, 1), dtype=torch.float64, device=self._device).expand(self._moments)
         mean, upper = moments[layers, :, 0] / max(1, votes), moments[layers, :, 1:].triu() / max(1, votes)
         products = upper + upper.triu(1).mT
         return QueryMoments(mean, products - mean[..., :, None] * mean[..., None, :])
@@ -187,7 +190,8 @@ class SideState:
         Mass that does not accumulate starts anew after an eviction."""
         kv, slot, tokens = self._arena.kv, seq.slot, int(count.max())
         if keep is not None:
-            held = torch.arange(tokens) < torch.from_numpy(count)[..., None]
+            counts = upload(torch.from_numpy(count), self._device)
+            held = torch.arange(tokens, device=self._device) < counts[..., None]
             for side in (kv.positions, kv.mass, kv.noise, kv.log_weights):
                 if slot in side:
                     moved = side[slot].gather(2, keep[..., :tokens].clamp_min(0)) * held
@@ -215,7 +219,7 @@ class SideState:
         """`side` with room for `tokens` tokens a lane, zeros where it is new."""
         if side is not None and side.shape[-1] == room(tokens):
             return side
-        resized = torch.zeros((*self._lanes, room(tokens)), dtype=dtype)
+        resized = torch.zeros((*self._lanes, room(tokens)), dtype=dtype, device=self._device)
         if side is not None:
             known = min(side.shape[-1], room(tokens))
             resized[..., :known] = side[..., :known]
@@ -231,5 +235,6 @@ def room(tokens: int) -> int:
 def gumbel(seed: int, positions: Tensor) -> Tensor:
     """Standard Gumbel noise of lane tokens: positions [layers, kv_heads, tokens] int64 -> float32."""
     # In float64, whose last bits are rounded away: the vectorised logarithm may differ in them from the plain one.
-    even = uniform(seed, torch.arange(positions.shape[0]), positions).double() + 2.0**-25
+    layers = torch.arange(positions.shape[0], device=positions.device)
+    even = uniform(seed, layers, positions).double() + 2.0**-25
     return -(-even.log()).log().float()

@@ -64,11 +64,11 @@ class KVzip:
         assert view.mass is not None
         budget = params.budget_tokens(view.seen)
         recent = params.recent_tokens(budget)
-        indices = torch.arange(view.mass.shape[-1])
+        indices = torch.arange(view.mass.shape[-1], device=view.mass.device)
         is_sure = (indices < params.sinks) | (view.age < recent)
         scores = view.mass.masked_fill(is_sure, torch.inf).masked_fill(~view.is_held, -torch.inf)
         # Token by token, so that ties between lanes are shared out instead of going to the first one.
         order = scores.permute(2, 0, 1).flatten().sort(descending=True, stable=True).indices
-        best = torch.zeros(scores.numel(), dtype=torch.bool)
+        best = scores.new_zeros(scores.numel(), dtype=torch.bool)
         best[order[: budget * view.kept.numel()]] = True
         return (best.view(-1, *view.kept.shape).sum(0)).clamp_min(1)

@@ -64,6 +64,6 @@ class RazorAttention:
         assert view.profile is not None
         scores = view.profile[kind].unflatten(1, (-1, view.q_per_kv)).amax(-1)
         order = scores.flatten().argsort(descending=True, stable=True)
-        best = torch.zeros(scores.numel(), dtype=torch.bool)
+        best = scores.new_zeros(scores.numel(), dtype=torch.bool)
         best[order[: math.ceil(share * scores.numel())]] = True
         return best.view(scores.shape)

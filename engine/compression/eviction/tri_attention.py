@@ -58,7 +58,8 @@ class TriAttention:
         centre = torch.complex(*mean.double().chunk(2, dim=-1))  # [layers, q_heads, head_dim / 2]
         spare = (length - centre.abs()).float().clamp_min(0)
 
-        distances = 2.0 ** torch.arange(params.horizon.bit_length(), dtype=torch.float64)
+        powers = torch.arange(params.horizon.bit_length(), dtype=torch.float64, device=view.keys.device)
+        distances = 2.0**powers
         phases = (view.seen - 1 + distances).unsqueeze(-1) * view.inv_freq.double()
         turned = centre * torch.polar(torch.ones_like(phases), phases).mean(0)
         query = torch.cat([turned.real, turned.imag], dim=-1).float()
