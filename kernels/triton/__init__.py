@@ -4,14 +4,22 @@ Where there is no GPU its kernels run in Triton's interpreter (TRITON_INTERPRET=
 """
 
 from winnow.kernels.triton.device import device
+from winnow.kernels.triton.merge_rows import nearest_rows, sum_rows
 from winnow.kernels.triton.moments import query_moments
+from winnow.kernels.triton.pages import copy_pages, read_lanes, repack, write_lanes
 from winnow.kernels.triton.rope_write import rope_write
 from winnow.kernels.triton.rows import rms_norm, silu_mul
 
 __all__ = [
+    "copy_pages",
     "device",
+    "nearest_rows",
     "query_moments",
+    "read_lanes",
+    "repack",
     "rms_norm",
     "rope_write",
     "silu_mul",
+    "sum_rows",
+    "write_lanes",
 ]
