@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from winnow.kernels.layout import PageFormat
+
+WEIGHTS = {"cpu": ("f32", "int8"), "cuda": ("f32", "bf16", "fp8")}
+"""How a device can hold weights"""
+
+ON_CUDA: dict[str, Any] = {
+    "weights": "bf16",
+    "kv_memory_gib": None,
+    "max_seqs": 256,
+    "max_step_tokens": 2048,
+    "page_tokens": 32,
+}
+"""Defaults that differ from those of the CPU, which the fields below have"""
 
 
 class EngineSettings(BaseModel):
@@ -13,9 +27,16 @@ class EngineSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str = Field("default", description="directory, .gguf file, Hugging Face name, or 'default'")
-    weights: Literal["f32", "int8"] = Field("int8", description="how weights are held on the CPU")
-    device: Literal["cpu"] = Field("cpu", description="where the model runs")
-    kv_memory_gib: float = Field(4.0, gt=0, le=4096, description="size of the page arena")
+    device: Literal["cpu", "cuda"] = Field("cpu", description="where the model runs")
+    weights: Literal["f32", "int8", "bf16", "fp8"] = Field(
+        "int8", description="how weights are held: f32 or int8 on the CPU, bf16 (its default), fp8 or f32 on a GPU"
+    )
+    kv_memory_gib: float | None = Field(
+        4.0, gt=0, le=4096, description="size of the page arena; on a GPU, what memory_utilization leaves if unset"
+    )
+    memory_utilization: float = Field(
+        0.9, gt=0, le=1, description="share of a GPU's memory for weights, activations and pages together"
+    )
     max_model_len: int | None = Field(None, ge=16, description="longest prompt plus output; the model's own if unset")
     max_stream_len: int = Field(
         131072, ge=16, le=10_000_000, description="longest prompt plus output of a request with compact positions"
@@ -24,8 +45,29 @@ class EngineSettings(BaseModel):
     max_step_tokens: int = Field(512, ge=16, le=65536, description="tokens of one step, prefill chunks included")
     page_tokens: int = Field(16, ge=16, le=256, multiple_of=16, description="tokens of a page in the compute format")
     prefix_caching: bool = Field(True, description="reuse the pages of equal prompt prefixes")
+    cuda_graphs: bool = Field(True, description="on a GPU, replay recorded steps of generated tokens")
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; all cores if unset")
     embedding_model: str | None = Field(
         None, description="directory of the sentence encoder for extractive prompts; the installed package's if unset"
     )
     llmlingua2_model: str | None = Field(None, description="directory of the token classifier for llmlingua2 prompts")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_device(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("device") == "cuda":
+            return ON_CUDA | values
+        return values
+
+    @model_validator(mode="after")
+    def _fits_device(self) -> EngineSettings:
+        if self.weights not in (able := WEIGHTS[self.device]):
+            raise ValueError(f"weights: {self.weights} is not for device {self.device}, which has {', '.join(able)}")
+        if self.device == "cpu" and self.kv_memory_gib is None:
+            raise ValueError("kv_memory_gib must be given on the CPU, whose memory others use too")
+        return self
+
+    @property
+    def compute_format(self) -> PageFormat:
+        """Of the pages that new tokens are written in: it has the precision of activations."""
+        return PageFormat.BF16 if self.weights in ("bf16", "fp8") else PageFormat.F32

@@ -27,6 +27,7 @@ from winnow.engine.config import EngineSettings
 from winnow.engine.errors import ModelError, PlanNotSupported, PromptTooLong, RequestError
 from winnow.engine.facts import info_of, stats_of
 from winnow.engine.forced import Observer, forced_outputs, forced_rows, forced_spans
+from winnow.engine.memory import arena_pages
 from winnow.engine.messages import (
     EngineInfo,
     EngineStats,
@@ -50,7 +51,8 @@ from winnow.engine.shortener import Shortener
 from winnow.engine.speculation.speculation import check_combination, parse_speculation
 from winnow.engine.speculation.speculator import Speculator
 from winnow.kernels.dispatch import Backend
-from winnow.kernels.layout import PageFormat, PageLayout
+from winnow.kernels.host import to_device
+from winnow.kernels.layout import PageLayout
 
 log = logging.getLogger(__name__)
 
@@ -78,14 +80,15 @@ class Engine:
         frontier: tuple[FrontierPoint, ...] = (),
     ):
         config = model.config
-        layout = PageLayout(config.head_dim, PageFormat.F32, settings.page_tokens)
+        layout = PageLayout(config.head_dim, settings.compute_format, settings.page_tokens)
         lanes = config.layers * config.kv_heads
-        pages = int(settings.kv_memory_gib * 2**30) // layout.page_bytes
+        pages = arena_pages(settings, model, layout, ops)
         # One sequence must fit whole and uncompressed, with a page to spare in each lane for copies.
         fitting = (pages // lanes - 1) * layout.page_tokens
         self.max_model_len = min(settings.max_model_len or config.max_position, config.max_position, fitting)
         if self.max_model_len < 2 * layout.page_tokens:
-            raise ModelError(f"{settings.kv_memory_gib} GiB of KV memory hold no sequence of this model")
+            gib = pages * layout.page_bytes / 2**30
+            raise ModelError(f"{gib:.2f} GiB of KV memory hold no sequence of this model")
         self.settings, self.name, self.config = settings, name, config
         self.profiles, self.frontier = profiles, frontier
         self.arena = PageArena(layout, pages, settings.max_seqs, config.layers, config.kv_heads, ops)
@@ -184,7 +187,7 @@ class Engine:
         if not seqs:
             return
         if rows != list(range(len(logits))):
-            logits = logits[torch.tensor(rows)]
+            logits = logits[to_device(torch.tensor(rows), logits.device)]
         slots = np.array([seq.slot for seq in seqs], np.int64)
         sampled = self.sampler.sample(logits, self.table.batch(slots))
         draws |= {seq: sampled.draw(row) for row, seq in enumerate(seqs)}

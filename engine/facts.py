@@ -24,6 +24,7 @@ def info_of(engine: Engine) -> EngineInfo:
         page_bytes=layout.page_bytes,
         total_pages=engine.arena.total,
         weights=engine.settings.weights,
+        device=engine.settings.device,
         profiles=tuple(sorted(engine.profiles)),
         frontier=engine.frontier,
         missing_policies=engine.shortener.missing,

@@ -192,6 +192,8 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
     """Longest prompt plus output under a plan with compact positions"""
     has_windows: bool = False
     """Some layers attend to a window of the newest positions only"""
+    device: str = "cpu"
+    """Where the model runs: cpu or cuda"""
 
 
 class EngineStats(msgspec.Struct, frozen=True, tag="stats"):

@@ -25,7 +25,7 @@ from winnow.engine.errors import ModelError, RequestError
 from winnow.engine.messages import Abort, Finish, FromEngine, Rejected, Shorten, Shutdown, Submit, ToEngine
 from winnow.engine.models.loader import load_model, resolve_model
 from winnow.engine.wire import EXIT_MODEL_ERROR, LENGTH, MAX_FRAME, decode_to_engine, frame
-from winnow.kernels.dispatch import backend
+from winnow.kernels.dispatch import Backend, backend
 
 log = logging.getLogger(__name__)
 
@@ -114,13 +114,33 @@ def build_engine(settings: EngineSettings) -> Engine:
     """Loads the model and makes its engine. ModelError where that cannot be."""
     threads = settings.threads or os.cpu_count() or 1
     torch.set_num_threads(threads)
-    ops = backend("cpu")
-    from winnow.kernels import cpu
-
-    cpu.set_threads(threads)
+    ops = _gpu(settings) if settings.device == "cuda" else _cpu(threads)
     model = load_model(settings.model, ops, settings.weights)
     path = resolve_model(settings.model)
     return Engine(settings, model, ops, settings.model, load_profiles(path), load_frontier(path))
+
+
+def _cpu(threads: int) -> Backend:
+    from winnow.kernels import cpu
+
+    cpu.set_threads(threads)
+    return backend("cpu")
+
+
+def _gpu(settings: EngineSettings) -> Backend:
+    """ModelError where there is none that can do what is asked."""
+    try:
+        ops = backend("triton")
+        device = ops.device()
+    except (ImportError, RuntimeError) as error:
+        raise ModelError(f"device cuda: {error}") from error
+    if device.type == "cuda":  # and not Triton's interpreter
+        name, can = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+        least = {"fp8": (8, 9)}.get(settings.weights, (8, 0))
+        if can < least:
+            raise ModelError(f"weights {settings.weights} need compute capability {least}; {name} has {can}")
+        torch.cuda.set_device(device)
+    return ops
 
 
 def main() -> int:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from winnow.engine.models.decoder import Watch
 from winnow.engine.pages import Ints, PageArena
 from winnow.engine.probe import Probe
 from winnow.engine.scheduler import ScheduledBatch
+from winnow.kernels.host import to_device
 from winnow.kernels.kv import LaneBatch, PagedKV
 
 
@@ -48,6 +50,9 @@ class Runner:
         self._model = model
         self._arena = arena
 
+    def _there(self, host: NDArray[Any]) -> Tensor:
+        return to_device(torch.from_numpy(host), self._arena.kv.device)
+
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch) -> Tensor:
         """K and V of the step's tokens go to pages.
@@ -76,8 +81,8 @@ class Runner:
                 logits = made.new_zeros(int(sizes.sum()) + len(batch.more_rows), made.shape[-1])
             own = np.arange(part.drafts.sum() + len(members))
             own += np.repeat(batch.logit_rows[members] - part.logit_rows, sizes[members])
-            logits[torch.from_numpy(np.concatenate((own, more + sizes.sum())))] = made
-        return torch.zeros(len(batch.seqs), 1) if logits is None else logits
+            logits[self._there(np.concatenate((own, more + sizes.sum())))] = made
+        return torch.zeros(len(batch.seqs), 1, device=self._arena.kv.device) if logits is None else logits
 
     def _whole(self, batch: ScheduledBatch) -> Tensor:
         """[R, vocab] logits after chunks that pass through all layers."""
@@ -89,11 +94,11 @@ class Runner:
         chunks = zip(batch.seqs, counts.tolist(), strict=True)
         tokens = np.concatenate([seq.next_tokens(count) for seq, count in chunks])
         own = np.arange(wanted.sum()) + np.repeat(ends - wanted - batch.logit_rows, wanted)
-        rows = torch.from_numpy(np.concatenate((own, batch.more_rows)))
+        rows = self._there(np.concatenate((own, batch.more_rows)))
         lanes = _lanes(batch, starts, positions)
         if looks := _looks(batch, starts, lanes.cu_rows.numpy()):
-            return self._probe(torch.from_numpy(tokens), lanes, rows, looks)
-        return self._model.forward(torch.from_numpy(tokens), lanes, self._arena.kv, rows)
+            return self._probe(self._there(tokens), lanes, rows, looks)
+        return self._model.forward(self._there(tokens), lanes, self._arena.kv, rows)
 
     def _stage(self, batch: ScheduledBatch, layers: range) -> Tensor | None:
         """Passes chunks through the layers of a stage; [R, vocab] logits after them if it is the last."""
@@ -103,12 +108,12 @@ class Runner:
         places = list(zip(stagings, chunks, strict=True))
         if layers.start == 0:
             tokens = np.concatenate([seq.tokens[chunk] for seq, chunk in zip(batch.seqs, chunks, strict=True)])
-            x = self._model.embed(torch.from_numpy(tokens))
+            x = self._model.embed(self._there(tokens))
         else:
             x = torch.cat([staging.hidden[chunk] for staging, chunk in places if staging.hidden is not None])
         positions = np.concatenate([staging.rows[chunk] for staging, chunk in places])
         lanes = _lanes(batch, np.array([staging.done for staging in stagings], np.int32), positions)
-        rows = torch.from_numpy(np.concatenate((batch.counts.cumsum(dtype=np.int64) - 1, batch.more_rows)))
+        rows = self._there(np.concatenate((batch.counts.cumsum(dtype=np.int64) - 1, batch.more_rows)))
         made = self._model.through(x, layers, lanes, self._arena.kv, rows)
         if stagings[0].is_last:
             return self._model.logits(made)
@@ -124,7 +129,7 @@ class Runner:
                 look.probe.see_queries(layer, look.slot, look.position, queries[look.rows])
 
         asking = [look for look in looks if look.probe.wants_logits]
-        wanted = [torch.arange(look.rows.start, look.rows.stop) for look in asking]
+        wanted = [torch.arange(look.rows.start, look.rows.stop, device=rows.device) for look in asking]
         hidden = self._model.hidden(tokens, lanes, self._arena.kv, torch.cat([rows, *wanted]), watch)
         own, *seen = hidden.split([len(rows), *map(len, wanted)])
         for look, part in zip(asking, seen, strict=True):

@@ -12,6 +12,8 @@ Where we depart from vLLM:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,12 +22,20 @@ from torch import Tensor
 
 from winnow.engine.messages import TokenLogprob
 from winnow.engine.sampling import GREEDY_BELOW, Edits, SamplingBatch
+from winnow.kernels.host import to_device
 
 BLOCK = 128
 """Probabilities are summed in blocks of this many first; the draw then looks into one block only."""
 
 FEW = 128
 """As many of the likeliest tokens are looked at first; most filters are decided among them."""
+
+UNIT = 2.0**-50
+"""Probabilities are summed in units of this, as integers: their sums are the same in whatever order a device makes
+them."""
+
+BAD, UNSETTLED = -1, -2
+"""In place of a token: the row's logits are NaN or infinite; it takes more than a few of the likeliest to know"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,200 +78,209 @@ class Sampler:
 
     @torch.inference_mode()
     def sample(self, logits: Tensor, batch: SamplingBatch) -> Sampled:
-        """One token for each row of logits [R, vocab] float32, which are left as they are."""
-        peak, likeliest = (t.numpy() for t in logits.max(dim=1))
-        tokens = likeliest.copy()
-        bad = ~np.isfinite(peak)
-        edited = None
-        if batch.edits is not None:
-            rows = batch.edits.rows
-            edited = _edit(logits, batch.edits)
-            peak, edited_likeliest = peak.copy(), edited.max(dim=1)
-            peak[rows] = edited_likeliest.values.numpy()
-            tokens[rows] = edited_likeliest.indices.numpy()
-            bad[rows] |= ~np.isfinite(peak[rows])
+        """One token for each row of logits [R, vocab] float32, which are left as they are.
 
-        drawn = np.flatnonzero((batch.temperature >= GREEDY_BELOW) & ~bad)
+        All is done where the logits are; what is waited for is one small copy of what came out.
+        """
+        there = partial(_there, logits.device)
+        peak, tokens = logits.max(dim=1)
+        is_fine, edited = peak.isfinite(), None
+        if batch.edits is not None:
+            rows = there(batch.edits.rows)
+            edited = _edit(logits, batch.edits)
+            peak[rows], tokens[rows] = edited.max(dim=1)
+            is_fine &= peak.isfinite()
+
+        drawn = np.flatnonzero(batch.temperature >= GREEDY_BELOW)
+        probabilities = logits
         if len(drawn):
             probabilities = _softmax(logits, edited, peak, drawn, batch)
-            tokens[drawn] = self._draw(probabilities, drawn, batch)
+            tokens[there(drawn)] = self._draw(probabilities, drawn, batch)
+        said = torch.where(is_fine, tokens, BAD).cpu().numpy()
+        pending = np.flatnonzero(said[drawn] == UNSETTLED)
+        if len(pending):
+            said[drawn[pending]] = _draw_from_all(probabilities[there(pending)], drawn[pending], batch).cpu().numpy()
+        bad = said == BAD
+        said[bad] = 0
         asked = np.flatnonzero((batch.logprobs >= 0) & ~bad)
         if not len(asked):
-            return Sampled(tokens, bad, {})
-        asking = logits[torch.from_numpy(asked)]
-        logprobs = token_logprobs(asking, tokens[asked], batch.logprobs[asked])
-        return Sampled(tokens, bad, dict(zip(asked.tolist(), logprobs, strict=True)))
+            return Sampled(said, bad, {})
+        logprobs = token_logprobs(logits[there(asked)], said[asked], batch.logprobs[asked])
+        return Sampled(said, bad, dict(zip(asked.tolist(), logprobs, strict=True)))
 
-    def _draw(self, probabilities: Tensor, rows: NDArray[np.int64], batch: SamplingBatch) -> NDArray[np.int64]:
-        uniform = batch.uniform[rows]
-        top_p, top_k, min_p = batch.top_p[rows], batch.top_k[rows], batch.min_p[rows]
-        is_filtered = (top_p < 1) | (top_k > 0) | (min_p > 0)
-        if not is_filtered.any():
-            return _invert(probabilities.numpy(), uniform)
-        tokens = np.empty(len(rows), dtype=np.int64)
-        free = np.flatnonzero(~is_filtered)
+    def _draw(self, probabilities: Tensor, rows: NDArray[np.int64], batch: SamplingBatch) -> Tensor:
+        """[R] tokens, UNSETTLED where all of a row's probabilities must be sorted to know."""
+        there = partial(_there, probabilities.device)
+        filtered = np.flatnonzero((batch.top_p[rows] < 1) | (batch.top_k[rows] > 0) | (batch.min_p[rows] > 0))
+        if not len(filtered):
+            return _invert(probabilities.long(), there(batch.uniform[rows]))
+        tokens = torch.full((len(rows),), UNSETTLED, device=probabilities.device)
+        free = np.setdiff1d(np.arange(len(rows)), filtered, assume_unique=True)
         if len(free):
-            tokens[free] = _invert(probabilities[free].numpy(), uniform[free])
-
-        pending = np.flatnonzero(is_filtered)
+            tokens[there(free)] = _invert(probabilities[there(free)].long(), there(batch.uniform[rows[free]]))
         # Beyond top_k there must be one more: the last of the few may have equals that are not among them.
-        hopeful = pending[top_k[pending] < self._few]
+        hopeful = filtered[batch.top_k[rows[filtered]] < self._few]
         if self._few < probabilities.shape[1] and len(hopeful):
-            some = probabilities if len(hopeful) == len(rows) else probabilities[hopeful]
-            values, ids = (t.numpy() for t in some.topk(self._few, dim=1))
-            order = np.lexsort((ids, -values))  # equal ones by id
-            values, ids = np.take_along_axis(values, order, 1), np.take_along_axis(ids, order, 1)
-            is_settled, count = _filter(values, top_p[hopeful], top_k[hopeful], min_p[hopeful], is_all=False)
-            done = hopeful[is_settled]
-            tokens[done] = _invert_few(values[is_settled], ids[is_settled], count[is_settled], uniform[done])
-            pending = np.setdiff1d(pending, done, assume_unique=True)
-        if len(pending):
-            every = probabilities[pending].numpy()
-            descending = np.sort(every, axis=1)[:, ::-1]
-            _, count = _filter(descending, top_p[pending], top_k[pending], min_p[pending], is_all=True)
-            tokens[pending] = _invert(_largest(every, descending, count), uniform[pending])
+            some = probabilities if len(hopeful) == len(rows) else probabilities[there(hopeful)]
+            values, ids = _likeliest_first(*some.topk(self._few, dim=1))
+            units = values.long()
+            is_settled, count = _filter(units, _limits(rows[hopeful], batch, some.device), is_all=False)
+            units = torch.where(torch.arange(self._few, device=some.device) < count[:, None], units, 0)
+            chosen = _invert_few(units, ids, there(batch.uniform[rows[hopeful]]))
+            tokens[there(hopeful)] = torch.where(is_settled, chosen, UNSETTLED)
         return tokens
+
+
+def _draw_from_all(probabilities: Tensor, rows: NDArray[np.int64], batch: SamplingBatch) -> Tensor:
+    units = probabilities.long()
+    if units.device.type == "cpu":  # NumPy sorts several times as fast
+        descending = torch.from_numpy(np.sort(probabilities.numpy(), axis=1)[:, ::-1].copy()).long()
+    else:
+        descending = probabilities.sort(dim=1, descending=True).values.long()
+    _, count = _filter(descending, _limits(rows, batch, units.device), is_all=True)
+    return _invert(_largest(units, descending, count), _there(units.device, batch.uniform[rows]))
+
+
+def _there(device: torch.device, host: NDArray[Any]) -> Tensor:
+    return to_device(torch.from_numpy(host), device)
 
 
 def _edit(logits: Tensor, edits: Edits) -> Tensor:
     """[E, vocab]: the logits of the rows that have edits, with them."""
-    scores = logits[torch.from_numpy(edits.rows)]
+    there = partial(_there, logits.device)
+    scores = logits[there(edits.rows)]
     if len(edits.bias):
-        at = torch.from_numpy(edits.bias_row), torch.from_numpy(edits.bias_token)
-        scores[at] += torch.from_numpy(edits.bias)
+        scores[there(edits.bias_row), there(edits.bias_token)] += there(edits.bias)
     if len(edits.seen_token):
-        row = torch.from_numpy(edits.seen_row)
-        at = row, torch.from_numpy(edits.seen_token)
-        count = torch.from_numpy(edits.seen_count)
+        row, count = there(edits.seen_row), there(edits.seen_count)
+        at = row, there(edits.seen_token)
         repetition, presence, frequency = (
-            torch.from_numpy(penalty)[row] for penalty in (edits.repetition, edits.presence, edits.frequency)
+            there(penalty)[row] for penalty in (edits.repetition, edits.presence, edits.frequency)
         )
         old = scores[at]
         new = torch.where(old > 0, old / repetition, old * repetition)
         scores[at] = new - frequency * count - presence * (count > 0)
     if len(edits.banned_token):
-        scores[torch.from_numpy(edits.banned_row), torch.from_numpy(edits.banned_token)] = -torch.inf
+        scores[there(edits.banned_row), there(edits.banned_token)] = -torch.inf
     return scores
 
 
 def _softmax(
-    logits: Tensor, edited: Tensor | None, peak: NDArray[np.float32], rows: NDArray[np.int64], batch: SamplingBatch
+    logits: Tensor, edited: Tensor | None, peak: Tensor, rows: NDArray[np.int64], batch: SamplingBatch
 ) -> Tensor:
-    """[len(rows), vocab, padded with zeros to whole blocks] float32 probabilities at the rows' temperatures."""
-    vocab = logits.shape[1]
+    """[len(rows), vocab, zeros up to whole blocks] float32: probabilities at the rows' temperatures, in units."""
+    there, vocab = partial(_there, logits.device), logits.shape[1]
     scores = logits.new_full((len(rows), -(-vocab // BLOCK) * BLOCK), -torch.inf)
-    scores[:, :vocab] = logits if len(rows) == len(logits) else logits[torch.from_numpy(rows)]
+    wanted = there(rows)
+    scores[:, :vocab] = logits if len(rows) == len(logits) else logits[wanted]
     if edited is not None and batch.edits is not None:
         _, to, source = np.intersect1d(rows, batch.edits.rows, assume_unique=True, return_indices=True)
-        scores[torch.from_numpy(to), :vocab] = edited[torch.from_numpy(source)]
+        scores[there(to), :vocab] = edited[there(source)]
     # The maximum goes first: a small temperature must not make infinities of finite logits.
-    scores -= torch.from_numpy(peak[rows]).unsqueeze(1)
-    scores /= torch.from_numpy(batch.temperature[rows]).unsqueeze(1)
-    return torch.softmax(scores, dim=1)
+    scores -= peak[wanted].unsqueeze(1)
+    scores /= there(batch.temperature[rows]).unsqueeze(1)
+    return torch.softmax(scores, dim=1).mul_(1 / UNIT)
 
 
-def _invert(probabilities: NDArray[np.float32], uniform: NDArray[np.float64]) -> NDArray[np.int64]:
-    """[R]: the first token at which the sum of [R, blocks * BLOCK] probabilities exceeds uniform * total."""
-    rows = np.arange(len(uniform))
-    blocks = probabilities.reshape(len(rows), -1, BLOCK)
-    sums = blocks.sum(axis=2, dtype=np.float64).cumsum(axis=1)
-    target = uniform * sums[:, -1]
-    block = (sums > target[:, None]).argmax(axis=1)
-    before = np.where(block > 0, sums[rows, block - 1], 0.0)
-    inside = blocks[rows, block].astype(np.float64)
-    is_beyond = inside.cumsum(axis=1) > (target - before)[:, None]
-    # A block's sum and the sum of its tokens one by one may differ in the last bit: then it is the last possible one.
-    last = BLOCK - 1 - (inside > 0)[:, ::-1].argmax(axis=1)
-    return block * BLOCK + np.where(is_beyond.any(axis=1), is_beyond.argmax(axis=1), last)
+def _first_beyond(sums: Tensor, target: Tensor) -> Tensor:
+    """[R]: the first place at which ascending sums [R, n] exceed the target [R]."""
+    return (sums <= target[:, None]).sum(dim=1).clamp_max_(sums.shape[1] - 1)
 
 
-def _invert_few(
-    values: NDArray[np.float32], ids: NDArray[np.int64], count: NDArray[np.int64], uniform: NDArray[np.float64]
-) -> NDArray[np.int64]:
-    """The same over the first `count` of a few candidates [R, n]."""
-    rows = np.arange(len(ids))
-    kept = np.where(np.arange(ids.shape[1]) < count[:, None], values, 0.0)
-    order = ids.argsort(axis=1)
-    sums = np.take_along_axis(kept, order, axis=1).cumsum(axis=1, dtype=np.float64)
-    place = (sums > (uniform * sums[:, -1])[:, None]).argmax(axis=1)
-    chosen: NDArray[np.int64] = ids[rows, order[rows, place]]
-    return chosen
+def _invert(units: Tensor, uniform: Tensor) -> Tensor:
+    """[R]: the first token at which the sum of [R, blocks * BLOCK] probabilities exceeds uniform [R] * total."""
+    blocks = units.view(len(units), -1, BLOCK)
+    sums = blocks.sum(dim=2).cumsum(dim=1)
+    target = (uniform * sums[:, -1]).long()
+    block = _first_beyond(sums, target)[:, None]
+    inside = blocks.gather(1, block[..., None].expand(-1, 1, BLOCK))[:, 0]
+    before = sums.gather(1, block)[:, 0] - inside.sum(dim=1)
+    return block[:, 0] * BLOCK + _first_beyond(inside.cumsum(dim=1), target - before)
 
 
-def _largest(
-    values: NDArray[np.float32], descending: NDArray[np.float32], count: NDArray[np.int64]
-) -> NDArray[np.float32]:
-    """[R, n] values with all but the `count` largest of each row set to 0; of equal ones the first stay."""
-    least = np.take_along_axis(descending, count[:, None] - 1, axis=1)
-    keep = values > least
-    equal = values == least
-    wanted = count - keep.sum(axis=1)
-    keep |= equal & (equal.cumsum(axis=1) <= wanted[:, None])
-    return np.where(keep, values, np.float32(0))
+def _invert_few(units: Tensor, ids: Tensor, uniform: Tensor) -> Tensor:
+    """The same over a few candidates [R, n]."""
+    ids, order = ids.sort(dim=1)
+    sums = units.gather(1, order).cumsum(dim=1)
+    place = _first_beyond(sums, (uniform * sums[:, -1]).long())
+    return ids.gather(1, place[:, None])[:, 0]
 
 
-def _filter(
-    values: NDArray[np.float32],
-    top_p: NDArray[np.float64],
-    top_k: NDArray[np.int64],
-    min_p: NDArray[np.float64],
-    is_all: bool,
-) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """How many tokens min_p, top_k and top_p leave, from the largest probabilities of each row, descending.
+def _largest(units: Tensor, descending: Tensor, count: Tensor) -> Tensor:
+    """[R, n] units with all but the `count` largest of each row set to 0; of equal ones the first stay."""
+    least = descending.gather(1, count[:, None] - 1)
+    keep, equal = units > least, units == least
+    wanted = count - keep.sum(dim=1)
+    keep |= equal & (equal.cumsum(dim=1) <= wanted[:, None])
+    return torch.where(keep, units, 0)
+
+
+def _limits(rows: NDArray[np.int64], batch: SamplingBatch, device: torch.device) -> Tensor:
+    """[3, R] float64: top_p, top_k (infinite where there is no limit) and min_p."""
+    top_k = np.where(batch.top_k[rows] > 0, batch.top_k[rows], np.inf)
+    return _there(device, np.stack([batch.top_p[rows], top_k, batch.min_p[rows]]))
+
+
+def _filter(units: Tensor, limits: Tensor, is_all: bool) -> tuple[Tensor, Tensor]:
+    """How many tokens min_p, top_k and top_p leave, from the largest probabilities of each row [R, n], descending.
 
     Returns
         is_settled  [R] whether these tokens suffice to know it; all do if they are all there are
         count       [R] at least 1; meaningless where not settled
     """
-    values = values.astype(np.float64)
+    top_p, top_k, min_p = limits
+    values = units.double()
     least = values[:, -1]
     # What is not here is not likelier than the last one, which may have equals that are not here.
-    known = np.full(len(values), values.shape[1]) if is_all else (values > least[:, None]).sum(axis=1)
-    is_complete = is_all | (least == 0)
+    known = torch.full_like(least, units.shape[1]) if is_all else (values > least[:, None]).sum(dim=1).double()
+    is_complete = (least == 0) | is_all
 
-    unlimited = np.iinfo(np.int64).max
     threshold = min_p * values[:, 0]
-    passing = np.minimum((values >= threshold[:, None]).sum(axis=1), known)
-    count = np.where(is_complete | (least < threshold), passing, unlimited)
-    count = np.minimum(count, np.where(top_k > 0, top_k, unlimited))
+    passing = torch.minimum((values >= threshold[:, None]).sum(dim=1).double(), known)
+    count = torch.where(is_complete | (least < threshold), passing, torch.inf).minimum(top_k)
     is_settled = is_complete | (count <= known)
-    count = np.maximum(np.minimum(count, known), 1)
+    count = count.minimum(known).clamp_min_(1).long()
 
-    sums = values.cumsum(axis=1)
-    mass = np.take_along_axis(sums, count[:, None] - 1, axis=1)[:, 0]
-    is_cut = (top_k > 0) | (min_p > 0)
-    wanted = top_p * np.where(is_cut, mass, 1.0)
+    sums = units.cumsum(dim=1)
+    mass = sums.gather(1, count[:, None] - 1)[:, 0]
+    is_cut = top_k.isfinite() | (min_p > 0)
+    wanted = top_p * torch.where(is_cut, mass, 1 / UNIT)
     # A token stays if those before it have not reached the mass that is wanted.
-    nucleus = 1 + (sums[:, :-1] < wanted[:, None]).sum(axis=1)
+    nucleus = 1 + (sums[:, :-1] < wanted[:, None]).sum(dim=1)
     is_settled |= ~is_cut & (known > 0) & (mass >= wanted)
-    return is_settled, np.where(top_p < 1, np.minimum(count, nucleus), count)
+    return is_settled, torch.where(top_p < 1, count.minimum(nucleus), count)
+
+
+def _likeliest_first(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Values [R, n] and the ids they belong to, descending; equal ones by id."""
+    ids, order = ids.sort(dim=1)
+    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return values, ids.gather(1, order)
 
 
 @torch.inference_mode()
 def token_logprobs(logits: Tensor, tokens: NDArray[np.integer], count: NDArray[np.int64]) -> list[TokenLogprob]:
     """Logprob and rank of one token for each row of raw logits [R, vocab], and the `count` [R] likeliest ones."""
     every = torch.log_softmax(logits, dim=1)
-    chosen = torch.from_numpy(tokens.astype(np.int64)).unsqueeze(1)
-    logprob = every.gather(1, chosen)[:, 0].tolist()
-    rank = ((logits > logits.gather(1, chosen)).sum(dim=1) + 1).tolist()
+    chosen = _there(logits.device, tokens.astype(np.int64)).unsqueeze(1)
+    rank = (logits > logits.gather(1, chosen)).sum(dim=1, keepdim=True) + 1
     wanted = np.minimum(count, logits.shape[1]).tolist()
-    ids: list[list[int]] = [[] for _ in wanted]
-    top: list[list[float]] = [[] for _ in wanted]
-    if max(wanted) > 0:
-        likeliest = _likeliest(logits, max(wanted))
-        ids, top = likeliest.tolist(), every.gather(1, likeliest).tolist()
+    parts = [every.gather(1, chosen), rank]
+    if most := max(wanted):
+        likeliest = _likeliest(logits, most)
+        parts += [likeliest, every.gather(1, likeliest)]
+    rows = torch.cat([part.double() for part in parts], dim=1).tolist()  # one copy; all are exact in float64
     return [
-        TokenLogprob(logprob[i], rank[i], list(zip(ids[i][:most], top[i][:most], strict=True)))
-        for i, most in enumerate(wanted)
+        TokenLogprob(
+            row[0], int(row[1]), list(zip(map(int, row[2 : 2 + n]), row[2 + most : 2 + most + n], strict=True))
+        )
+        for row, n in zip(rows, wanted, strict=True)
     ]
 
 
 def _likeliest(raw: Tensor, count: int) -> Tensor:
     """[R, count] ids of the largest logits, descending; equal ones by id."""
-    values, ids = raw.topk(count, dim=1)
-    ids, order = ids.sort(dim=1)
-    values, order = torch.sort(values.gather(1, order), dim=1, descending=True, stable=True)
-    ids = ids.gather(1, order)
+    values, ids = _likeliest_first(*raw.topk(count, dim=1))
     # topk takes any of several equal last ones; sort those rows as a whole.
     tied = ((raw >= values[:, -1:]).sum(dim=1) > count).nonzero()[:, 0]
     if len(tied):

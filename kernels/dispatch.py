@@ -49,7 +49,10 @@ class Backend(Protocol):
         """Where pages, weights and activations are."""
 
     def pack(self, weight: Tensor, kind: WeightKind, bias: Tensor | None = None) -> Weight:
-        """Packs `weight` [N, K] f32, and `bias` [N] f32, for `linear` and `embed`."""
+        """Packs `weight` [N, K], f32 or, for that kind, bf16, and `bias` [N] f32, for `linear` and `embed`.
+
+        The result shares no memory with them.
+        """
 
     def linear(self, x: Tensor, w: Weight, out: Tensor | None = None, accumulate: bool = False) -> Tensor:
         """x [T, K] contiguous -> [T, N]; with `accumulate`, adds to `out`, which may be f32 whatever x is."""

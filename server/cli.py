@@ -39,8 +39,14 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 picks a free one.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
-    weights: Annotated[str | None, typer.Option(help="How weights are held on the CPU: f32 or int8.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where the model runs: cpu or cuda.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="How weights are held: f32 or int8 on the CPU; bf16, fp8 or f32 on a GPU.")
+    ] = None,
     kv_memory_gib: Annotated[float | None, typer.Option(help="Memory for keys and values.")] = None,
+    memory_utilization: Annotated[
+        float | None, typer.Option(help="Share of a GPU's memory to use where kv_memory_gib is not given.")
+    ] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt plus output, in tokens.")] = None,
     max_stream_len: Annotated[
         int | None, typer.Option(help="Longest prompt plus output of a request with compact positions.")
@@ -49,6 +55,7 @@ def serve(
     max_step_tokens: Annotated[int | None, typer.Option(help="Tokens of one step.")] = None,
     page_tokens: Annotated[int | None, typer.Option(help="Tokens of a page in the compute format.")] = None,
     prefix_caching: Annotated[bool | None, typer.Option(help="Reuse pages of equal prompt prefixes.")] = None,
+    cuda_graphs: Annotated[bool | None, typer.Option(help="Replay recorded steps on a GPU.")] = None,
     embedding_model: Annotated[
         str | None, typer.Option(help="Directory of the sentence encoder for extractive prompts.")
     ] = None,

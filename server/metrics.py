@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from winnow.engine.messages import CompressionReport, EngineInfo, EngineStats, Shortened
@@ -146,6 +146,11 @@ class EngineCollector(Collector):
             gauge = GaugeMetricFamily(PREFIX + name, text, labels=self.names)
             gauge.add_metric(self.values, value)
             yield gauge
+        if info is not None:
+            names = ("device", "weights", "compute_format")
+            about = InfoMetricFamily(PREFIX + "engine", "What the model runs on", labels=self.names)
+            about.add_metric(self.values, {name: getattr(info, name) for name in names})
+            yield about
         for name, text, value in counters:
             counter = CounterMetricFamily(PREFIX + name, text, labels=self.names)
             counter.add_metric(self.values, value)

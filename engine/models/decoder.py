@@ -55,7 +55,7 @@ class Decoder:
         self._norm = norm
         self._head = head
         self._scale = config.head_dim**-0.5
-        self._cos, self._sin = rope_tables(config)
+        self._cos, self._sin = (table.to(ops.device()) for table in rope_tables(config))
 
     def with_ops(self, wrap: Callable[[Backend], Backend]) -> Decoder:
         """The same weights behind other operations, made of its own; they must read what those have packed."""
@@ -73,7 +73,7 @@ class Decoder:
 
         Args:
             tokens: [T] int32, the rows of `batch`.
-            rows: [R] int64, the rows whose logits are wanted.
+            rows: [R] int64, the rows whose logits are wanted. Both are on the backend's device.
 
         Returns:
             [R, vocab] float32 logits.
@@ -81,11 +81,11 @@ class Decoder:
         return self.logits(self.hidden(tokens, batch, kv, rows))
 
     def hidden(self, tokens: Tensor, batch: LaneBatch, kv: PagedKV, rows: Tensor, watch: Watch | None = None) -> Tensor:
-        """`forward` up to the last norm: [R, hidden_size] float32, of which `logits` makes logits."""
+        """`forward` up to the last norm: [R, hidden_size], of which `logits` makes logits."""
         return self.through(self.embed(tokens), range(self.config.layers), batch, kv, rows, watch)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """[T] int32 -> [T, hidden_size] float32: what the first layer reads."""
+        """[T] int32 -> [T, hidden_size]: what the first layer reads."""
         return self._ops.embed(tokens, self._embedding)
 
     def through(
@@ -115,9 +115,11 @@ class Decoder:
             ops.linear(ops.silu_mul(gate_up), block.down, out=x, accumulate=True)
         return x if layers.stop < len(self._blocks) else ops.rms_norm(x, self._norm, eps)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[R, hidden_size] -> [R, vocab] float32."""
-        return self._ops.linear(hidden, self._head)
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """[R, hidden_size] -> [R, vocab] float32, which is `out` where that is given."""
+        if out is None:
+            out = hidden.new_empty((len(hidden), self._head.rows), dtype=torch.float32)
+        return self._ops.linear(hidden, self._head, out=out)
 
 
 def rope_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:

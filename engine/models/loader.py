@@ -1,7 +1,8 @@
 """Loading weights from safetensors or GGUF files, one layer at a time.
 
-Peak memory is the packed weights and one fused tensor: files are mapped, not read, and every part is widened to
-float32 in its place in a fused matrix, which is then packed.
+Peak memory is the packed weights and one fused tensor, on the backend's device: files are mapped, not read, and every
+part is brought to its place in a fused matrix of float32, or of bfloat16 where that is what it becomes, which is then
+packed.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Source(Protocol):
     shapes: dict[str, tuple[int, ...]]
 
     def read_into(self, name: str, out: Tensor) -> None:
-        """Writes a tensor, as float32, to `out`, which is contiguous and of its shape."""
+        """Writes a tensor to `out`, which is contiguous, of its shape, of any float type and on any device."""
 
 
 class Matrix(NamedTuple):
@@ -84,12 +85,13 @@ def load_model(path_or_name: str, ops: Backend, weights: WeightKind) -> Decoder:
 def _build(config: ModelConfig, source: Source, ops: Backend, kind: WeightKind) -> Decoder:
     vocabulary = Matrix(((_EMBEDDING, config.vocab_size),), config.hidden_size, False)
     specs = [*_matrices(config, "").values(), vocabulary]
+    device, dtype = ops.device(), torch.bfloat16 if kind == "bf16" else torch.float32
     # One buffer for every matrix: buffers of their own, between packed ones, leave the heap full of holes.
-    buffer = torch.empty(max(spec.rows * spec.cols for spec in specs))
+    buffer = torch.empty(max(spec.rows * spec.cols for spec in specs), dtype=dtype, device=device)
 
     def matrix(spec: Matrix) -> Weight:
         weight = buffer[: spec.rows * spec.cols].view(spec.rows, spec.cols)
-        bias = torch.empty(spec.rows) if spec.has_bias else None
+        bias = torch.empty(spec.rows, device=device) if spec.has_bias else None
         start = 0
         for name, size in spec.parts:
             source.read_into(f"{name}.weight", weight[start : start + size])
@@ -99,7 +101,7 @@ def _build(config: ModelConfig, source: Source, ops: Backend, kind: WeightKind) 
         return ops.pack(weight, kind, bias)
 
     def vector(name: str, size: int) -> Tensor:
-        out = torch.empty(size)
+        out = torch.empty(size, device=device)
         source.read_into(name, out)
         return out
 
@@ -215,7 +217,7 @@ class SafetensorsSource:
             raise ModelError(f"{self._paths[name]}: tensor {name} cannot be read: {error}") from error
         if not tensor.is_floating_point():
             raise ModelError(f"{self._paths[name]}: tensor {name} holds {tensor.dtype}, which is not a float type")
-        out.copy_(tensor)
+        out.copy_(tensor.to(out.device))  # widened or narrowed there
 
 
 _GGUF_NAMES = {
@@ -250,12 +252,16 @@ class GgufSource:
         self.shapes = {name: file.tensors[stored].shape for name, stored in self._names.items()}
 
     def read_into(self, name: str, out: Tensor) -> None:
-        self._file.read_into(self._names[name], out.numpy())
+        is_here = out.dtype == torch.float32 and out.device.type == "cpu"
+        here = out if is_here else torch.empty(out.shape)
+        self._file.read_into(self._names[name], here.numpy())
         if self._file.architecture == "llama" and re.search(r"\.[qk]_proj\.", name):
             # Files of this architecture interleave the halves that rope rotates: within a head, rows 0 and D/2
             # of the original are neighbours.
-            paired = out.view(-1, self._config.head_dim // 2, 2, *out.shape[1:])
-            out.copy_(paired.transpose(1, 2).reshape(out.shape))
+            paired = here.view(-1, self._config.head_dim // 2, 2, *here.shape[1:])
+            here.copy_(paired.transpose(1, 2).reshape(here.shape))
+        if not is_here:
+            out.copy_(here.to(out.dtype))
 
 
 def _hugging_face_name(name: str) -> str:

@@ -34,6 +34,7 @@ from winnow.engine.scheduler import ScheduledBatch
 from winnow.engine.sequence import Sequence
 from winnow.engine.speculation.method import Drafter
 from winnow.engine.speculation.registry import drafter_class
+from winnow.kernels.host import to_device
 
 POSITIONS = 32
 """Places in a guess that are counted one by one"""
@@ -84,7 +85,8 @@ class Speculator:
         sizes = batch.counts[where].astype(np.int64)
         starts = sizes.cumsum() - sizes
         place = np.arange(sizes.sum()) - np.repeat(starts, sizes)
-        logits = logits[torch.from_numpy(np.repeat(batch.logit_rows[where], sizes) + place)]
+        rows = torch.from_numpy(np.repeat(batch.logit_rows[where], sizes) + place)
+        logits = logits[to_device(rows, logits.device)]
         read = [seq.tokens[seq.computed : seq.computed + size] for seq, size in zip(seqs, sizes, strict=True)]
         slots = np.array([seq.slot for seq in seqs], np.int32)
         sampled = sampler.sample(logits, self._table.batch(slots.astype(np.int64), [tokens[1:] for tokens in read]))
@@ -117,7 +119,7 @@ class Speculator:
         if not any(learning):
             return
         ends = np.cumsum([len(tokens) for tokens in read])
-        likeliest = np.split(logits.argmax(1).numpy().astype(np.int32), ends[:-1])
+        likeliest = np.split(logits.argmax(1).cpu().numpy().astype(np.int32), ends[:-1])
         for seq, learns, tokens, after in zip(seqs, learning, read, likeliest, strict=True):
             if learns and seq.speculation is not None:
                 self._drafter(seq.speculation.method).learn(seq, tokens, after)

@@ -33,7 +33,8 @@ def _card(service: Service, name: str) -> dict[str, Any]:
         "parent": None,
         "max_model_len": info.max_model_len if info else None,
         "max_stream_len": info.max_stream_len if info else None,
-        "weights": info.weights if info else service.settings.weights,
+        "device": service.settings.device,
+        "weights": service.settings.weights,
         "kv": info
         and {
             "layers": info.layers,

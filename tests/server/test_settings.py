@@ -13,8 +13,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from winnow.engine.config import EngineSettings
+from winnow.engine.config import ON_CUDA, EngineSettings
 from winnow.engine.models.tokenizer import Tokenizer
+from winnow.kernels.layout import PageFormat
 from winnow.server import __version__
 from winnow.server.app import create_app
 from winnow.server.cli import app as command
@@ -60,6 +61,11 @@ def test_the_environment_names_the_file(config: Path, monkeypatch: pytest.Monkey
         ("weights: int3", "weights"),
         ("kv_memory_gib: 0", "kv_memory_gib"),
         ("kv_memory_gib: .nan", "kv_memory_gib"),
+        ("kv_memory_gib: null", "kv_memory_gib"),
+        ("device: tpu", "device"),
+        ("weights: fp8", "not for device cpu, which has f32, int8"),
+        ("device: cuda\nweights: int8", "not for device cuda, which has f32, bf16, fp8"),
+        ("device: cuda\nmemory_utilization: 1.5", "memory_utilization"),
         ("api_key: ['a b']", "api_key"),
         ("max_compression: {budget: 7.5}", "max_compression"),
         ("max_model_len: 4096\nmax_queue_tokens: 100", "max_queue_tokens"),
@@ -84,6 +90,18 @@ def test_the_engines_part() -> None:
     engine = load(weights="f32", max_seqs=7).engine
     assert type(engine) is EngineSettings
     assert (engine.weights, engine.max_seqs) == ("f32", 7)
+
+
+def test_defaults_are_the_devices(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (load().weights, load().page_tokens, load().kv_memory_gib) == ("int8", 16, 4)
+    assert load().engine.compute_format is PageFormat.F32
+    monkeypatch.setenv("WINNOW_DEVICE", "cuda")
+    config.write_text("max_seqs: 3")
+    settings = load(config).engine
+    assert (settings.weights, settings.page_tokens, settings.kv_memory_gib) == ("bf16", 32, None)
+    assert (settings.compute_format, settings.max_seqs) == (PageFormat.BF16, 3)
+    assert load(weights="fp8").engine.compute_format is PageFormat.BF16
+    assert load(weights="f32", kv_memory_gib=1).engine.compute_format is PageFormat.F32
 
 
 @pytest.mark.parametrize(
@@ -111,7 +129,8 @@ def test_the_config_that_shows_the_defaults() -> None:
     defaults = load()
     assert written == {name: getattr(defaults, name) for name in written}
     left_out = {"max_model_len", "threads", "api_key", "served_model_name", "compression", "max_compression"}
-    left_out |= {"device", "profiles", "speculative", "embedding_model", "llmlingua2_model"}
+    left_out |= {"profiles", "speculative", "embedding_model", "llmlingua2_model"}
+    left_out |= ON_CUDA.keys()  # each device has its own
     assert set(Settings.model_fields) - set(written) == left_out
 
 
