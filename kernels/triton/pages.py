@@ -30,13 +30,11 @@ def read_lanes(kv: PagedKV, slot: int, layer: int) -> tuple[Tensor, Tensor]:
     kept = lanes.tokens[3]
     keys, values = torch.zeros((2, len(kept), int(kept.max()), kv.layout.head_dim), device=device()).unbind()
     if kept.any():
-        described, table = upload_together(
-            [_described(lanes, kept, np.zeros_like(kept), 0), lanes.pages(len(kv.data), 0)]
-        )
-        for part in _present(lanes, kept > 0):
-            gather(
-                kv.data, kv.layout, lanes.formats[part], part, described, table, None, keys, values, 0, keys.shape[1]
-            )
+        none = np.zeros_like(kept)
+        where, table = upload_together([_described(lanes, kept, none, 0), lanes.pages(len(kv.data), 0)])
+        for part in _present(lanes, none):
+            fmt = lanes.formats[part]
+            gather(kv.data, kv.layout, fmt, part, where, table, None, keys, values, 0, keys.shape[1])
     return keys, values
 
 

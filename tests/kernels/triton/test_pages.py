@@ -73,6 +73,7 @@ def test_every_number_is_rounded_to_e4m3_as_torch_rounds_it(triton: Backend) -> 
 
 HELD = {
     "open pages, ragged": Held((0, 17, 40, 16), rows=0),
+    "one token": Held((1,)),
     "three parts": Held((5, 20), sealed=(2, 0, 1), rest=(1, 2)),
     "fp8 and float pages": Held((5, 20), sealed=(1, 2), fmt=FP8, rest=(1, 0), rest_fmt=BF16),
 }
