@@ -58,7 +58,10 @@ class Backend(Protocol):
         """x [T, K] contiguous -> [T, N]; with `accumulate`, adds to `out`, which may be f32 whatever x is."""
 
     def embed(self, tokens: Tensor, w: Weight) -> Tensor:
-        """Rows of a packed matrix: tokens [T] int32 -> [T, K] f32."""
+        """Rows of a packed matrix: tokens [T] int32 -> [T, K] f32.
+
+        Tokens may be in the host's memory, where they are checked, or on the backend's device.
+        """
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x [T, N] f32, weight [N] f32 -> [T, N] f32."""

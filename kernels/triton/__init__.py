@@ -4,6 +4,7 @@ Where there is no GPU its kernels run in Triton's interpreter (TRITON_INTERPRET=
 """
 
 from winnow.kernels.triton.device import device
+from winnow.kernels.triton.linear import embed, linear, pack
 from winnow.kernels.triton.merge_rows import nearest_rows, sum_rows
 from winnow.kernels.triton.moments import query_moments
 from winnow.kernels.triton.pages import copy_pages, read_lanes, repack, write_lanes
@@ -13,7 +14,10 @@ from winnow.kernels.triton.rows import rms_norm, silu_mul
 __all__ = [
     "copy_pages",
     "device",
+    "embed",
+    "linear",
     "nearest_rows",
+    "pack",
     "query_moments",
     "read_lanes",
     "repack",

@@ -28,14 +28,25 @@ def _backend(name: str) -> Backend:
     return OnDevice(backend("triton")) if name == "triton" else backend(name)
 
 
+def _one_of(request: pytest.FixtureRequest) -> Backend:
+    if request.param == "triton" and request.node.callspec.params.get("kind") == "int8":
+        pytest.skip("the triton backend has no int8 weights")
+    return _backend(request.param)
+
+
 @pytest.fixture(params=["reference", "cpu", *GPU])
 def ops(request: pytest.FixtureRequest) -> Backend:
-    return _backend(request.param)
+    return _one_of(request)
 
 
 @pytest.fixture(params=["cpu", *GPU])
 def native(request: pytest.FixtureRequest) -> Backend:
-    return _backend(request.param)
+    return _one_of(request)
+
+
+@pytest.fixture
+def cpu() -> Backend:
+    return _backend("cpu")
 
 
 @pytest.fixture
