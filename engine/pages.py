@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from winnow.engine.messages import CompressionReport
 from winnow.kernels.dispatch import Backend
+from winnow.kernels.host import to_device
 from winnow.kernels.kv import PagedKV
 from winnow.kernels.layout import PageFormat, PageLayout
-from winnow.kernels.transfer import upload
 
 Ints = NDArray[np.int32]
 
@@ -188,7 +188,7 @@ class PageArena:
         self._tail_shared[slots] |= is_shared.any((1, 2))
         for slot, full in zip(slots.tolist(), open_tokens // self.layout.page_tokens, strict=True):
             if (mass := self.kv.mass.get(slot)) is not None:
-                left = upload(self.kv.kept[slot][..., None], mass.device)
+                left = to_device(self.kv.kept[slot][..., None], mass.device)
                 mass.masked_fill_(torch.arange(mass.shape[-1], device=mass.device) >= left, 0)
             if (reading := self.kv.reading.get(slot)) is not None:
                 has_grid = PageFormat(int(self.formats[slot])).is_integer

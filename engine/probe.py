@@ -17,8 +17,8 @@ from torch import Tensor
 
 from winnow.engine.models.config import ModelConfig
 from winnow.kernels.dispatch import Backend
+from winnow.kernels.host import to_device
 from winnow.kernels.kv import PagedKV
-from winnow.kernels.transfer import upload
 
 ROWS = 64
 """Rows whose logits are there at a time"""
@@ -68,7 +68,7 @@ class SurprisalProbe:
 
     def see_hidden(self, position: int, hidden: Tensor, logits: Callable[[Tensor], Tensor]) -> None:
         at = position + 1
-        following = upload(self._tokens[at : at + len(hidden)], hidden.device)
+        following = to_device(self._tokens[at : at + len(hidden)], hidden.device)
         found = []
         for rows, tokens in zip(hidden.split(ROWS), following.split(ROWS), strict=True):
             found.append(torch.log_softmax(logits(rows), dim=1).gather(1, tokens[:, None])[:, 0])

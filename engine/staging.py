@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from winnow.engine.pages import Ints
-from winnow.kernels.transfer import upload
+from winnow.kernels.host import to_device
 
 
 @dataclass(eq=False)
@@ -61,7 +61,7 @@ class Staging:
     def next(self, chosen: Ints) -> None:
         """Begins the next stage with these of the rows (ascending indices)."""
         assert self.handed is not None
-        rows = upload(torch.from_numpy(chosen).long(), self.handed.device)
+        rows = to_device(torch.from_numpy(chosen).long(), self.handed.device)
         self.hidden, self.handed = self.handed[rows], None
         self.rows = self.rows[chosen]
         self.stage += 1

@@ -12,4 +12,5 @@ def device() -> torch.device:
 
 def to_device(host: Tensor, to: torch.device) -> Tensor:
     """`host`, or a copy on a GPU that is under way when this returns; the host's tensor may be changed at once then."""
-    return host.pin_memory().to(to, non_blocking=True) if to.type == "cuda" else host
+    pinned = host.pin_memory() if to.type == "cuda" else host  # only pinned memory is copied meanwhile
+    return pinned.to(to, non_blocking=True)

@@ -19,7 +19,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from winnow.kernels.transfer import upload
+from winnow.kernels.host import to_device
 
 
 class ReadMode(IntEnum):
@@ -144,7 +144,7 @@ class ReadState:
 
     def forget_newest(self, pages: Tensor) -> None:
         """The lanes were cut: of their pages in a float format the first `pages` [layers, kv_heads] are as before."""
-        torch.minimum(self.bounded, upload(pages.clamp_min(0), self.bounded.device), out=self.bounded)
+        torch.minimum(self.bounded, to_device(pages.clamp_min(0), self.bounded.device), out=self.bounded)
 
 
 def _grown(part: Tensor, dim: int, size: int) -> Tensor:

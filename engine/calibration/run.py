@@ -17,12 +17,13 @@ from winnow.engine.models.config import ModelConfig
 from winnow.engine.models.decoder import Decoder
 from winnow.engine.models.loader import load_model, resolve_model
 from winnow.engine.models.tokenizer import Tokenizer, load_tokenizer
-from winnow.kernels import cpu
 from winnow.kernels.dispatch import WeightKind, backend
 
 
 def load(model: str, weights: WeightKind, threads: int | None) -> tuple[Path, Decoder, Tokenizer]:
     """The files of a model (see `resolve_model`), the model, and its tokenizer. ModelError where that cannot be."""
+    from winnow.kernels import cpu
+
     path = resolve_model(model)
     torch.set_num_threads(threads or os.cpu_count() or 1)
     cpu.set_threads(torch.get_num_threads())

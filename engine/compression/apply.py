@@ -33,8 +33,8 @@ from winnow.engine.pages import Ints, PageArena
 from winnow.engine.prefix_cache import PrefixCache
 from winnow.engine.sequence import Sequence
 from winnow.kernels.dispatch import Backend
+from winnow.kernels.host import to_device
 from winnow.kernels.layout import PageFormat
-from winnow.kernels.transfer import upload
 
 READS = {Signal.KEYS, Signal.VALUES}
 
@@ -66,10 +66,10 @@ class Compressor:
         self._ops = ops
         self._q_per_kv = config.heads // config.kv_heads
         self._device = arena.kv.device
-        self._inv_freq = upload(torch.tensor(config.inv_freq, dtype=torch.float32), self._device)
+        self._inv_freq = to_device(torch.tensor(config.inv_freq, dtype=torch.float32), self._device)
         self._rope_factor = config.rope_factor
         self._profiles = {
-            method: {name: upload(part, self._device) for name, part in profile.items()}
+            method: {name: to_device(part, self._device) for name, part in profile.items()}
             for method, profile in profiles.items()
         }
         self.freed = Freed()
@@ -125,7 +125,7 @@ class Compressor:
         recent = evict.recent_tokens(budget)
         protected = min(budget, recent + evict.sinks)
         shares = layer_budgets(budget, layers, evict.layer_budget, seen, protected=protected)
-        budgets = upload(torch.tensor(shares), self._device)
+        budgets = to_device(torch.tensor(shares), self._device)
         votes = max(0, seen - seq.timeline.vote_start(seen - 1))
         order = None if seq.plan.mix is None else by_position(self._arena, seq.slot)
         # Tokens are read a layer at a time, since those of all layers together may be larger than the arena.
@@ -159,7 +159,7 @@ class Compressor:
         return Change(
             merge=evict.merge,
             turn=Turn.to_places(keep[0, 0], self._inv_freq) if evict.is_compact else None,
-            kept=upload(kv.kept[slot].long(), self._device),
+            kept=to_device(kv.kept[slot].long(), self._device),
             keep=keep,
             count=count,
             scores=scores,
@@ -172,7 +172,7 @@ class Compressor:
         """What the plan's policy is shown of some layers, whose positions are noted already."""
         slot, kv, signals = seq.slot, self._arena.kv, evict.signals
         tokens = int(kv.kept[slot, block].max())
-        kept = upload(kv.kept[slot, block].long(), self._device)
+        kept = to_device(kv.kept[slot, block].long(), self._device)
         held = torch.arange(tokens, device=self._device) < kept[..., None]
         reads = not signals.isdisjoint(READS)
         keys, values = self._ops.read_lanes(kv, slot, block.start) if reads else (None, None)
@@ -204,7 +204,7 @@ class Compressor:
         staging, evict, kv, slot = seq.staging, seq.plan.evict, self._arena.kv, seq.slot
         assert staging is not None and evict is not None
         layers, rows = slice(staging.layers.start, staging.layers.stop), len(staging.rows)
-        kv.positions[slot][layers, :, :rows] = upload(torch.from_numpy(staging.rows), self._device)
+        kv.positions[slot][layers, :, :rows] = to_device(torch.from_numpy(staging.rows), self._device)
         if staging.is_last:
             seq.computed = seq.positions_known = seq.prompt_tokens
             seq.distilled, seq.staging = staging.rows, None
@@ -227,7 +227,7 @@ class Compressor:
         if not isinstance(policy, StagedPolicy) or not policy.truncates(evict):
             return None, kept
         keep = torch.arange(len(chosen), device=self._device).expand(*kept.shape, len(chosen)).clone()
-        keep[: seq.stage_bounds[1]] = upload(torch.from_numpy(chosen).long(), self._device)
+        keep[: seq.stage_bounds[1]] = to_device(torch.from_numpy(chosen).long(), self._device)
         return keep, np.full_like(kept, len(chosen))
 
     def _rewrite(self, seq: Sequence, keep: Tensor | None, count: Ints, change: Change | None) -> None:
@@ -304,7 +304,7 @@ class Compressor:
     ) -> Tensor | None:
         """`repack` of survivors that change on the way; returns their log weights [layers, kv_heads, most], if any."""
         kv, weights = self._arena.kv, []
-        first, held = upload(start.long() * kv.layout.capacity(fmt), self._device), change.keep >= 0
+        first, held = to_device(start.long() * kv.layout.capacity(fmt), self._device), change.keep >= 0
         for layer in range(len(change.keep)):
             # All of a layer is read before any of it is written: its new pages may be its old ones.
             stay = change.survivors(self._ops, layer, *self._ops.read_lanes(kv, slot, layer))

@@ -12,16 +12,16 @@ from winnow.engine.pages import PageArena
 from winnow.engine.prefix_cache import PrefixCache
 from winnow.engine.sequence import Sequence
 from winnow.kernels.dispatch import Backend
+from winnow.kernels.host import to_device
 from winnow.kernels.kv import Rest
 from winnow.kernels.layout import PageFormat
-from winnow.kernels.transfer import upload
 
 
 def by_position(arena: PageArena, slot: int) -> Tensor:
     """[layers, kv_heads, most] int64: the lane indices of each lane's tokens in the order of their positions, then
     those of padding."""
     kv = arena.kv
-    tokens, kept = int(arena.kept[slot].max()), upload(kv.kept[slot], kv.device)
+    tokens, kept = int(arena.kept[slot].max()), to_device(kv.kept[slot], kv.device)
     positions = kv.positions[slot][..., :tokens]
     is_padding = torch.arange(tokens, device=kv.device) >= kept[..., None]
     return torch.sort(positions.masked_fill(is_padding, torch.iinfo(torch.int32).max), dim=-1, stable=True).indices
@@ -50,7 +50,7 @@ def mix_formats(
     capacity = layout.capacity(fmt) if fmt is not layout.compute else 0
     order = by_position(arena, slot).flatten(0, 1)
     lengths = torch.stack([kv.kept[slot], kv.sealed[slot], kv.rest[slot]]).long()
-    kept, sealed, rest = upload(lengths, kv.device).flatten(1)
+    kept, sealed, rest = to_device(lengths, kv.device).flatten(1)
     held = torch.arange(order.shape[-1], device=kv.device) < kept[:, None]
     closed = sealed * capacity + rest * layout.capacity(rest_fmt)
     part = (order >= (sealed * capacity)[:, None]).long() + (order >= closed[:, None])

@@ -27,7 +27,7 @@ from winnow.engine.errors import PromptTooLong
 from winnow.engine.models.config import ModelConfig
 from winnow.engine.pages import Ints, PageArena
 from winnow.engine.sequence import Sequence
-from winnow.kernels.transfer import upload
+from winnow.kernels.host import to_device
 
 LATER = ("log_weights", "earlier_mass")
 """Parts that come when there is something to put in them; they have their place before"""
@@ -165,7 +165,7 @@ class SideState:
         new = upto - seq.positions_known
         if not new:
             return
-        kept = upload(kv.kept[slot].long(), self._device)
+        kept = to_device(kv.kept[slot].long(), self._device)
         index = kept[..., None] - new + torch.arange(new, device=self._device)
         positions = torch.arange(seq.positions_known, upto, device=self._device).expand(index.shape)
         held = self._resized(kv.positions.get(slot), int(self._arena.kept[slot].max()), torch.int32)
@@ -190,7 +190,7 @@ class SideState:
         Mass that does not accumulate starts anew after an eviction."""
         kv, slot, tokens = self._arena.kv, seq.slot, int(count.max())
         if keep is not None:
-            counts = upload(torch.from_numpy(count), self._device)
+            counts = to_device(torch.from_numpy(count), self._device)
             held = torch.arange(tokens, device=self._device) < counts[..., None]
             for side in (kv.positions, kv.mass, kv.noise, kv.log_weights):
                 if slot in side:

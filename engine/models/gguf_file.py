@@ -1,7 +1,8 @@
 """Reading GGUF files: metadata and the tensor table, without torch.
 
 The `gguf` package's own reader takes seconds for a vocabulary of fifty thousand tokens and trusts the sizes
-that a file states; this one takes a tenth of a second and checks them. Dequantization is the package's.
+that a file states; this one takes a tenth of a second and checks them. Dequantization is the package's, which is not
+looked for until there is such a file.
 """
 
 from __future__ import annotations
@@ -11,19 +12,19 @@ import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
 from winnow.engine.errors import ModelError
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 
-_QUANTS = frozenset(
-    GGMLQuantizationType[name] for name in ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K")
-)
+_QUANTS = frozenset(("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K"))
 _CHUNK = 1 << 20
 """Numbers dequantized at a time, which bounds numpy's temporaries."""
 
@@ -64,9 +65,11 @@ class GgufFile:
 
     def read_into(self, name: str, out: np.ndarray) -> None:
         """Dequantizes a tensor into `out`, a C-contiguous float32 array of the tensor's shape."""
+        from gguf import dequantize
+
         tensor = self.tensors[name]
-        if tensor.quant not in _QUANTS:
-            known = ", ".join(sorted(quant.name for quant in _QUANTS))
+        if tensor.quant.name not in _QUANTS:
+            known = ", ".join(sorted(_QUANTS))
             raise ModelError(f"{self.path}: tensor {name} is {tensor.quant.name}; supported: {known}")
         cols = tensor.shape[-1]
         rows = math.prod(tensor.shape[:-1])
@@ -121,6 +124,8 @@ class _Reader:
 
 
 def _read_header(reader: _Reader) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
     if reader.data[:4] != b"GGUF":
         raise _Damaged("it does not begin with the letters GGUF")
     reader.skip(4)

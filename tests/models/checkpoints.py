@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import gguf
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+if TYPE_CHECKING:
+    import gguf
 
 SIZES: dict[str, Any] = {
     "vocab_size": 160,
@@ -74,6 +76,8 @@ def write_gguf(
     tensors: dict[str, np.ndarray] | None = None,
 ) -> Path:
     """A GGUF file as llama.cpp's converter writes it: f32, rows of q and k interleaved for the llama architecture."""
+    import gguf
+
     config = model.config
     writer = gguf.GGUFWriter(path, arch)
     writer.add_block_count(config.num_hidden_layers)
