@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from winnow.engine.calibration.store import Profile
 from winnow.engine.compression.plan import Plan
 from winnow.engine.config import EngineSettings
 from winnow.engine.engine import Engine, StepOutput
@@ -18,7 +19,7 @@ from winnow.engine.messages import Output, Rejected, SamplingParams, Shorten, Sh
 from winnow.engine.models.decoder import Decoder
 from winnow.engine.scheduler import ScheduledBatch
 from winnow.engine.sequence import Sequence as EngineSequence
-from winnow.kernels.dispatch import backend
+from winnow.kernels.dispatch import Backend, backend
 from winnow.kernels.layout import PageFormat, PageLayout
 
 from .profiles import profiles_of
@@ -66,14 +67,26 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 class Bench:
     """An engine whose steps are taken one by one. `seen` has every choice."""
 
-    def __init__(self, model: Decoder, pages: int = 1 << 15, **settings: Any):
-        """`pages`: size of the arena."""
+    def __init__(
+        self,
+        model: Decoder,
+        pages: int = 1 << 15,
+        ops: Backend | None = None,
+        profiles: Mapping[str, Profile] | None = None,
+        **settings: Any,
+    ):
+        """
+        Args
+            pages: size of the arena
+            ops: which the model is loaded for; that of the CPU by default
+            profiles: of the model, calibrated if not given
+        """
         settings = dict[str, Any]({"weights": "f32", "max_seqs": 64}) | settings
         layout = PageLayout(model.config.head_dim, PageFormat.F32, settings.get("page_tokens", 16))
         gib = (pages + 0.5) * layout.page_bytes / 2**30
-        self.engine = Engine(
-            EngineSettings(kv_memory_gib=gib, **settings), model, backend("cpu"), profiles=profiles_of(model)
-        )
+        profiles = profiles_of(model) if profiles is None else profiles
+        ops = backend("cpu") if ops is None else ops
+        self.engine = Engine(EngineSettings(kv_memory_gib=gib, **settings), model, ops, profiles=profiles)
         self.seen: dict[Choice, Seen] = defaultdict(Seen)
         self.shortened: dict[str, Shortened] = {}
         self.batches: list[list[tuple[Choice, int]]] = []
@@ -179,7 +192,7 @@ class Bench:
                 self.batches[-1].append((choice, count))
                 if computed >= seq.prompt_tokens and seq.reciting is None:
                     guess = seq.tokens[seq.length : seq.length + drafts].tolist()
-                    rows = logits[first : first + drafts + 1].clone()
+                    rows = logits[first : first + drafts + 1].cpu().clone()
                     self._rows.append((choice, seq.prompt_tokens, computed, guess, rows))
             return logits
 
@@ -203,7 +216,7 @@ class Bench:
             if not seq.timeline.evicts_at(seq.computed):
                 return settle(seq)
             kept = arena.kv.kept[seq.slot].long()
-            positions = arena.kv.positions[seq.slot][..., : int(kept.max())].long()
+            positions = arena.kv.positions[seq.slot][..., : int(kept.max())].cpu().long()
             held = positions.masked_fill(torch.arange(positions.shape[-1]) >= kept[..., None], -1)
             choice = (seq.request_id, seq.index)
             known = self.seen[choice].kept.setdefault(seq.computed, held)

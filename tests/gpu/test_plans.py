@@ -1,0 +1,110 @@
+"""Every plan on a GPU says and keeps what it does on the reference backend, in float32."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from winnow.engine.models.decoder import Decoder
+from winnow.engine.models.loader import load_model
+from winnow.kernels.dispatch import backend
+
+from ..engine.bench import Bench, Seen
+from ..engine.plans import KV, LEAD_INS, evict
+from ..engine.profiles import profiles_of
+from ..models.checkpoints import prompt_of, random_model
+from ..prompt.messages import TEXT, message
+
+NEW = 24
+PROMPT = prompt_of(150, 3)
+PLANS: dict[str, dict[str, Any]] = {"none": {}} | {name: {"kv": kv} for name, kv in KV.items()}
+COMMON: dict[str, Any] = {"page_tokens": 16, "max_step_tokens": 64, "prefix_caching": False}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The tiny model on the reference backend and on the GPU."""
+
+    here: Decoder
+    there: Decoder
+
+    def bench(self, **settings: Any) -> Bench:
+        """An engine on the reference backend."""
+        return Bench(self.here, ops=backend("reference"), **(COMMON | settings))
+
+    def gpu_bench(self, **settings: Any) -> Bench:
+        settings = {"device": "cuda", "profiles": profiles_of(self.here)} | COMMON | settings
+        return Bench(self.there, ops=backend("triton"), **settings)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    path: Path = tmp_path_factory.mktemp("tiny")
+    random_model("llama", max_position_embeddings=1024).save_pretrained(path)
+    return Pair(*(load_model(str(path), backend(name), "f32") for name in ("reference", "triton")))
+
+
+@pytest.fixture(scope="module")
+def wanted(pair: Pair) -> dict[str, Seen]:
+    """What each plan does on the reference backend."""
+    bench = pair.bench()
+    return {name: bench.alone(PROMPT, NEW, plan, lead_ins=LEAD_INS) for name, plan in PLANS.items()}
+
+
+@pytest.fixture(scope="module")
+def gpu_bench(pair: Pair) -> Bench:
+    return pair.gpu_bench()
+
+
+def assert_alike(seen: Seen, wanted: Seen) -> None:
+    """The same tokens kept and said, logits that differ by rounding, and the same measured report."""
+    assert seen.rejected is None
+    assert seen.kept.keys() == wanted.kept.keys()
+    for event, held in wanted.kept.items():
+        assert torch.equal(seen.kept[event], held), f"other tokens are kept at {event}"
+    assert seen.tokens == wanted.tokens
+    for at, logits in wanted.logits.items():
+        torch.testing.assert_close(seen.logits[at], logits, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_alone(gpu_bench: Bench, wanted: dict[str, Seen], name: str) -> None:
+    seen = gpu_bench.alone(PROMPT, NEW, PLANS[name], lead_ins=LEAD_INS)
+    assert_alike(seen, wanted[name])
+    assert seen.last.compression == wanted[name].last.compression
+
+
+def test_in_one_batch(pair: Pair, wanted: dict[str, Seen]) -> None:
+    """Beginning with the same pages, in steps that are shared out anew each time."""
+    bench = pair.gpu_bench(prefix_caching=True, max_step_tokens=100)
+    for name, plan in PLANS.items():
+        bench.submit(name, PROMPT, NEW, plan, lead_ins=LEAD_INS)
+    bench.run()
+    assert bench.engine.scheduler.counters.hit_tokens
+    for name in PLANS:
+        assert_alike(bench.seen[name, 0], wanted[name])
+
+
+@pytest.mark.parametrize("name", ["none", "snapkv", "int4", "quest"])
+def test_choices_and_guesses(pair: Pair, name: str) -> None:
+    """Lanes are copied for choices, and cut where guesses are wrong."""
+    seen = []
+    for bench in (pair.bench(), pair.gpu_bench()):
+        speculative = {"method": "prompt_lookup", "tokens": 4, "ngram_min": 1}
+        kv = evict("snapkv", window=3) if name == "snapkv" else PLANS[name].get("kv", {})
+        bench.submit("x", PROMPT[:40] * 4, NEW, {"kv": kv}, speculative=speculative, n=2, temperature=0.7)
+        seen.append(bench.run())
+        assert bench.engine.speculator.counters.draft_tokens
+    assert seen[0].keys() == seen[1].keys()
+    for choice, other in seen[0].items():
+        assert_alike(seen[1][choice], other)
+
+
+@pytest.mark.parametrize("plan", [{"policy": "selective", "keep": 0.5}, {"policy": "spec_pc", "keep": 0.3}])
+def test_prompts_are_shortened(pair: Pair, plan: dict[str, Any]) -> None:
+    there, here = (bench.shorten(message(plan, [TEXT, TEXT[::-1]])) for bench in (pair.gpu_bench(), pair.bench()))
+    assert there == here
