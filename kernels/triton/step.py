@@ -8,6 +8,7 @@ one copy. Nothing here waits for the device.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,6 +74,10 @@ class DeviceBatch:
     `LaneBatch` holds by b"""
     modes: Tensor | None = None
     """[layers, B]: `ReadMode`; None where all read all"""
+    lanes: Tensor | None = None
+    """columns.py makes them when first asked for"""
+    ballot: Any = None
+    """So does votes.py"""
 
     def side(self, name: str) -> tuple[Tensor, Tensor]:
         """Of `sides`, with zeros where no sequence of the batch has the part."""
