@@ -101,7 +101,8 @@ def test_mass_is_what_the_rule_says(ops: Backend, vote: Vote) -> None:
 @pytest.mark.parametrize("window", [0, 20])
 def test_chunks_and_batch_mates_change_no_bit(native: Backend, vote: Vote, window: int) -> None:
     """On a GPU chunks change the order of sums."""
-    same = partial(torch.testing.assert_close, atol=2e-5, rtol=2e-5) if isinstance(native, OnDevice) else assert_same_bits
+    close = partial(torch.testing.assert_close, atol=2e-5, rtol=2e-5)
+    same = close if isinstance(native, OnDevice) else assert_same_bits
     held = Held((220, 251), rows=201, sealed=(2, 1), first_vote=50)
     whole = _state([held, *HELD], vote)
     slot, q = int(whole.batch.slots[0]), randn(whole.rows, 6, 32)

@@ -1,4 +1,4 @@
-"""Attention mass in the interpreter, against the reference: rules of all kinds, lanes of three parts, chunks of rows."""
+"""Attention mass in the interpreter: rules of all kinds, lanes of three parts, chunks of rows."""
 
 from __future__ import annotations
 
