@@ -68,7 +68,7 @@ def lanes(
     kv.kept.fill_(context)
     kv.sealed.fill_(sealed)
     kv.formats.fill_(int(fmt))
-    _repeat(kv.data, _pattern(layout, fmt))
+    _repeat(kv.data, _pattern(layout, fmt if sealed else BF16))
     if sealed:
         pages = kv.table[..., sealed:].flatten().long().to(device)
         pattern = _pattern(layout, BF16).to(device)
