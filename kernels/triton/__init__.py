@@ -3,6 +3,7 @@
 Where there is no GPU its kernels run in Triton's interpreter (TRITON_INTERPRET=1), which is how they are checked.
 """
 
+from winnow.kernels.triton.attention import attention
 from winnow.kernels.triton.device import device
 from winnow.kernels.triton.linear import embed, linear, pack
 from winnow.kernels.triton.merge_rows import nearest_rows, sum_rows
@@ -12,6 +13,7 @@ from winnow.kernels.triton.rope_write import rope_write
 from winnow.kernels.triton.rows import rms_norm, silu_mul
 
 __all__ = [
+    "attention",
     "copy_pages",
     "device",
     "embed",

@@ -42,8 +42,10 @@ class DeviceBatch:
     """of one sequence"""
     positions_end: int
     """One more than the highest position"""
-    formats: frozenset[PageFormat]
-    """of the full pages, in either part, that any of the lanes has"""
+    sealed_formats: frozenset[PageFormat]
+    """of the sealed pages that any of the lanes has"""
+    rest_formats: frozenset[PageFormat]
+    """of those in a second format"""
     table: Tensor
     """[slots, layers, kv_heads, width]: the one thing that is indexed by slot"""
     slots: Tensor
@@ -79,6 +81,11 @@ class DeviceBatch:
     ballot: Any = None
     """So does votes.py"""
 
+    @property
+    def formats(self) -> frozenset[PageFormat]:
+        """Of the full pages, in either part."""
+        return self.sealed_formats | self.rest_formats
+
     def side(self, name: str) -> tuple[Tensor, Tensor]:
         """Of `sides`, with zeros where no sequence of the batch has the part."""
         if name not in self.sides:
@@ -106,8 +113,6 @@ def device_batch(batch: LaneBatch, kv: PagedKV) -> DeviceBatch:
     counts = batch.cu_rows.diff()
     kept, sealed, rest = kv.kept[slots], kv.sealed[slots], kv.rest[slots]
     formats, rest_formats = kv.formats[slots].int(), kv.rest_formats[slots].int()
-    has_sealed, has_rest = sealed.flatten(1).any(1), rest.flatten(1).any(1)
-    present = torch.cat([formats[has_sealed], rest_formats[has_rest]]).unique().tolist()
     parts = {
         "slots": batch.slots,
         "cu_rows": batch.cu_rows,
@@ -136,7 +141,8 @@ def device_batch(batch: LaneBatch, kv: PagedKV) -> DeviceBatch:
         rows=rows,
         most_rows=int(counts.max()) if size else 0,
         positions_end=int(batch.positions.max()) + 1 if rows else 0,
-        formats=frozenset(PageFormat(fmt) for fmt in present),
+        sealed_formats=_present(formats, sealed),
+        rest_formats=_present(rest_formats, rest),
         table=device_table(kv),
         sides=_sides(batch, kv),
         **on_device,
@@ -194,6 +200,11 @@ def _check_pages(kv: PagedKV, slots: Tensor, columns: Tensor) -> None:
     ):
         if bool((((pages < 0) | (pages >= len(kv.data))) & used).any()):
             raise IndexError(f"a page of a lane is not in the arena of {len(kv.data)} pages")
+
+
+def _present(formats: Tensor, pages: Tensor) -> frozenset[PageFormat]:
+    """Those of formats [B] of which a sequence has any of its pages [B, layers, kv_heads]."""
+    return frozenset(PageFormat(fmt) for fmt in formats[pages.flatten(1).any(1)].unique().tolist())
 
 
 def _modes(batch: LaneBatch, kv: PagedKV) -> Tensor:

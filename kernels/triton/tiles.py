@@ -96,7 +96,8 @@ def keys_at(
     else:
         codes = key_codes(page, d, t, seen, FORMAT, D, C).to(tl.float32)
         if FORMAT == FP8:
-            numbers = codes * (tl.load(f16_part(page, key_scale_offset(FORMAT, D, C))).to(tl.float32) * 256)
+            scale = tl.load(f16_part(page, key_scale_offset(FORMAT, D, C))).to(tl.float32) * 256
+            numbers = tl.where(seen, codes * scale, 0.0)
         else:
             scales, zeros = key_scales(page, d, t, FORMAT, D, C)
             numbers = tl.where(seen, codes * scales + zeros, 0.0)
@@ -113,7 +114,8 @@ def values_at(
     else:
         codes = value_codes(page, t, d, seen, FORMAT, D, C).to(tl.float32)
         if FORMAT == FP8:
-            numbers = codes * (tl.load(f16_part(page, value_scale_offset(FORMAT, D, C))).to(tl.float32) * 256)
+            scale = tl.load(f16_part(page, value_scale_offset(FORMAT, D, C))).to(tl.float32) * 256
+            numbers = tl.where(seen, codes * scale, 0.0)
         else:
             scales, zeros = value_scales(page, t, d, seen, FORMAT, D, C)
             numbers = tl.where(d < D, codes * scales + zeros, 0.0)

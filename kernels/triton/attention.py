@@ -1,0 +1,193 @@
+"""Attention of a step's rows over what their lanes keep (the formula is in kernels/reference/attention.py).
+
+Sequences with few rows (decode) share each part of a lane among programs, whose results `merge` puts together; those
+with many (chunks) have a program for each block of rows, which goes through the parts of the lane one after the other.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from winnow.kernels.kv import LaneBatch, PagedKV
+from winnow.kernels.layout import PageFormat
+from winnow.kernels.triton.attend import OPEN, REST, SEALED, attend, merge
+from winnow.kernels.triton.config import LEAST_TOKENS, SPLITS, Tile, attend_tile
+from winnow.kernels.triton.device import upload
+from winnow.kernels.triton.step import DeviceBatch, device_batch
+from winnow.kernels.triton.votes import add_votes
+
+
+def attention(q: Tensor, batch: LaneBatch, kv: PagedKV, layer: int, scale: float, window: int) -> Tensor:
+    """q [T, Hq, D] f32 or bf16 -> [T, Hq * D], of q's type; adds to `kv.mass` where rows vote."""
+    layers, heads = kv.table.shape[1:3]
+    dim = kv.layout.head_dim
+    if q.dim() != 3 or q.shape[2] != dim or q.shape[1] % heads or len(q) != len(batch.positions):
+        raise ValueError(f"q {list(q.shape)} is not [{len(batch.positions)}, heads, {dim}] for {heads} KV heads")
+    if not 0 <= layer < layers:
+        raise IndexError(f"layer {layer} is not among {layers}")
+    native, q, group = device_batch(batch, kv), q.contiguous(), q.shape[1] // heads
+    out = torch.empty_like(q)
+    lse = q.new_empty(q.shape[:2], dtype=torch.float32) if "mass" in native.sides else None
+    decode, chunk = (attend_tile(is_decode, group, dim, q.dtype == torch.float32) for is_decode in (True, False))
+    counts = batch.cu_rows.diff()
+    few = decode.M // group
+    shared = _arguments(native, kv, layer, scale, window, group)
+    if bool(((counts > 0) & (counts <= few)).any()):
+        _decode(q, out, lse, native, kv, decode, min(native.most_rows, few), shared)
+    if native.most_rows > few:
+        _chunks(q, out, lse, native, kv, chunk, _blocks(counts, few, chunk.M // group), shared)
+    if lse is not None:
+        add_votes(q, lse, batch, kv, layer, scale, window)
+    return out.flatten(1)
+
+
+def _decode(
+    q: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+    native: DeviceBatch,
+    kv: PagedKV,
+    tile: Tile,
+    most_rows: int,
+    shared: dict[str, Any],
+) -> None:
+    heads, width = kv.table.shape[2:]
+    parts = _parts(native, kv.layout.compute)
+    most_tokens = width * max(kv.layout.capacity(fmt) for _, fmt in parts)
+    splits = min(SPLITS, max(1, triton.cdiv(most_tokens, LEAST_TOKENS)))
+    columns = list(dict.fromkeys(part for part, _ in parts))
+    slots_of_row = len(columns) * splits
+    partial = q.new_empty(native.size * most_rows, q.shape[1], slots_of_row, q.shape[2], dtype=torch.float32)
+    partial_lse = q.new_empty(partial.shape[:-1], dtype=torch.float32)
+    for part, fmt in parts:
+        attend[(splits, heads, native.size)](
+            q,
+            partial,
+            partial_lse,
+            None,
+            None,
+            blocks=None,
+            most_rows=most_rows,
+            slot=columns.index(part) * splits,
+            slots_of_row=slots_of_row,
+            IS_DECODE=True,
+            SPLITS=SPLITS,
+            **_of_part(native, kv, part, fmt, tile),
+            **shared,
+        )
+    merge[(native.size * most_rows, q.shape[1])](
+        partial,
+        partial_lse,
+        out,
+        lse,
+        native.cu_rows,
+        most_rows,
+        len(columns),
+        splits,
+        D=q.shape[2],
+        HEADS=q.shape[1],
+        ROWS=tile.M // shared["GROUP"],
+        SPLITS=SPLITS,
+    )
+
+
+def _chunks(
+    q: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+    native: DeviceBatch,
+    kv: PagedKV,
+    tile: Tile,
+    blocks: Tensor,
+    shared: dict[str, Any],
+) -> None:
+    parts = _parts(native, kv.layout.compute)
+    before = before_lse = None
+    if len(parts) > 1:
+        before = torch.empty_like(q, dtype=torch.float32)
+        before_lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+    for part, fmt in parts:
+        is_last = part == int(OPEN)
+        attend[(len(blocks), kv.table.shape[2])](
+            q,
+            out if is_last else before,
+            lse if is_last else before_lse,
+            before,
+            before_lse,
+            blocks=blocks,
+            most_rows=0,
+            slot=0,
+            slots_of_row=1,
+            IS_DECODE=False,
+            SPLITS=1,
+            **_of_part(native, kv, part, fmt, tile),
+            **shared,
+        )
+
+
+def _blocks(counts: Tensor, few: int, rows: int) -> Tensor:
+    """[n, 2] int32 on the device: b and first row of each block of `rows` rows, in sequences with more than `few`."""
+    many = torch.where(counts > few, -(-counts // rows), 0)
+    b = torch.repeat_interleave(torch.arange(len(counts), dtype=torch.int32), many.long())
+    first = torch.arange(len(b), dtype=torch.int32) - (many.cumsum(0, dtype=torch.int32) - many)[b]
+    return upload(torch.stack([b, first * rows], 1))
+
+
+def _parts(native: DeviceBatch, compute: PageFormat) -> list[tuple[int, PageFormat]]:
+    """Every part and format that lanes of the step have, in the order of the parts."""
+    sealed = [(int(SEALED), fmt) for fmt in sorted(native.sealed_formats)]
+    return [*sealed, *((int(REST), fmt) for fmt in sorted(native.rest_formats)), (int(OPEN), compute)]
+
+
+def _of_part(native: DeviceBatch, kv: PagedKV, part: int, fmt: PageFormat, tile: Tile) -> dict[str, Any]:
+    return {
+        "formats": native.rest_format if part == int(REST) else native.sealed_format,
+        "PART": part,
+        "FORMAT": int(fmt),
+        "C": kv.layout.capacity(fmt),
+        "M": tile.M,
+        "N": tile.N,
+        "LEAST": triton.cdiv(LEAST_TOKENS, tile.N),
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+
+
+def _arguments(native: DeviceBatch, kv: PagedKV, layer: int, scale: float, window: int, group: int) -> dict[str, Any]:
+    """What all launches of a call are given, by name of the parameters of `attend`."""
+    _, layers, heads, width = kv.table.shape
+    sides = native.sides
+    positions, weights = (sides.get(name, (None, None)) for name in ("positions", "log_weights"))
+    choices = sides.get("choices", (None, None))
+    return {
+        "data": kv.data,
+        "table": native.table,
+        "slots": native.slots,
+        "cu_rows": native.cu_rows,
+        "positions": native.positions,
+        "kept": native.kept,
+        "sealed": native.sealed,
+        "rest": native.rest,
+        "open_tokens": native.open_tokens,
+        "lane_positions": positions[0] if window > 0 else None,
+        "position_tokens": positions[1] if window > 0 else None,
+        "log_weights": weights[0],
+        "weight_tokens": weights[1],
+        "choices": choices[0],
+        "choice_tokens": choices[1],
+        "modes": None if native.modes is None else native.modes[layer],
+        "layer": layer,
+        "layers": layers,
+        "width": width,
+        "scale": scale,
+        "window": window,
+        "PAGE_BYTES": kv.layout.page_bytes,
+        "D": kv.layout.head_dim,
+        "HEADS": heads,
+        "GROUP": group,
+        "WINDOWED": window > 0,
+    }
