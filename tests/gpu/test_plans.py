@@ -19,6 +19,8 @@ from ..engine.profiles import profiles_of
 from ..models.checkpoints import prompt_of, random_model
 from ..prompt.messages import TEXT, message
 
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
 NEW = 24
 PROMPT = prompt_of(150, 3)
 PLANS: dict[str, dict[str, Any]] = {"none": {}} | {name: {"kv": kv} for name, kv in KV.items()}
