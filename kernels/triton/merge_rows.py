@@ -26,7 +26,7 @@ def nearest_rows(x: Tensor, x_counts: Tensor, y: Tensor, y_counts: Tensor) -> tu
         x, y = _unit_rows(x, x_counts), _unit_rows(y, y_counts)
         sizes = {"D": dim, "CHANNELS": 16 if dim % 32 else 32, "TILE": 64}
         _nearest[lanes, triton.cdiv(rows, 64)](
-            x, x_counts, y, y_counts, index, cosine, rows, y.shape[1], **sizes, num_warps=4
+            x, x_counts, y, y_counts, index, cosine, rows, y.shape[1], **sizes, num_warps=8
         )
     return index, cosine
 
