@@ -5,6 +5,7 @@
                 x[t] likewise, where the GPU multiplies e4m3;  y = (codes[t] · codes[n]) · scale[t] · scale[n] + b
 
 Sums are in f32. The libraries cut them by how many rows there are, so a row's last bits may depend on its company.
+After `use_batch_invariant` all products are those of kernels/triton/matmul.py, where x stays bf16 beside fp8 too.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from winnow.kernels.dispatch import WeightKind
+from winnow.kernels.triton import matmul
 from winnow.kernels.triton.device import architecture, device, upload
 
 TYPES: dict[WeightKind, torch.dtype] = {"f32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
@@ -52,6 +54,15 @@ class PackedWeight:
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in (self.values, self.scale, self.bias) if part is not None)
+
+
+_is_batch_invariant = False
+
+
+def use_batch_invariant(on: bool) -> None:
+    """From now on a row of a product has the same bits in any company, or the libraries' speed."""
+    global _is_batch_invariant
+    _is_batch_invariant = on
 
 
 def pack(weight: Tensor, kind: WeightKind, bias: Tensor | None = None) -> PackedWeight:
@@ -90,6 +101,8 @@ def linear(x: Tensor, w: PackedWeight, out: Tensor | None = None, accumulate: bo
         raise ValueError(f"out must be {x.dtype} {[len(x), w.rows]} or float32, not {out.dtype} {list(out.shape)}")
     if not len(x):
         return out
+    if _is_batch_invariant:
+        return matmul.product(x, w.values, w.scale, w.bias, out, accumulate)
     if w.scale is None and out.dtype == x.dtype:
         if accumulate:
             torch.addmm(out, x, w.values.T, out=out)
