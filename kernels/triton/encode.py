@@ -65,7 +65,7 @@ def encode(
         D=layout.head_dim,
         C=layout.capacity(fmt),
         PAGE_BYTES=layout.page_bytes,
-        num_warps=4,
+        num_warps=8,
     )
 
 

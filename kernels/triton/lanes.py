@@ -38,17 +38,17 @@ class Lanes:
         check_slot(kv, slot)
         kept, sealed, rest = (ints(part[slot, layers]) for part in (kv.kept, kv.sealed, kv.rest))
         formats = (*sealed_formats(kv, slot), kv.layout.compute)
-        second = sealed * kv.layout.capacity(formats[0])
-        third = second + rest * kv.layout.capacity(formats[1])
-        if min(sealed.min(), rest.min(), (kept - third).min()) < 0:
+        tokens, columns = np.zeros((2, 4, len(kept)), np.int64)
+        tokens[1], tokens[3], columns[1] = sealed * kv.layout.capacity(formats[0]), kept, sealed
+        np.add(tokens[1], rest * kv.layout.capacity(formats[1]), out=tokens[2])
+        np.add(sealed, rest, out=columns[2])
+        np.add(columns[2], -((tokens[2] - kept) // kv.layout.page_tokens), out=columns[3])
+        if (tokens[1:] < tokens[:-1]).any():
             raise ValueError(f"slot {slot}: a lane's full pages hold more tokens than it keeps")
-        opened = sealed + rest
-        columns = opened + -(-(kept - third) // kv.layout.page_tokens)
         table = kv.table[slot, layers].flatten(0, 1).numpy()
-        if columns.max() > table.shape[1]:
-            raise IndexError(f"a lane of {columns.max()} pages in a table {table.shape[1]} wide")
-        none = np.zeros_like(kept)
-        return cls(formats, np.stack([none, second, third, kept]), np.stack([none, sealed, opened, columns]), table)
+        if columns[3].max() > table.shape[1]:
+            raise IndexError(f"a lane of {columns[3].max()} pages in a table {table.shape[1]} wide")
+        return cls(formats, tokens, columns, table)
 
     def leading(self, fmt: PageFormat, page_tokens: int) -> Ints:
         """[N]: full pages in `fmt` that each lane begins with."""
@@ -63,60 +63,60 @@ class Lanes:
         """[N, W]: the table from column `first` to the last one in use; IndexError for a page beyond `pages`."""
         end = self.columns[3]
         table = self.table[:, first : max(int(end.max()), first + 1)]
-        in_use = np.arange(first, first + table.shape[1]) < end[:, None]
-        check_pages(table[in_use], pages)
+        if not 0 <= table.min() <= table.max() < pages:  # which may be so beyond a lane's own end
+            check_pages(table[np.arange(first, first + table.shape[1]) < end[:, None]], pages)
         return table
 
 
 @dataclass(frozen=True)
 class Pages:
-    """Pages to be written in one format, in the order of their lanes."""
+    """Pages to be written, format after format, and for each in the order of their lanes."""
 
-    fmt: PageFormat
-    items: Ints
+    formats: list[PageFormat]
+    items: NDArray[np.int32]
     """[4, n]: page, lane, first of the lane's tokens that go there, how many do"""
+    ends: Ints
+    """[formats, N]: where those of a lane end"""
 
-    def among(self, first: int, last: int) -> tuple[int, int]:
-        """The range of those of lanes `first` to `last` - 1."""
-        begin, end = np.searchsorted(self.items[1], [first, last])
-        return int(begin), int(end)
+    def among(self, part: int, first: int, last: int) -> tuple[int, int]:
+        """The range of those that have the format `part` and are of lanes `first` to `last` - 1."""
+        before = part * self.ends.shape[1] + first
+        return int(self.ends.flat[before - 1]) if before else 0, int(self.ends[part, last - 1])
 
 
 def destinations(
     kv: PagedKV, counts: Ints, table: NDArray[np.int32], parts: list[tuple[Ints, Ints, PageFormat]]
-) -> list[Pages]:
+) -> Pages:
     """Which of `counts` [N] tokens go to which pages of `table` [N, W].
 
     Each part (from, to, format) takes full pages to its columns, and what is left goes to open pages behind the last.
     """
-    layout, width = kv.layout, table.shape[1]
-    done, written = np.zeros_like(counts), []
-    for first, last, fmt in parts:
-        capacity = layout.capacity(fmt)
-        taken = (last - first) * capacity
-        if first.min() < 0 or taken.min() < 0 or (taken > counts - done).any():
-            raise ValueError(f"the tokens do not fill the pages in {fmt.label}")
-        if last.max() > width:
-            raise IndexError(f"a lane of {last.max()} pages in a table {width} wide")
-        written.append(_listed(fmt, capacity, first, taken, done, table))
-        done = done + taken
-    closed, capacity = parts[-1][1], layout.page_tokens
-    if (closed + -(-(counts - done) // capacity)).max() > width:
-        raise IndexError(f"a lane has more pages than its table of {width} columns")
-    written.append(_listed(layout.compute, capacity, closed, counts - done, done, table))
-    for part in written:
-        check_pages(part.items[0], len(kv.data))
-    return written
-
-
-def _listed(fmt: PageFormat, capacity: int, first: Ints, tokens: Ints, done: Ints, table: NDArray[np.int32]) -> Pages:
-    """The pages from column `first` on that take `tokens` tokens of each lane, the first of which is `done`."""
-    count = -(-tokens // capacity)
-    lane = np.repeat(np.arange(len(count)), count)
-    place = np.arange(len(lane)) - np.repeat(np.cumsum(count) - count, count)
-    begin = place * capacity
-    page = table[lane, first[lane] + place]
-    return Pages(fmt, np.stack([page, lane, done[lane] + begin, np.minimum(tokens[lane] - begin, capacity)]))
+    layout, (lanes, width) = kv.layout, table.shape
+    formats = [*(fmt for _, _, fmt in parts), layout.compute]
+    capacity = np.array([layout.capacity(fmt) for fmt in formats])[:, None]
+    first = np.stack([*(begin for begin, _, _ in parts), parts[-1][1]])
+    taken = np.stack([end - begin for begin, end, _ in parts]) * capacity[:-1]
+    done = np.zeros_like(first)
+    np.cumsum(taken, 0, out=done[1:])
+    tokens = np.concatenate([taken, (counts - done[-1])[None]])
+    if first.min() < 0 or tokens.min() < 0:
+        raise ValueError(f"the tokens do not fill the pages in {' and '.join(fmt.label for fmt in formats[:-1])}")
+    pages = -(-tokens // capacity)
+    if (first + pages).max() > width:
+        raise IndexError(f"a lane of {(first + pages).max()} pages in a table {width} wide")
+    # One item for each page: `row` says of which part and lane, `place` which of these it is.
+    pages, ends = pages.ravel(), pages.cumsum()
+    row = np.repeat(np.arange(len(pages)), pages)
+    part, lane = np.divmod(row, lanes)
+    place = np.arange(len(row)) - (ends - pages)[row]
+    size = capacity[part, 0]
+    items = np.empty((4, len(row)), np.int32)
+    items[0] = table[lane, first.ravel()[row] + place]
+    items[1] = lane
+    items[2] = done.ravel()[row] + place * size
+    items[3] = np.minimum(tokens.ravel()[row] - place * size, size)
+    check_pages(items[0], len(kv.data))
+    return Pages(formats, items, ends.reshape(len(formats), lanes))
 
 
 def check_pages(ids: NDArray[np.signedinteger], pages: int) -> None:

@@ -63,9 +63,7 @@ def write_lanes(
         raise ValueError(f"from {count.min()} to {count.max()} tokens, but {keys.shape[1]} are given")
     pages = destinations(kv, count, dst_table.numpy(), [(ints(start), ints(dst_sealed), fmt)])
     keys, values = keys.contiguous(), values.contiguous()
-    for part, items in zip(pages, upload_together([part.items for part in pages]), strict=True):
-        if items.numel():
-            encode(kv.data, kv.layout, part.fmt, items, 0, items.shape[1], keys, values, 0)
+    _write(kv, pages, upload(torch.from_numpy(pages.items)), keys, values, 0)
 
 
 def repack(
@@ -127,11 +125,11 @@ def _move(
     table: NDArray[np.int32],
     keep: Tensor | None,
     present: list[int],
-    pages: list[Pages],
+    pages: Pages,
 ) -> None:
     """Gathers what `where` says and writes it to `pages`, one group of lanes after the other."""
     counts, layout = where[0], kv.layout
-    on_device, columns, *items = upload_together([where, table, *(part.items for part in pages)])
+    on_device, columns, items = upload_together([where, table, pages.items])
     kept = None if keep is None else upload(keep)
     # Numbers that are bf16 in all of their pages need no more on their way.
     is_narrow = all(lanes.formats[part] is PageFormat.BF16 for part in present)
@@ -149,10 +147,15 @@ def _move(
             continue
         for part in present:
             gather(kv.data, layout, lanes.formats[part], part, on_device, columns, kept, k, v, first, longest)
-        for target, listed in zip(pages, items, strict=True):
-            begin, end = target.among(first, last)
-            if begin < end:
-                encode(kv.data, layout, target.fmt, listed, begin, end - begin, k, v, first)
+        _write(kv, pages, items, k, v, first)
+
+
+def _write(kv: PagedKV, pages: Pages, items: Tensor, keys: Tensor, values: Tensor, lane: int) -> None:
+    """Writes those of `pages` whose lanes, from `lane` on, are in `keys` and `values`."""
+    for part, fmt in enumerate(pages.formats):
+        begin, end = pages.among(part, lane, lane + len(keys))
+        if begin < end:
+            encode(kv.data, kv.layout, fmt, items, begin, end - begin, keys, values, lane)
 
 
 def _described(lanes: Lanes, counts: Ints, stay: Ints, column: int) -> Ints:
@@ -179,12 +182,23 @@ def _checked(lanes: Lanes, keep: Tensor | None, counts: Ints, stay: Ints, ascend
     if counts.max() > keep.shape[2]:
         raise ValueError(f"{counts.max()} tokens were announced, {keep.shape[2]} are listed")
     keep = keep.flatten(0, 1).to(torch.int32).contiguous()
+    if not counts.any():
+        return keep
     listed = keep.numpy()[:, : counts.max()]
-    is_read = np.arange(listed.shape[1]) < counts[:, None]
-    if ((listed < stay[:, None]) & is_read).any() or ((listed >= kept[:, None]) & is_read).any():
+    place, is_ragged = np.arange(listed.shape[1]), counts.min() < counts.max()
+    if ascending:
+        falls = listed[:, 1:] <= listed[:, :-1]
+        if is_ragged:
+            falls &= place[1:] < counts[:, None]
+        if falls.any():
+            raise IndexError("tokens to keep must ascend")
+        lowest, highest = listed[:, 0], listed[np.arange(len(counts)), counts - 1]
+    else:
+        is_read = place < counts[:, None]
+        lowest = listed.min(1, where=is_read, initial=np.iinfo(np.int32).max)
+        highest = listed.max(1, where=is_read, initial=-1)
+    if (((lowest < stay) | (highest >= kept)) & (counts > 0)).any():
         raise IndexError("tokens to keep must lie behind those that stay, within their lanes")
-    if ascending and ((listed[:, 1:] <= listed[:, :-1]) & is_read[:, 1:]).any():
-        raise IndexError("tokens to keep must ascend")
     return keep
 
 

@@ -159,8 +159,8 @@ def test_a_second_format_is_laid_out_behind_the_first(triton: Backend, reference
         table = kv.table[slot].clone()
         if fresh:
             table[:] = state.free[: table.numel()].view(table.shape)
-        else:  # the page of the second part that stays is not a destination
-            table[0, 0, 1:3], table[0, 0, 3:7] = kv.table[slot, 0, 0, [1, 3]], kv.table[slot, 0, 0, [4, 5, 6, 3]]
+        else:  # own pages that do not stay, a sealed one for one of the second part
+            table[0, 0, [1, 3]] = table[0, 0, [3, 1]]
         table = torch.cat([table, state.free[-24:].view(1, 2, 12)], dim=2)
         counts = int32([[len(tokens) for tokens in chosen]])
         ops.repack(kv, slot, keep, counts, start, table, sealed, INT4, Rest(rest_start, rest, INT2))
