@@ -9,6 +9,7 @@ Results are written after every measurement. A measurement that fails is named i
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import sys
@@ -26,6 +27,8 @@ if not torch.cuda.is_available():  # before Triton is imported
 
 import triton
 
+import gpu_baseline
+import gpu_engine
 import gpu_kernels
 from gpu_clock import HAS_GPU, first, seconds_replayed
 from gpu_section import TINY, Section, Sizes
@@ -38,6 +41,8 @@ SECTIONS = {
     "prefill": (gpu_kernels.prefill, 60),
     "repack": (gpu_kernels.repack, 40),
     "rows": (gpu_kernels.rows, 60),
+    "engine": (gpu_engine.engine, 150),
+    "baseline": (gpu_baseline.baseline, 60),
 }
 """What is measured, in this order, and the seconds after which the rest of a section is left out"""
 
@@ -95,7 +100,7 @@ def main(
         with torch.inference_mode():
             for name in only or SECTIONS:
                 measure, limit_s = SECTIONS[name]
-                section = Section(name, report, sizes, limit_s, write)
+                section = Section(name, report, sizes, math.inf if tiny else limit_s, write)
                 console.print(f"{time.monotonic() - began:6.0f} s  {name}", highlight=False)
                 measure(section, backend(ops))  # type: ignore[arg-type]
                 write()

@@ -17,7 +17,6 @@ from gpu_lanes import BF16, LLAMA, PAGE_TOKENS, SMOL, Heads, Lanes, lanes, layer
 from gpu_section import Section
 from winnow.kernels.dispatch import Backend, WeightKind
 from winnow.kernels.layout import PageFormat, PageLayout
-from winnow.kernels.triton.linear import use_batch_invariant
 
 try:
     from flash_attn import flash_attn_with_kvcache
@@ -188,19 +187,17 @@ class Kernels:
         title = f"Row by row, {self.section.sizes.hidden} and {self.section.sizes.wide} wide"
         self.section.table("rows", title).add(row, f"{rows} rows", "µs", 1e6 * self.replayed([call]))
 
-    def linear(self, name: str, n: int, k: int, kind: WeightKind | None, is_invariant: bool) -> None:
-        """`kind` None: torch's own product in bf16. `is_invariant`: rows have the same bits in any company."""
+    def linear(self, name: str, n: int, k: int, kind: WeightKind | None) -> None:
+        """`kind` None: torch's own product in bf16."""
         copies = -(-self.section.cache_bytes * 4 // (2 * n * k))
         plain = [self.randn(n, k) / k**0.5 for _ in range(copies)]
         packed = [] if kind is None else [self.ops.pack(weight.float(), kind) for weight in plain]
         for rows in self.section.sizes.rows:
             x = self.randn(rows, k)
             own = [partial(self.ops.linear, x, weight) for weight in packed]
-            use_batch_invariant(is_invariant)
             taken = self.replayed(own or [partial(linear, x, weight) for weight in plain])
-            use_batch_invariant(False)
-            row = f"{name} {n} x {k}, {kind or 'torch bf16'}{', batch-invariant' if is_invariant else ''}"
-            self.section.table("linear", "Matrix products").add(row, f"{rows} rows", "µs", 1e6 * taken)
+            table = self.section.table("linear", "Matrix products")
+            table.add(f"{name} {n} x {k}, {kind or 'torch bf16'}", f"{rows} rows", "µs", 1e6 * taken)
 
 
 def _sdpa(kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -256,14 +253,7 @@ def rows(section: Section, ops: Backend) -> None:
             section.run(f"{one.__name__} of {count} rows", partial(one, count))
     qkv = (LLAMA.heads + 2 * LLAMA.kv_heads) * LLAMA.dim
     shapes = {"qkv": (qkv, sizes.hidden), "gate_up": (2 * sizes.wide, sizes.hidden), "down": (sizes.hidden, sizes.wide)}
-    ways: tuple[tuple[WeightKind | None, bool], ...] = (
-        ("bf16", False),
-        ("fp8", False),
-        ("bf16", True),
-        ("fp8", True),
-        (None, False),
-    )
+    kinds: tuple[WeightKind | None, ...] = ("bf16", "fp8", None)
     for name, (n, k) in shapes.items():
-        for kind, is_invariant in ways:
-            what = f"linear {name} {kind or 'torch'}{' batch-invariant' if is_invariant else ''}"
-            section.run(what, partial(kernels.linear, name, n, k, kind, is_invariant))
+        for kind in kinds:
+            section.run(f"linear {name} {kind or 'torch'}", partial(kernels.linear, name, n, k, kind))

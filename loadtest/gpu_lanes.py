@@ -68,11 +68,9 @@ def lanes(
     kv.kept.fill_(context)
     kv.sealed.fill_(sealed)
     kv.formats.fill_(int(fmt))
-    _repeat(kv.data, _pattern(layout, fmt if sealed else BF16))
+    fill(kv.data, layout, fmt if sealed else BF16)
     if sealed:
-        pages = kv.table[..., sealed:].flatten().long().to(device)
-        pattern = _pattern(layout, BF16).to(device)
-        kv.data[pages] = pattern[torch.arange(len(pages), device=device) % PATTERN]
+        fill_pages(kv.data, layout, kv.table[..., sealed:].flatten().long())
     for slot in range(sequences) if votes else ():
         kv.mass[slot] = torch.zeros(layers, shape.kv_heads, context, device=device)
     batch = LaneBatch(
@@ -92,6 +90,21 @@ def layers_beyond_cache(shape: Heads, sequences: int, context: int, fmt: PageFor
     return min(16, max(2, -(-4 * cache_bytes // one)))
 
 
+def fill(data: Tensor, layout: PageLayout, fmt: PageFormat | None = None) -> None:
+    """Makes full pages of all pages [n, page_bytes], in the compute format if no other is named."""
+    pattern = _pattern(layout, layout.compute if fmt is None else fmt).to(data.device)
+    whole = len(data) // PATTERN
+    data[: whole * PATTERN].view(whole, *pattern.shape).copy_(pattern)
+    data[whole * PATTERN :].copy_(pattern[: len(data) - whole * PATTERN])
+
+
+def fill_pages(data: Tensor, layout: PageLayout, pages: Tensor) -> None:
+    """The same of some `pages` [n] int64, in the compute format."""
+    pattern = _pattern(layout, layout.compute).to(data.device)
+    for some in pages.to(data.device).split(1 << 15):
+        data[some] = pattern[torch.arange(len(some), device=data.device) % PATTERN]
+
+
 @cache
 def _pattern(layout: PageLayout, fmt: PageFormat) -> Tensor:
     """[PATTERN, page_bytes] uint8: full pages of tokens of unit scale."""
@@ -99,9 +112,3 @@ def _pattern(layout: PageLayout, fmt: PageFormat) -> Tensor:
     keys, values = (torch.randn(tokens, layout.head_dim, generator=rng) for _ in range(2))
     raw = encode_pages(keys, values, layout, fmt)
     return torch.nn.functional.pad(raw, (0, layout.page_bytes - raw.shape[1]))
-
-
-def _repeat(data: Tensor, pattern: Tensor) -> None:
-    pattern, whole = pattern.to(data.device), len(data) // PATTERN
-    data[: whole * PATTERN].view(whole, *pattern.shape).copy_(pattern)
-    data[whole * PATTERN :].copy_(pattern[: len(data) - whole * PATTERN])

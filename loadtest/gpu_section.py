@@ -6,11 +6,15 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from gpu_clock import HAS_GPU
+from gpu_model import LLAMA_8B
+from gpu_model import TINY as TINY_MODEL
 from report import Report, Table
+from winnow.kernels.dispatch import WeightKind
 
 
 @dataclass(frozen=True)
@@ -26,10 +30,40 @@ class Sizes:
     hidden: int = 4096
     wide: int = 14336
     rows: tuple[int, ...] = (1, 8, 64, 2048)
+    model: dict[str, Any] = field(default_factory=lambda: LLAMA_8B)
+    weights: WeightKind = "bf16"
+    arena_gib: float = 48
+    max_seqs: int = 256
+    engine_decode: tuple[tuple[int, int], ...] = ((1, 8192), (32, 8192), (8, 8192), (64, 2048), (64, 8192), (8, 2048))
+    engine_prefill: tuple[tuple[int, int], ...] = ((1, 8192), (8, 2048))
+    capacity_context: int = 8192
+    capacity_gib: float = 12
+    baseline: tuple[tuple[int, int], ...] = ((1, 8192), (8, 8192), (1, 2048), (8, 2048))
+    warm_steps: int = 5
+    """Before steps are timed: the engine records them meanwhile"""
+    steps: int = 16
 
 
 TINY = Sizes(
-    decode=((2, 70), (1, 40)), prefill=(32, 64), chunk=32, layers=2, repacked=256, hidden=64, wide=128, rows=(1, 3)
+    decode=((2, 70), (1, 40)),
+    prefill=(32, 64),
+    chunk=32,
+    layers=2,
+    repacked=256,
+    hidden=64,
+    wide=128,
+    rows=(1, 3),
+    model=TINY_MODEL,
+    weights="f32",
+    arena_gib=0.004,
+    max_seqs=12,
+    engine_decode=((2, 96), (9, 1000)),
+    engine_prefill=((1, 96),),
+    capacity_context=96,
+    capacity_gib=0.0003,
+    baseline=((2, 96),),
+    warm_steps=1,
+    steps=1,
 )
 """For a rehearsal where there is no GPU"""
 

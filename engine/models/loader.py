@@ -24,7 +24,7 @@ from winnow.engine.models.files import read_json, resolve_model
 from winnow.engine.models.gguf_file import GgufFile
 from winnow.kernels.dispatch import Backend, Weight, WeightKind
 
-__all__ = ["load_model", "resolve_model"]
+__all__ = ["build_model", "load_model", "resolve_model"]
 
 log = logging.getLogger(__name__)
 
@@ -77,12 +77,13 @@ def load_model(path_or_name: str, ops: Backend, weights: WeightKind) -> Decoder:
         source = GgufSource(file, config)
     _check(config, source)
     log.info("loading %s: %s, %d layers, weights in %s", path, config.architecture, config.layers, weights)
-    decoder = _build(config, source, ops, weights)
+    decoder = build_model(config, source, ops, weights)
     log.info("loaded %s: %.2f GiB in %.1f s", path, decoder.nbytes / 2**30, time.monotonic() - began)
     return decoder
 
 
-def _build(config: ModelConfig, source: Source, ops: Backend, kind: WeightKind) -> Decoder:
+def build_model(config: ModelConfig, source: Source, ops: Backend, kind: WeightKind) -> Decoder:
+    """A model of a source's tensors, which must be those that the config asks for."""
     vocabulary = Matrix(((_EMBEDDING, config.vocab_size),), config.hidden_size, False)
     specs = [*_matrices(config, "").values(), vocabulary]
     device, dtype = ops.device(), torch.bfloat16 if kind == "bf16" else torch.float32

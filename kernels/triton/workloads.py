@@ -16,7 +16,6 @@ from winnow.kernels.dispatch import Backend, WeightKind
 from winnow.kernels.kv import LaneBatch, PagedKV, Rest
 from winnow.kernels.layout import PageFormat, PageLayout
 from winnow.kernels.reading import ReadMode, ReadRule, ReadState
-from winnow.kernels.triton.linear import use_batch_invariant
 from winnow.kernels.vote import Vote
 
 LAYERS = 2
@@ -172,18 +171,12 @@ def rows(ops: Backend, model: Model) -> Iterator[Workload]:
             ops.linear(x, weight)
             ops.linear(x[:, :256].contiguous(), ops.pack(torch.zeros(hidden, 256), kind), out=x, accumulate=True)
 
-    def invariant_linear(count: int) -> None:
-        use_batch_invariant(True)
-        linear(count)
-        use_batch_invariant(False)
-
     for what, count in (("decode", 1), ("prefill", 200)):
         step, x = Step(model, rows=count), torch.zeros(5 * count, hidden, dtype=model.dtype)
         yield Workload(f"{model.name}, {what}, rope_write", partial(rope_write, step))
         yield Workload(f"{model.name}, {what}, rms_norm", partial(ops.rms_norm, x, torch.ones(hidden), 1e-5))
         yield Workload(f"{model.name}, {what}, silu_mul", partial(ops.silu_mul, x.repeat(1, 4)))
         yield Workload(f"{model.name}, {what}, linear", partial(linear, 5 * count))
-        yield Workload(f"{model.name}, {what}, batch-invariant linear", partial(invariant_linear, 5 * count))
 
 
 def signals(ops: Backend, model: Model) -> Iterator[Workload]:
