@@ -27,6 +27,7 @@ from winnow.engine.config import EngineSettings
 from winnow.engine.errors import ModelError, PlanNotSupported, PromptTooLong, RequestError
 from winnow.engine.facts import info_of, stats_of
 from winnow.engine.forced import Observer, forced_outputs, forced_rows, forced_spans
+from winnow.engine.graphs import Graphs
 from winnow.engine.memory import arena_pages
 from winnow.engine.messages import (
     EngineInfo,
@@ -102,7 +103,10 @@ class Engine:
         self.scheduler = Scheduler(
             self.arena, self.cache, self.table, settings.max_step_tokens, self.side, self.pressure.relieve
         )
-        self.runner = Runner(model, self.arena)
+        self.graphs: Graphs | None = None
+        if settings.device == "cuda" and settings.cuda_graphs:
+            self.graphs = Graphs(model, self.arena.kv, settings.max_seqs)
+        self.runner = Runner(model, self.arena, self.graphs)
         self.sampler = Sampler()
         self.speculator = Speculator(self.arena, self.side, self.table)
         self.shortener = Shortener(settings, config, self.arena.kv, ops)

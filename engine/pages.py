@@ -26,6 +26,9 @@ Ints = NDArray[np.int32]
 
 NO_PAGES: Ints = np.empty(0, np.int32)
 
+WIDTH = 64
+"""Pages that a lane's row of the table has room for at first"""
+
 
 class OutOfPages(Exception):
     """No page is free and none can be reclaimed. Never leaves the engine: the scheduler preempts."""
@@ -37,7 +40,8 @@ class PageArena:
     def __init__(self, layout: PageLayout, pages: int, slots: int, layers: int, kv_heads: int, ops: Backend):
         self.layout = layout
         self.lanes = layers * kv_heads
-        self.kv = PagedKV.allocate(layout, pages, slots, layers, kv_heads, width=32, device=ops.device())
+        # The last page is nobody's: rows that only fill a step up write there.
+        self.kv = PagedKV.allocate(layout, pages + 1, slots, layers, kv_heads, WIDTH, ops.device())
         self.refs: Ints = np.zeros(pages, np.int32)
         self.columns: Ints = np.zeros((slots, layers, kv_heads), np.int32)
         """Pages of each lane: the entries of `table` in use"""
@@ -214,11 +218,11 @@ class PageArena:
         return self.sealed[slots] * sealed[:, None, None] + self.rest[slots] * rest[:, None, None]
 
     def _reserve_width(self, width: int) -> None:
-        """Grows the table to at least `width` columns, in steps of a quarter."""
+        """Grows the table to at least `width` columns, at least twofold: who knows its address looks it up anew."""
         old = self.table.shape[-1]
         if width <= old:
             return
-        width = max(width, old + old // 4)
+        width = max(width, 2 * old)
         table = torch.full((*self.kv.table.shape[:3], width), -1, dtype=torch.int32)
         table[..., :old] = self.kv.table
         self.kv.table = table

@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0
 STATS_EVERY_S = 0.1
+WARM_UP_S = 60.0
+"""Longest time for what is recorded before the first request"""
 POLL_S = 0.005
 """How often threads are asked for what they do beside the engine"""
 
@@ -117,7 +119,10 @@ def build_engine(settings: EngineSettings) -> Engine:
     ops = _gpu(settings) if settings.device == "cuda" else _cpu(threads)
     model = load_model(settings.model, ops, settings.weights)
     path = resolve_model(settings.model)
-    return Engine(settings, model, ops, settings.model, load_profiles(path), load_frontier(path))
+    engine = Engine(settings, model, ops, settings.model, load_profiles(path), load_frontier(path))
+    if engine.graphs is not None:
+        engine.graphs.warm_up(WARM_UP_S)
+    return engine
 
 
 def _cpu(threads: int) -> Backend:

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from winnow.engine.graphs import Graphs
 from winnow.engine.models.decoder import Watch
 from winnow.engine.pages import Ints, PageArena
 from winnow.engine.probe import Probe
@@ -46,9 +47,10 @@ class Look:
 class Runner:
     """Stateless beside the model and the arena."""
 
-    def __init__(self, model: Model, arena: PageArena):
+    def __init__(self, model: Model, arena: PageArena, graphs: Graphs | None = None):
         self._model = model
         self._arena = arena
+        self._graphs = graphs
 
     def _there(self, host: NDArray[Any]) -> Tensor:
         return to_device(torch.from_numpy(host), self._arena.kv.device)
@@ -98,6 +100,10 @@ class Runner:
         lanes = _lanes(batch, starts, positions)
         if looks := _looks(batch, starts, lanes.cu_rows.numpy()):
             return self._probe(self._there(tokens), lanes, rows, looks)
+        if self._graphs is not None and len(tokens) == len(batch.seqs) and not len(batch.more_rows):
+            logits = self._graphs.run(torch.from_numpy(tokens), lanes)
+            if logits is not None:
+                return logits
         return self._model.forward(self._there(tokens), lanes, self._arena.kv, rows)
 
     def _stage(self, batch: ScheduledBatch, layers: range) -> Tensor | None:

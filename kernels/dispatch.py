@@ -2,8 +2,7 @@
 
 A backend is a package with functions of these names: `winnow.kernels.reference` (torch, exact), `winnow.kernels.cpu`
 (C++) and `winnow.kernels.triton` (GPU). On the CPU a row's result has the same bits alone and among any batch mates,
-and however its prompt was cut into chunks; on the GPU the kernels over pages keep the first half of that, and matrix
-products where they are asked to (kernels/triton/linear.py).
+and however its prompt was cut into chunks; on the GPU the kernels over pages keep the first half of that.
 
 Activations have the dtype that `embed` gives them: f32 on the CPU, that of the weights on the GPU. Pages, side state
 and activations are on the backend's device, tables and batches in host memory.

@@ -7,8 +7,8 @@ one copy. Nothing here waits for the device.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class DeviceTable:
     source: tuple[int, torch.Size]
     """Address and shape of the host's table that it is a copy of"""
     table: Tensor
-    """[slots, layers, kv_heads, width] int32"""
+    """[slots + 1, layers, kv_heads, width] int32; in the last row, which is no slot's, the arena's last page"""
 
 
 @dataclass(slots=True)
@@ -47,7 +47,7 @@ class DeviceBatch:
     rest_formats: frozenset[PageFormat]
     """of those in a second format"""
     table: Tensor
-    """[slots, layers, kv_heads, width]: the one thing that is indexed by slot"""
+    """[slots + 1, layers, kv_heads, width]: the one thing that is indexed by slot"""
     slots: Tensor
     """[B]"""
     cu_rows: Tensor
@@ -70,6 +70,8 @@ class DeviceBatch:
     """[B]"""
     rest_format: Tensor
     """[B]"""
+    memory: Tensor
+    """Where all of this lies, but for the table"""
     sides: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Name of a part of `PagedKV` that is held by slot -> addresses [B] int64, 0 for a slot without, and capacities [B]
     int32 (the last dimension). A name is there if any sequence of the batch has the part. So with "choices", which
@@ -80,6 +82,10 @@ class DeviceBatch:
     """columns.py makes them when first asked for"""
     ballot: Any = None
     """So does votes.py"""
+    tokens: Tensor | None = None
+    """[T]: what the rows read, where it was brought along"""
+    no_side: tuple[Tensor, Tensor] | None = None
+    """Zeros, made when first asked for"""
 
     @property
     def formats(self) -> frozenset[PageFormat]:
@@ -88,15 +94,18 @@ class DeviceBatch:
 
     def side(self, name: str) -> tuple[Tensor, Tensor]:
         """Of `sides`, with zeros where no sequence of the batch has the part."""
-        if name not in self.sides:
-            self.sides[name] = (torch.zeros_like(self.slots, dtype=torch.int64), torch.zeros_like(self.slots))
-        return self.sides[name]
+        if name in self.sides:
+            return self.sides[name]
+        if self.no_side is None:
+            self.no_side = (torch.zeros_like(self.slots, dtype=torch.int64), torch.zeros_like(self.slots))
+        return self.no_side
 
 
 def device_table(kv: PagedKV) -> Tensor:
-    """[slots, layers, kv_heads, width] int32: the lane tables as the engine has them."""
+    """[slots + 1, layers, kv_heads, width] int32: the lane tables as the engine has them, and a row for `padded`."""
     if not _has_copy(kv):
-        kv.native = DeviceTable((kv.table.data_ptr(), kv.table.shape), upload(kv.table))
+        table = pad(kv.table, (0, 0, 0, 0, 0, 0, 0, 1), value=len(kv.data) - 1)
+        kv.native = DeviceTable((kv.table.data_ptr(), kv.table.shape), upload(table))
     elif kv.stale:
         slots = torch.tensor(sorted(kv.stale))
         kv.native.table[upload(slots)] = upload(kv.table[slots])
@@ -106,8 +115,28 @@ def device_table(kv: PagedKV) -> Tensor:
 
 def device_batch(batch: LaneBatch, kv: PagedKV) -> DeviceBatch:
     """The step on the device, brought over when first asked for: tables and side state must be in place before."""
-    if isinstance(batch.native, DeviceBatch):
-        return batch.native
+    if not isinstance(batch.native, DeviceBatch):
+        batch.native = bring(host_step(batch, kv), kv)
+    return cast(DeviceBatch, batch.native)
+
+
+@dataclass(frozen=True, slots=True)
+class HostStep:
+    """What is to be brought over, in host memory."""
+
+    parts: dict[str, Tensor]
+    """What `DeviceBatch` has under these names; of `sides`, "name at" and "name room" """
+    size: int
+    rows: int
+    most_rows: int
+    positions_end: int
+    sealed_formats: frozenset[PageFormat]
+    rest_formats: frozenset[PageFormat]
+    sides: tuple[str, ...]
+
+
+def host_step(batch: LaneBatch, kv: PagedKV) -> HostStep:
+    """IndexError or ValueError for what would lead a kernel outside the arena."""
     slots, size, rows = batch.slots.long(), len(batch.slots), len(batch.positions)
     open_tokens = check_batch(batch, kv, rows)
     counts = batch.cu_rows.diff()
@@ -130,25 +159,103 @@ def device_batch(batch: LaneBatch, kv: PagedKV) -> DeviceBatch:
         batch.make_room_for_choices(kv)
     if batch.choices:
         parts["modes"] = _modes(batch, kv)
-    # Each part begins at a multiple of 16 bytes: kernels are compiled for what they are told of alignment.
-    flat = [pad(part.reshape(-1), (0, -part.numel() % 4)) for part in parts.values()]
-    pieces = upload(torch.cat(flat)).split([len(part) for part in flat])
-    on_device = {
-        name: piece[: part.numel()].view(part.shape) for (name, part), piece in zip(parts.items(), pieces, strict=True)
-    }
-    native = DeviceBatch(
+    sides = _sides(batch, kv)
+    for name, (addresses, capacities) in sides.items():
+        parts |= {_at(name): addresses, _room(name): capacities}
+    return HostStep(
+        parts=parts,
         size=size,
         rows=rows,
         most_rows=int(counts.max()) if size else 0,
         positions_end=int(batch.positions.max()) + 1 if rows else 0,
         sealed_formats=_present(formats, sealed),
         rest_formats=_present(rest_formats, rest),
-        table=device_table(kv),
-        sides=_sides(batch, kv),
-        **on_device,
+        sides=tuple(sides),
     )
-    batch.native = native
-    return native
+
+
+def bring(step: HostStep, kv: PagedKV) -> DeviceBatch:
+    """The step on the device: one copy that is under way, and what changed of the tables."""
+    memory = upload(_flat(step))
+    pieces = memory.split([_padded_size(part) for part in step.parts.values()])
+    views = {
+        name: piece.view(part.dtype)[: part.numel()].view(part.shape)
+        for (name, part), piece in zip(step.parts.items(), pieces, strict=True)
+    }
+    sides = {name: (views.pop(_at(name)), views.pop(_room(name))) for name in step.sides}
+    return DeviceBatch(
+        size=step.size,
+        rows=step.rows,
+        most_rows=step.most_rows,
+        positions_end=step.positions_end,
+        sealed_formats=step.sealed_formats,
+        rest_formats=step.rest_formats,
+        table=device_table(kv),
+        memory=memory,
+        sides=sides,
+        **views,
+    )
+
+
+def bring_into(there: DeviceBatch, step: HostStep, kv: PagedKV) -> None:
+    """The same in the place of an earlier step of the same shape, whose addresses stay."""
+    device_table(kv)
+    flat = _flat(step)
+    there.memory.copy_(flat.pin_memory() if there.memory.is_cuda else flat, non_blocking=True)
+
+
+def padded(step: HostStep, size: int, kv: PagedKV) -> HostStep:
+    """A step of sequences with one row each, with further ones up to `size` that are nobody's.
+
+    Theirs is the row of the tables behind all slots, where `device_table` puts the arena's last page, and one token in
+    it. Nothing that anybody reads is in that page.
+    """
+    more, compute = size - step.size, int(kv.layout.compute)
+    last = {"slots": len(kv.table), "first_vote": 1, "kept": 1, "open_tokens": 1}
+    last |= {"sealed_format": compute, "rest_format": compute}
+    parts = {
+        name: torch.cat([part, part.new_full((more, *part.shape[1:]), last.get(name, 0))])
+        for name, part in step.parts.items()
+    }
+    parts["owners"] = torch.arange(size, dtype=torch.int32)
+    parts["cu_rows"] = torch.arange(size + 1, dtype=torch.int32)
+    return replace(step, parts=parts, size=size, rows=size)
+
+
+def nobody(
+    size: int,
+    kv: PagedKV,
+    sealed_formats: frozenset[PageFormat],
+    rest_formats: frozenset[PageFormat],
+    sides: tuple[str, ...],
+) -> HostStep:
+    """A step of rows that are nobody's, for which kernels are chosen as for lanes of these."""
+    none = torch.empty(0, dtype=torch.int32)
+    empty = host_step(LaneBatch(none, torch.zeros(1, dtype=torch.int32), none, none), kv)
+    for name in sides:
+        empty.parts.update({_at(name): none.long(), _room(name): none})
+    empty.parts["tokens"] = none
+    alike = replace(empty, most_rows=1, sealed_formats=sealed_formats, rest_formats=rest_formats, sides=sides)
+    return padded(alike, size, kv)
+
+
+def _at(side: str) -> str:
+    return f"{side} at"
+
+
+def _room(side: str) -> str:
+    return f"{side} room"
+
+
+def _padded_size(part: Tensor) -> int:
+    """int32 words: each part begins at a multiple of 16 bytes, since kernels are compiled for what they are told of
+    alignment."""
+    return -(-part.nbytes // 16) * 4
+
+
+def _flat(step: HostStep) -> Tensor:
+    words = [part.reshape(-1).view(torch.int32) for part in step.parts.values()]
+    return torch.cat([pad(part, (0, -part.numel() % 4)) for part in words])
 
 
 def check_batch(batch: LaneBatch, kv: PagedKV, rows: int) -> Tensor:
@@ -229,5 +336,5 @@ def _sides(batch: LaneBatch, kv: PagedKV) -> dict[str, tuple[Tensor, Tensor]]:
             for part, tokens in zip(parts, longest, strict=True):
                 if part is not None and name != "moments" and part.shape[-1] < tokens:
                     raise IndexError(f"{tokens} tokens in a lane, but {name} for {part.shape[-1]}")
-            sides[name] = (upload(torch.tensor(addresses)), upload(torch.tensor(capacities, dtype=torch.int32)))
+            sides[name] = (torch.tensor(addresses), torch.tensor(capacities, dtype=torch.int32))
     return sides

@@ -8,6 +8,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():  # before Triton is imported
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from winnow.engine.models.decoder import Decoder
 from winnow.engine.models.loader import load_model

@@ -1,0 +1,141 @@
+"""Recorded steps: on a GPU, a step in which every sequence has one row is launched as one CUDA graph.
+
+A graph is recorded for a number of rows and for what kernels are chosen by: the formats of full pages and the side
+state that lanes have. What it reads of a step is brought to where it was when the graph was recorded; a step of fewer
+rows is filled up with nobody's. It holds the tables' address: where they grow, it is recorded again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from winnow.engine.models.decoder import Decoder
+from winnow.kernels.kv import LaneBatch, PagedKV
+from winnow.kernels.layout import PageFormat
+
+if TYPE_CHECKING:
+    from winnow.kernels.triton.step import DeviceBatch, HostStep
+
+log = logging.getLogger(__name__)
+
+SIDES = {"positions", "log_weights"}
+"""Side state that kernels only read; with other parts there is more to a step than a graph records"""
+
+WORTH_IT = 2
+"""Steps of a kind that were seen before one is recorded: it takes as long as several steps"""
+
+MOST = 256
+"""Graphs that are kept"""
+
+
+class Kind(NamedTuple):
+    rows: int
+    sealed_formats: frozenset[PageFormat]
+    rest_formats: frozenset[PageFormat]
+    sides: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    step: DeviceBatch
+    """What it reads"""
+    replay: Callable[[], object]
+
+
+class Graphs:
+    """The recorded steps of one model and arena."""
+
+    def __init__(self, model: Decoder, kv: PagedKV, most_rows: int):
+        from winnow.kernels.triton import step
+
+        self._step = step
+        self._model = model
+        self._kv = kv
+        self._sizes = sizes(most_rows)
+        self._recorded: dict[Kind, Recorded] = {}
+        self._seen: Counter[Kind] = Counter()
+        self._table = 0
+        self._is_gpu = kv.device.type == "cuda"
+        self._logits = torch.empty((self._sizes[-1], model.config.vocab_size), device=kv.device)
+        self._pool = torch.cuda.graph_pool_handle() if self._is_gpu else None
+
+    def warm_up(self, within_s: float) -> None:
+        """Records steps of sequences without a plan, the smallest first, until that has taken so long."""
+        began = time.monotonic()
+        self._forget_if_moved()
+        for rows in self._sizes:
+            if time.monotonic() - began > within_s:
+                break
+            self._record(Kind(rows, frozenset(), frozenset(), ()))
+        log.info("recorded %d steps in %.1f s", len(self._recorded), time.monotonic() - began)
+
+    def run(self, tokens: Tensor, batch: LaneBatch) -> Tensor | None:
+        """[B, vocab] float32 logits after a step of one row for each sequence, valid until the next one; None, and only
+        `batch` brought to the device, where there is no graph for it. `tokens` [B] int32 are in host memory."""
+        host, kv = self._step.host_step(batch, self._kv), self._kv
+        host.parts["tokens"] = tokens
+        recorded = self._find(host)
+        if recorded is None:
+            batch.native = self._step.bring(host, kv)
+            return None
+        self._step.bring_into(recorded.step, self._step.padded(host, recorded.step.size, kv), kv)
+        recorded.replay()
+        return self._logits[: len(tokens)]
+
+    def _find(self, host: HostStep) -> Recorded | None:
+        if "modes" in host.parts or not SIDES.issuperset(host.sides) or host.size > self._sizes[-1]:
+            return None
+        if host.positions_end > self._model.config.max_position:
+            raise IndexError(f"a position is not below {self._model.config.max_position}")
+        rows = next(size for size in self._sizes if size >= host.size)
+        kind = Kind(rows, host.sealed_formats, host.rest_formats, host.sides)
+        self._forget_if_moved()
+        self._seen[kind] += 1
+        if kind not in self._recorded and self._seen[kind] >= WORTH_IT:
+            self._record(kind)
+        return self._recorded.get(kind)
+
+    def _forget_if_moved(self) -> None:
+        address = self._step.device_table(self._kv).data_ptr()
+        if address != self._table:
+            self._recorded.clear()
+            self._table = address
+
+    @torch.inference_mode()
+    def _record(self, kind: Kind) -> None:
+        if len(self._recorded) == MOST:
+            del self._recorded[next(iter(self._recorded))]
+        kv, device = self._kv, self._kv.device
+        nobody = self._step.nobody(kind.rows, kv, *kind[1:])
+        rows = torch.arange(kind.rows, device=device)
+        out = self._logits[: kind.rows]
+
+        def forward(step: DeviceBatch) -> None:
+            parts = nobody.parts
+            lanes = LaneBatch(parts["slots"], parts["cu_rows"], parts["positions"], parts["first_vote"], native=step)
+            assert step.tokens is not None
+            self._model.logits(self._model.hidden(step.tokens, lanes, kv, rows), out)
+
+        step = self._step.bring(nobody, kv)
+        if not self._is_gpu:  # Triton's interpreter: the same without a graph
+            self._recorded[kind] = Recorded(step, lambda: forward(step))
+            return
+        forward(self._step.bring(nobody, kv))  # compiles what is to be recorded
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            forward(step)
+        self._recorded[kind] = Recorded(step, graph.replay)
+
+
+def sizes(most: int) -> list[int]:
+    """Numbers of rows that steps are recorded for: none takes many more than it needs."""
+    steps: Iterable[int] = (1, 2, 4, *range(8, 257, 8), *range(288, 1025, 32))
+    return [*(size for size in steps if size < most), min(most, 1024)]
