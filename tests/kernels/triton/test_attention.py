@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from winnow.kernels.dispatch import Backend
 from winnow.kernels.layout import PageFormat, PageLayout
+from winnow.kernels.reading import ReadMode, ReadRule, ReadState
 
-from ..build import Held, State, build, randn
+from ..build import Held, State, assert_same_bits, build, one_sequence, randn
 
 F32, BF16, INT8, INT4, INT2, FP8 = PageFormat
 
@@ -52,3 +55,89 @@ CASES = {
 def test_attention_matches_the_reference(triton: Backend, reference: Backend, held: list[Held]) -> None:
     compute = BF16 if all(F32 not in (one.fmt, one.rest_fmt) for one in held) else F32
     _assert_parity(triton, reference, build(PageLayout(64, compute), held), group=3)
+
+
+@pytest.mark.parametrize(("group", "dim"), [(1, 80), (7, 16), (16, 32), (20, 256)])
+def test_head_shapes(triton: Backend, reference: Backend, group: int, dim: int) -> None:
+    held = [
+        Held((9, 20), rows=2, fmt=INT4, sealed=(0, 1), first_vote=1),
+        Held((5,), fmt=INT2, sealed=(1, 0), rest=(0, 1), rest_fmt=FP8),
+        Held((20,), rows=20, fmt=INT8, sealed=(1,)),
+    ]
+    _assert_parity(triton, reference, build(PageLayout(dim, BF16), held, seed=dim), group)
+
+
+@pytest.mark.parametrize("window", [1, 17, 90])
+def test_sliding_windows(triton: Backend, reference: Backend, window: int) -> None:
+    held = [
+        Held((100,)),
+        Held((60, 50), rows=40, evicted=True),
+        Held((60,), rows=45),
+        Held((30, 25), rows=3, sealed=(2, 1)),
+        Held((26,), rows=20, sealed=(3,), evicted=True),
+    ]
+    _assert_parity(triton, reference, build(PageLayout(32), held), group=4, window=window)
+
+
+def test_rows_read_what_they_chose(triton: Backend, reference: Backend) -> None:
+    held = [Held((300,), sealed=(2, 1)), Held((40,), rows=3), Held((90, 70), rows=30, fmt=INT8, sealed=(1, 2))]
+    state, rng = build(PageLayout(32), held, layers=2), torch.Generator().manual_seed(6)
+    rule = ReadRule(torch.tensor([ReadMode.ALL_AND_CHOOSE, ReadMode.CHOSEN], dtype=torch.uint8), tokens=8)
+    slots = state.batch.slots.tolist()
+    for b in (0, 2):
+        state.kv.reading[slots[b]] = ReadState.empty(rule, 2, 2, 4, 32)
+    state.batch.make_room_for_choices(state.kv)
+    for b, choice in state.batch.choices.items():
+        choice.copy_(torch.rand(choice.shape, generator=rng) < 0.1)
+        for head, kept in enumerate(state.kv.kept[slots[b], 1].tolist()):
+            for row in range(choice.shape[0]):
+                choice[row, head, kept - choice.shape[0] + row] = 1
+    q = randn(state.rows, 4, 32, seed=5)
+    for layer in (0, 1):
+        torch.testing.assert_close(
+            _attend(triton, state, q, 0, layer), _attend(reference, state, q, 0, layer), atol=2e-5, rtol=1e-5
+        )
+    # Where nothing is chosen nothing is read: numbers that would spoil the rest.
+    full, pages = int(state.kv.sealed[slots[0], 1, 0]), state.kv.table[slots[0], 1, 0]
+    first = full * state.kv.layout.capacity(INT4)
+    state.batch.choices[0][:, 0, first : first + 128] = 0
+    expected = _attend(reference, state, q, 0, 1)
+    state.kv.data[pages[full : full + 8].long()] = 255
+    torch.testing.assert_close(_attend(triton, state, q, 0, 1), expected, atol=2e-5, rtol=1e-5)
+
+
+def test_attention_adds_to_the_mass(triton: Backend, reference: Backend) -> None:
+    held = [Held((40, 30), rows=20, first_vote=9, sealed=(1, 2)), Held((25,), sealed=(1,), first_vote=0), Held((9,))]
+    state = build(PageLayout(32, BF16), held, layers=2)
+    theirs, q = state.copy(), randn(state.rows, 6, 32)
+    for ops, one in ((triton, state), (reference, theirs)):
+        _attend(ops, one, q, 0, 1)
+    for slot, mass in theirs.kv.mass.items():
+        torch.testing.assert_close(state.kv.mass[slot], mass, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batch_mates_change_no_bit(triton: Backend, dtype: torch.dtype) -> None:
+    # Mates of other formats, a longer lane that makes the table wider, and side state that only they have.
+    held = [
+        Held((70,), rows=2, fmt=INT4, sealed=(2, 1)),
+        Held((40,), rows=40, fmt=INT8, sealed=(1,)),
+        Held((700,), fmt=FP8, sealed=(1,), rest=(2,), rest_fmt=INT2, weighted=True, evicted=True, first_vote=0),
+    ]
+    state = build(PageLayout(16, BF16), held)
+    q = randn(state.rows, 4, 16).to(dtype)
+    out = _attend(triton, state, q, window=50).float()
+    for index in range(2):
+        alone, rows = one_sequence(state.batch, index)
+        narrow = replace(state.kv, table=state.kv.table[..., :12].contiguous())
+        assert_same_bits(triton.attention(q[rows], alone, narrow, 0, 0.25, 50).float(), out[rows])
+
+
+def test_what_does_not_fit_is_refused(triton: Backend) -> None:
+    state = build(PageLayout(16), [Held((3,))])
+    with pytest.raises(ValueError, match="KV heads"):
+        _attend(triton, state, randn(1, 3, 16))
+    with pytest.raises(ValueError, match="is not"):
+        _attend(triton, state, randn(2, 4, 16))
+    with pytest.raises(IndexError, match="layer 1"):
+        _attend(triton, state, randn(1, 4, 16), layer=1)
