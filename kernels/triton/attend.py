@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from winnow.kernels.reading import ReadMode
-from winnow.kernels.triton.tiles import keys_at, padded, values_at
+from winnow.kernels.triton.tiles import float_keys, float_values, keys_at, padded, values_at
 
 SEALED, REST, OPEN = (tl.constexpr(part) for part in range(3))
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -69,6 +69,7 @@ def attend(
     LEAST: tl.constexpr,
     IS_DECODE: tl.constexpr,
     WINDOWED: tl.constexpr,
+    BY_PAGE: tl.constexpr,
 ) -> None:
     """A program has a share (decode) or a block (chunk), a KV head and, in decode, a sequence.
 
@@ -156,6 +157,8 @@ def attend(
         if choices_of_rows != 0:
             choices_of_rows += head * tl.load(choice_tokens + b)
     pages = table + ((tl.load(slots + b).to(tl.int64) * layers + layer) * HEADS + head) * width + first_page
+    if BY_PAGE:
+        one, other = page_ids(pages, begin, tokens, C, N)
     for tile in range(begin, end):
         t = tile * N + tl.arange(0, N)
         held = t < tokens
@@ -164,7 +167,7 @@ def attend(
             seen = seen & (t[None, :] < seen_by_first + row[:, None])
         if WINDOWED:
             position = first_token + t
-            if positions_of_lane != 0:
+            if lane_positions is not None and positions_of_lane != 0:
                 own = positions_of_lane.to(tl.pointer_type(tl.int32)) + lane_of_slot * tl.load(position_tokens + b)
                 position = tl.load(own + position, mask=held, other=0)
             seen = seen & (position[None, :] >= oldest[:, None])
@@ -173,8 +176,15 @@ def attend(
             chosen = tl.load(own[:, None] + (first_token + t)[None, :], mask=seen & (choices_of_rows != 0), other=1)
             seen = seen & (chosen != 0)
         if choices is None or (tl.max(tl.max(seen.to(tl.int32), 1), 0) > 0):
-            page = data + tl.load(pages + t // C, mask=held, other=0).to(tl.int64) * PAGE_BYTES
-            keys = keys_at(page[None, :], d[:, None], (t % C)[None, :], held[None, :], FORMAT, D, C).to(queries.dtype)
+            if BY_PAGE:
+                page, place = data + tl.where(t // C == tile * N // C, one, other).to(tl.int64) * PAGE_BYTES, t % C
+                keys = float_keys(
+                    page[None, :], d[:, None], place[None, :], (t // 8 * 8 < tokens)[None, :], FORMAT, D, C
+                )
+            else:
+                page, place = data + tl.load(pages + t // C, mask=held, other=0).to(tl.int64) * PAGE_BYTES, t % C
+                keys = keys_at(page[None, :], d[:, None], place[None, :], held[None, :], FORMAT, D, C)
+            keys = keys.to(queries.dtype)
             scores = tl.dot(queries, keys, input_precision="ieee") * (scale * LOG2E)
             if log_weights is not None:
                 own = weights_of_lane.to(tl.pointer_type(tl.float32)) + lane_of_slot * tl.load(weight_tokens + b)
@@ -186,11 +196,16 @@ def attend(
             fade = tl.exp2(highest - level)
             shares = tl.exp2(scores - level[:, None])
             total = total * fade + tl.sum(shares, 1)
-            values = values_at(page[:, None], (t % C)[:, None], d[None, :], held[:, None], FORMAT, D, C)
+            if BY_PAGE:
+                values = float_values(page[:, None], place[:, None], d[None, :], held[:, None], FORMAT, D, C)
+            else:
+                values = values_at(page[:, None], place[:, None], d[None, :], held[:, None], FORMAT, D, C)
             acc = tl.dot(
                 shares.to(queries.dtype), values.to(queries.dtype), acc * fade[:, None], input_precision="ieee"
             )
             highest = above
+        if BY_PAGE:
+            one, other = page_ids(pages, tile + 1, tokens, C, N)
 
     acc = acc / tl.where(total == 0, 1.0, total)[:, None]
     level = tl.where(total == 0, float("-inf"), highest + tl.log2(total))
@@ -203,6 +218,19 @@ def attend(
         if not IS_DECODE and PART == OPEN:
             level = level / LOG2E
         tl.store(lse + place, level, mask=is_row)
+
+
+@triton.jit
+def page_ids(
+    pages: tl.tensor, tile: tl.tensor, tokens: tl.tensor, C: tl.constexpr, N: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """Of the page in which a tile begins and of the next one, if that is the tile's too; 0 behind the last token."""
+    first = tile * N // C
+    one = tl.load(pages + first, mask=first * C < tokens, other=0)
+    other = one
+    if N > C:
+        other = tl.load(pages + first + 1, mask=(first + 1) * C < tokens, other=0)
+    return one, other
 
 
 @triton.jit(do_not_specialize=["most_rows", "slots_of_row", "parts", "splits"])

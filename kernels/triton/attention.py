@@ -144,13 +144,15 @@ def _parts(native: DeviceBatch, compute: PageFormat) -> list[tuple[int, PageForm
 
 
 def _of_part(native: DeviceBatch, kv: PagedKV, part: int, fmt: PageFormat, tile: Tile) -> dict[str, Any]:
+    capacity = kv.layout.capacity(fmt)
     return {
         "formats": native.rest_format if part == int(REST) else native.sealed_format,
         "PART": part,
         "FORMAT": int(fmt),
-        "C": kv.layout.capacity(fmt),
+        "C": capacity,
         "M": tile.M,
         "N": tile.N,
+        "BY_PAGE": not fmt.is_quantized and (2 * capacity == tile.N or capacity % tile.N == 0),
         "LEAST": triton.cdiv(LEAST_TOKENS, tile.N),
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,

@@ -57,30 +57,29 @@ def test_attention_matches_the_reference(triton: Backend, reference: Backend, he
     _assert_parity(triton, reference, build(PageLayout(64, compute), held), group=3)
 
 
-@pytest.mark.parametrize(("group", "dim"), [(1, 80), (7, 16), (16, 32), (20, 256)])
+@pytest.mark.parametrize(("group", "dim"), [(1, 80), (7, 16), (20, 32)])
 def test_head_shapes(triton: Backend, reference: Backend, group: int, dim: int) -> None:
     held = [
         Held((9, 20), rows=2, fmt=INT4, sealed=(0, 1), first_vote=1),
         Held((5,), fmt=INT2, sealed=(1, 0), rest=(0, 1), rest_fmt=FP8),
         Held((20,), rows=20, fmt=INT8, sealed=(1,)),
     ]
-    _assert_parity(triton, reference, build(PageLayout(dim, BF16), held, seed=dim), group)
+    _assert_parity(triton, reference, build(PageLayout(dim, BF16), held, kv_heads=1, seed=dim), group)
 
 
-@pytest.mark.parametrize("window", [1, 17, 90])
+@pytest.mark.parametrize("window", [1, 70])
 def test_sliding_windows(triton: Backend, reference: Backend, window: int) -> None:
     held = [
         Held((100,)),
-        Held((60, 50), rows=40, evicted=True),
-        Held((60,), rows=45),
-        Held((30, 25), rows=3, sealed=(2, 1)),
-        Held((26,), rows=20, sealed=(3,), evicted=True),
+        Held((60, 50), rows=9, evicted=True),
+        Held((80,), rows=45),
+        Held((26,), rows=9, sealed=(3,), evicted=True),
     ]
     _assert_parity(triton, reference, build(PageLayout(32), held), group=4, window=window)
 
 
 def test_rows_read_what_they_chose(triton: Backend, reference: Backend) -> None:
-    held = [Held((300,), sealed=(2, 1)), Held((40,), rows=3), Held((90, 70), rows=30, fmt=INT8, sealed=(1, 2))]
+    held = [Held((200,), sealed=(2, 1)), Held((40,), rows=3), Held((50, 30), rows=9, fmt=INT8, sealed=(1, 2))]
     state, rng = build(PageLayout(32), held, layers=2), torch.Generator().manual_seed(6)
     rule = ReadRule(torch.tensor([ReadMode.ALL_AND_CHOOSE, ReadMode.CHOSEN], dtype=torch.uint8), tokens=8)
     slots = state.batch.slots.tolist()
@@ -116,16 +115,15 @@ def test_attention_adds_to_the_mass(triton: Backend, reference: Backend) -> None
         torch.testing.assert_close(state.kv.mass[slot], mass, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_batch_mates_change_no_bit(triton: Backend, dtype: torch.dtype) -> None:
+def test_batch_mates_change_no_bit(triton: Backend) -> None:
     # Mates of other formats, a longer lane that makes the table wider, and side state that only they have.
     held = [
-        Held((70,), rows=2, fmt=INT4, sealed=(2, 1)),
+        Held((70,), rows=2, fmt=INT4, sealed=(2,)),
         Held((40,), rows=40, fmt=INT8, sealed=(1,)),
-        Held((700,), fmt=FP8, sealed=(1,), rest=(2,), rest_fmt=INT2, weighted=True, evicted=True, first_vote=0),
+        Held((600,), fmt=FP8, sealed=(1,), rest=(2,), rest_fmt=INT2, weighted=True, evicted=True, first_vote=0),
     ]
-    state = build(PageLayout(16, BF16), held)
-    q = randn(state.rows, 4, 16).to(dtype)
+    state = build(PageLayout(16, BF16), held, kv_heads=1)
+    q = randn(state.rows, 2, 16).bfloat16()
     out = _attend(triton, state, q, window=50).float()
     for index in range(2):
         alone, rows = one_sequence(state.batch, index)
