@@ -20,7 +20,14 @@ from torch import Tensor
 from winnow.kernels.kv import PagedKV, Rest
 from winnow.kernels.layout import PageFormat
 from winnow.kernels.reference.codec import decode_pages, encode_pages, float_views
-from winnow.kernels.reference.lanes import check_layer, check_pages, check_slot, lane_pages, sealed_formats
+from winnow.kernels.reference.lanes import (
+    check_layer,
+    check_pages,
+    check_slot,
+    lane_pages,
+    sealed_formats,
+    sealed_tokens,
+)
 
 
 def read_lane(kv: PagedKV, slot: int, layer: int, head: int) -> tuple[Tensor, Tensor]:
@@ -100,7 +107,7 @@ def repack(
         keep: [L, Hkv, K] int32, lane indices of the tokens to write, in their new order, padded with -1; None for
             every token behind the first `start` pages. Without `rest` they ascend.
         counts: [L, Hkv] int32, how many tokens are written.
-        start: [L, Hkv] int32, leading pages that stay as they are; they are sealed in `fmt` already.
+        start: [L, Hkv] int32, leading pages that stay as they are; they are full and in `fmt` already.
         dst_table: [L, Hkv, W] int32, the lane's new pages; those that stay are not looked at.
         dst_sealed: [L, Hkv] int32, pages in `fmt` of the new lane, `start` included.
         rest: the part in a second format; None for a lane that had and will have none.
@@ -141,14 +148,23 @@ def _tokens(
 ) -> Tensor:
     """Lane indices of the `count` tokens to move, checked: [count] int64."""
     kept, stay = int(kv.kept[slot, layer, head]), start * kv.layout.capacity(fmt)
-    if start < 0 or start > int(kv.sealed[slot, layer, head]) or (start and fmt != sealed_formats(kv, slot)[0]):
-        raise ValueError(f"the first {start} pages of the lane are not all sealed in {fmt.label}")
+    if not 0 <= start <= _leading(kv, slot, layer, head, fmt):
+        raise ValueError(f"the first {start} pages of the lane are not all full and in {fmt.label}")
     if count < 0 or (keep is not None and count > keep.shape[2]):
         raise ValueError(f"{count} tokens were announced, {0 if keep is None else keep.shape[2]} are listed")
     index = torch.arange(stay, stay + count) if keep is None else keep[layer, head, :count].long()
     if count and (int(index.min()) < stay or int(index.max()) >= kept):
         raise IndexError(f"tokens to keep must lie within {stay}..{kept - 1}")
     return index
+
+
+def _leading(kv: PagedKV, slot: int, layer: int, head: int, fmt: PageFormat) -> int:
+    """Full pages in `fmt` that the lane begins with, be they sealed or not."""
+    sealed, rest, _ = lane_pages(kv, slot, layer, head)
+    full = int(kv.kept[slot, layer, head] - sealed_tokens(kv, slot)[layer, head]) // kv.layout.page_tokens
+    first, second = sealed_formats(kv, slot)
+    formats = [first] * len(sealed) + [second] * len(rest) + [kv.layout.compute] * full
+    return next((i for i, other in enumerate(formats) if other is not fmt), len(formats))
 
 
 def _write_lane(

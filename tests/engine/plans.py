@@ -31,6 +31,6 @@ KV: dict[str, dict[str, Any]] = {
     **{fmt.label: {"format": fmt.label, "residual": 5} for fmt in PageFormat},
     "snapkv, int4": evict("snapkv") | {"format": "int4"},
     **{mix: {"mix": {"policy": mix}} | (evict("h2o") if mix == "mikv" else {}) for mix in MIX},
-    **{read: {"read": {"policy": read, "tokens": 40}} for read in READ},
+    **{read: {"read": {"policy": read, "tokens": 40, "sinks": 2, "recent": 8, "dense_layers": 0}} for read in READ},
 }
 """`kv` of plans, by what is special about them"""

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from winnow.kernels.dispatch import Backend, backend
 from winnow.kernels.layout import PageFormat, PageLayout
 
-from .build import Held, State, assert_same_bits, build, fixed, randn
+from .build import Held, State, assert_same_bits, build, fixed, int32, randn
 from .repacking import Move, plan, stored
 
 F32, BF16, INT8, INT4, INT2, FP8 = PageFormat
@@ -100,6 +100,19 @@ def _check(ops: Backend, move: Move, layout: PageLayout) -> State:
 @pytest.mark.parametrize("compute", [F32, BF16])
 def test_lanes_hold_the_chosen_tokens(ops: Backend, move: Move, fresh: bool, compute: PageFormat) -> None:
     _check(ops, _placed(move, fresh), PageLayout(32, compute))
+
+
+@pytest.mark.parametrize("compute", [F32, BF16])
+def test_full_pages_stay_that_nobody_sealed(ops: Backend, compute: PageFormat) -> None:
+    """As an eviction leaves those before the first token that goes."""
+    move = Move(Held((150, 60), fmt=compute), compute, keep=(30, 5), start=(2, 1, 0), residual=999)
+    _check(ops, move, PageLayout(32, compute))
+    state = _state(move, PageLayout(32, compute))
+    for start in ((10, 1), (0, -1)):  # a lane of 150 tokens has nine full pages
+        repack = plan(state, int(state.batch.slots[0]), move)
+        repack.start[0] = int32(start)
+        with pytest.raises((ValueError, IndexError)):
+            repack.run(ops, state.kv)
 
 
 @moves
