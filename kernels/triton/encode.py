@@ -35,49 +35,62 @@ def encode(
     data: Tensor,
     layout: PageLayout,
     fmt: PageFormat,
-    pages: Tensor,
-    first: int,
-    count: int,
+    part: int,
+    parts: int,
+    tokens: Tensor,
+    table: Tensor,
+    width: int,
     keys: Tensor,
     values: Tensor,
-    first_lane: int,
+    first: int,
+    most: int,
 ) -> None:
-    """Writes `count` pages in `fmt`.
+    """Writes one part of some lanes' pages.
 
     Args:
-        pages: [4, N] int32: the page, the lane, the first of the lane's tokens that goes there, a multiple of 8, and
-            how many do: as many as fit, but for a float format. Those from `first` on are written.
-        keys, values: [n, tokens, D] f32 or bf16 of the lanes from `first_lane` on. The channels of values follow each
+        part: of `parts`; `fmt` is its format.
+        tokens: [3, parts, N] int32: the column of `table` in which a part of a lane begins, the first of the lane's
+            tokens that goes there, a multiple of 8, and how many do: whole pages, but for a float format.
+        table: [N, width] int32, page ids.
+        keys, values: [n, tokens, D] f32 or bf16, of n lanes from lane `first` on. The channels of values follow each
             other; keys may lie in any way.
+        most: tokens that go to this part of one of these lanes.
     """
     assert values.stride(2) == 1
-    _encode[count, 2](
+    capacity = layout.capacity(fmt)
+    _encode[len(keys), triton.cdiv(most, capacity), 2](
         data,
-        pages,
+        tokens,
+        table,
         keys,
         values,
         first,
-        pages.shape[1],
-        first_lane,
+        part,
+        parts,
+        tokens.numel() // (3 * parts),
+        width,
         *keys.stride(),
         *values.stride()[:2],
         FORMAT=int(fmt),
         D=layout.head_dim,
-        C=layout.capacity(fmt),
+        C=capacity,
         PAGE_BYTES=layout.page_bytes,
         num_warps=8,
     )
 
 
-@triton.jit(do_not_specialize=["first", "page_count", "first_lane"])
+@triton.jit(do_not_specialize=["first", "part", "parts", "lane_count", "table_width"])
 def _encode(
     data: tl.tensor,
-    pages: tl.tensor,
+    tokens: tl.tensor,
+    table: tl.tensor,
     keys: tl.tensor,
     values: tl.tensor,
     first: tl.tensor,
-    page_count: tl.tensor,
-    first_lane: tl.tensor,
+    part: tl.tensor,
+    parts: tl.tensor,
+    lane_count: tl.tensor,
+    table_width: tl.tensor,
     key_lane: tl.tensor,
     key_token: tl.tensor,
     key_channel: tl.tensor,
@@ -88,37 +101,66 @@ def _encode(
     C: tl.constexpr,
     PAGE_BYTES: tl.constexpr,
 ) -> None:
-    """Program (page, side)."""
-    item = pages + first + tl.program_id(0)
-    page = data + tl.load(item).to(tl.int64) * PAGE_BYTES
-    lane = (tl.load(item + page_count) - first_lane).to(tl.int64)
-    token = tl.multiple_of(tl.load(item + 2 * page_count), 8)
-    held = tl.load(item + 3 * page_count)
-    if tl.program_id(1) == 0:
-        source = keys + lane * key_lane + token * key_token
-        if is_float(FORMAT):
-            _put_floats(source, float_part(page, 0, FORMAT), key_channel, key_token, D, held, D, C)
+    """Program (lane, page of the part, side)."""
+    row = tl.program_id(0).to(tl.int64)
+    lane, place = first + row, tl.program_id(1)
+    described, apart = tokens + part * lane_count + lane, parts * lane_count
+    held = tl.minimum(tl.load(described + 2 * apart) - place * C, C)
+    if held > 0:
+        column = tl.load(described) + place
+        page = data + tl.load(table + lane * table_width + column).to(tl.int64) * PAGE_BYTES
+        token = tl.multiple_of(tl.load(described + apart) + place * C, 8)
+        if tl.program_id(2) == 0:
+            _put_keys(keys + row * key_lane + token * key_token, page, key_channel, key_token, held, FORMAT, D, C)
         else:
-            scales = f16_part(page, key_scale_offset(FORMAT, D, C))
-            if FORMAT == FP8:
-                _put_fp8(source, page, scales, key_channel, key_token, D, C)
-            else:
-                zeros = f16_part(page, key_zero_offset(FORMAT, D, C))
-                BLOCK: tl.constexpr = GROUP if FORMAT == INT2 else C
-                _put_integers(source, page, scales, zeros, key_channel, key_token, FORMAT, D, C, BLOCK)
+            _put_values(values + row * value_lane + token * value_token, page, value_token, held, FORMAT, D, C)
+
+
+@triton.jit
+def _put_keys(
+    source: tl.tensor,
+    page: tl.tensor,
+    channel: tl.tensor,
+    token: tl.tensor,
+    held: tl.tensor,
+    FORMAT: tl.constexpr,
+    D: tl.constexpr,
+    C: tl.constexpr,
+) -> None:
+    """Keys of `held` tokens, whose channels and tokens are so far apart."""
+    if is_float(FORMAT):
+        _put_floats(source, float_part(page, 0, FORMAT), channel, token, D, held, D, C)
     else:
-        source = values + lane * value_lane + token * value_token
-        if is_float(FORMAT):
-            codes = float_part(page, values_offset(FORMAT, D, C), FORMAT)
-            _put_floats(source, codes, value_token, 1, held, D, C, D)
+        scales = f16_part(page, key_scale_offset(FORMAT, D, C))
+        if FORMAT == FP8:
+            _put_fp8(source, page, scales, channel, token, D, C)
         else:
-            codes = page + values_offset(FORMAT, D, C)
-            scales = f16_part(page, value_scale_offset(FORMAT, D, C))
-            if FORMAT == FP8:
-                _put_fp8(source, codes, scales, value_token, 1, C, D)
-            else:
-                zeros = f16_part(page, value_zero_offset(FORMAT, D, C))
-                _put_integers(source, codes, scales, zeros, value_token, 1, FORMAT, C, D, value_block(FORMAT, D))
+            zeros = f16_part(page, key_zero_offset(FORMAT, D, C))
+            BLOCK: tl.constexpr = GROUP if FORMAT == INT2 else C
+            _put_integers(source, page, scales, zeros, channel, token, FORMAT, D, C, BLOCK)
+
+
+@triton.jit
+def _put_values(
+    source: tl.tensor,
+    page: tl.tensor,
+    token: tl.tensor,
+    held: tl.tensor,
+    FORMAT: tl.constexpr,
+    D: tl.constexpr,
+    C: tl.constexpr,
+) -> None:
+    """Values of `held` tokens that are so far apart."""
+    OFFSET: tl.constexpr = values_offset(FORMAT, D, C)
+    if is_float(FORMAT):
+        _put_floats(source, float_part(page, OFFSET, FORMAT), token, 1, held, D, C, D)
+    else:
+        scales = f16_part(page, value_scale_offset(FORMAT, D, C))
+        if FORMAT == FP8:
+            _put_fp8(source, page + OFFSET, scales, token, 1, C, D)
+        else:
+            zeros = f16_part(page, value_zero_offset(FORMAT, D, C))
+            _put_integers(source, page + OFFSET, scales, zeros, token, 1, FORMAT, C, D, value_block(FORMAT, D))
 
 
 @triton.constexpr_function

@@ -19,10 +19,11 @@ def gather(
     part: int,
     lanes: Tensor,
     table: Tensor,
+    width: int,
     keep: Tensor | None,
     keys: Tensor,
     values: Tensor,
-    first_lane: int,
+    first: int,
     count: int,
 ) -> None:
     """Writes the tokens in one part of their lanes to `keys` and `values`; the others' places stay as they are.
@@ -31,14 +32,14 @@ def gather(
         part: 0 for the sealed pages, 1 for those in the second format, 2 for the open ones; `fmt` is its format.
         lanes: [9, N] int32: how many tokens are read of each lane, the first of them where `keep` is None, the lane
             index at which each part begins and the last ends (4), the column of `table` at which each part begins (3).
-        table: [N, W] int32, page ids.
+        table: [N, width] int32, page ids.
         keep: [N, K] int32, lane indices of the tokens; None: they follow each other.
-        keys, values: [n, count or more, D] of lanes `first_lane` to `first_lane` + n - 1, f32, or bf16 for pages that
+        keys, values: [n, count or more, D] of n lanes from lane `first` on, f32, or bf16 for pages that
             are. The channels of values follow each other; keys may lie in any way.
         count: of the tokens of the longest of these lanes.
     """
-    dim, width = layout.head_dim, padded(layout.head_dim)
-    tile = max(16, min(64, 8192 // width))
+    dim = layout.head_dim
+    tile = max(16, min(64, 8192 // padded(dim)))
     assert values.stride(2) == 1
     _gather[len(keys), triton.cdiv(count, tile)](
         data,
@@ -47,10 +48,10 @@ def gather(
         table if keep is None else keep,
         keys,
         values,
-        first_lane,
+        first,
         part,
-        lanes.shape[1],
-        table.shape[1],
+        lanes.numel() // 9,
+        width,
         0 if keep is None else keep.shape[1],
         *keys.stride(),
         *values.stride()[:2],

@@ -6,7 +6,9 @@ reads or writes anything. Arrays go by lane, layer by layer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +38,7 @@ class Lanes:
     @classmethod
     def of(cls, kv: PagedKV, slot: int, layers: slice = slice(None)) -> Lanes:
         check_slot(kv, slot)
-        kept, sealed, rest = (ints(part[slot, layers]) for part in (kv.kept, kv.sealed, kv.rest))
+        kept, sealed, rest = (ints(part, (slot, layers)) for part in (kv.kept, kv.sealed, kv.rest))
         formats = (*sealed_formats(kv, slot), kv.layout.compute)
         tokens, columns = np.zeros((2, 4, len(kept)), np.int64)
         tokens[1], tokens[3], columns[1] = sealed * kv.layout.capacity(formats[0]), kept, sealed
@@ -45,7 +47,7 @@ class Lanes:
         np.add(columns[2], -((tokens[2] - kept) // kv.layout.page_tokens), out=columns[3])
         if (tokens[1:] < tokens[:-1]).any():
             raise ValueError(f"slot {slot}: a lane's full pages hold more tokens than it keeps")
-        table = kv.table[slot, layers].flatten(0, 1).numpy()
+        table = kv.table.numpy()[slot, layers].reshape(len(kept), -1)
         if columns[3].max() > table.shape[1]:
             raise IndexError(f"a lane of {columns[3].max()} pages in a table {table.shape[1]} wide")
         return cls(formats, tokens, columns, table)
@@ -69,54 +71,85 @@ class Lanes:
 
 
 @dataclass(frozen=True)
-class Pages:
-    """Pages to be written, format after format, and for each in the order of their lanes."""
+class Source:
+    """Tokens that are to be read."""
+
+    present: dict[int, PageFormat]
+    """The parts of the lanes where any of them may be"""
+    described: Ints
+    """[9, N]: how many of each lane, the first of them if they are not listed, `Lanes.tokens`, and the columns of
+    `table` at which the three parts begin"""
+    table: NDArray[np.int32]
+    """[N, W]"""
+
+    @classmethod
+    def of(cls, kv: PagedKV, lanes: Lanes, counts: Ints, stay: Ints, column: int = 0) -> Source:
+        """`counts` [N] tokens of each lane, none among the first `stay`, which no column before `column` holds."""
+        behind = np.where(counts > 0, stay, lanes.tokens[3])
+        parts = np.flatnonzero((np.maximum(lanes.tokens[:3], behind) < lanes.tokens[1:]).any(1)).tolist()
+        described = np.concatenate([counts[None], stay[None], lanes.tokens, lanes.columns[:3] - column])
+        present = {part: lanes.formats[part] for part in parts}
+        return cls(present, described, lanes.pages(len(kv.data), column))
+
+    @property
+    def counts(self) -> Ints:
+        return self.described[0]
+
+    @property
+    def arrays(self) -> tuple[Ints, NDArray[np.int32]]:
+        """What kernels are told."""
+        return self.described, self.table
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The pages that tokens are written to: in several parts, the last of which are open pages."""
 
     formats: list[PageFormat]
-    items: NDArray[np.int32]
-    """[4, n]: page, lane, first of the lane's tokens that go there, how many do"""
-    ends: Ints
-    """[formats, N]: where those of a lane end"""
+    tokens: Ints
+    """[3, parts, N]: the column of `table` in which a part of a lane begins, the first of the lane's tokens that goes
+    there, and how many do"""
+    table: NDArray[np.int32]
+    """[N, W]"""
 
-    def among(self, part: int, first: int, last: int) -> tuple[int, int]:
-        """The range of those that have the format `part` and are of lanes `first` to `last` - 1."""
-        before = part * self.ends.shape[1] + first
-        return int(self.ends.flat[before - 1]) if before else 0, int(self.ends[part, last - 1])
+    @classmethod
+    def of(
+        cls, kv: PagedKV, counts: Ints, table: NDArray[np.int32], parts: list[tuple[Ints, Ints, PageFormat]]
+    ) -> Targets:
+        """Where `counts` [N] tokens go, in order, in a `table` [N, width].
 
+        Each part (from, to, format) takes full pages to its columns, and what is left goes to open pages behind the
+        last.
+        """
+        formats = [*(fmt for _, _, fmt in parts), kv.layout.compute]
+        tokens = np.zeros((3, len(formats), len(counts)), np.int64)
+        column, first, taken = tokens
+        taken[-1] = counts
+        for part, (begin, end, fmt) in enumerate(parts):
+            column[part], column[-1] = begin, end
+            first[part] = counts - taken[-1]
+            np.multiply(end - begin, kv.layout.capacity(fmt), out=taken[part])
+            taken[-1] -= taken[part]
+        np.subtract(counts, taken[-1], out=first[-1])
+        if tokens.min() < 0:
+            raise ValueError(f"the tokens do not fill the pages in {' and '.join(fmt.label for fmt in formats[:-1])}")
+        capacity = np.array([kv.layout.capacity(fmt) for fmt in formats])
+        end = column - taken // -capacity[:, None]
+        if end.max() > table.shape[1]:
+            raise IndexError(f"a lane of {end.max()} pages in a table {table.shape[1]} wide")
+        start = int(column.min())
+        table = table[:, start : max(int(end.max()), start + 1)]
+        column -= start
+        if not 0 <= table.min() <= table.max() < len(kv.data):  # which may be so where nothing is written
+            place = np.arange(table.shape[1])
+            is_written = (place >= column[..., None]) & (place < (end - start)[..., None])
+            check_pages(table[is_written.any(0)], len(kv.data))
+        return cls(formats, tokens, table)
 
-def destinations(
-    kv: PagedKV, counts: Ints, table: NDArray[np.int32], parts: list[tuple[Ints, Ints, PageFormat]]
-) -> Pages:
-    """Which of `counts` [N] tokens go to which pages of `table` [N, W].
-
-    Each part (from, to, format) takes full pages to its columns, and what is left goes to open pages behind the last.
-    """
-    layout, (lanes, width) = kv.layout, table.shape
-    formats = [*(fmt for _, _, fmt in parts), layout.compute]
-    capacity = np.array([layout.capacity(fmt) for fmt in formats])[:, None]
-    first = np.stack([*(begin for begin, _, _ in parts), parts[-1][1]])
-    taken = np.stack([end - begin for begin, end, _ in parts]) * capacity[:-1]
-    done = np.zeros_like(first)
-    np.cumsum(taken, 0, out=done[1:])
-    tokens = np.concatenate([taken, (counts - done[-1])[None]])
-    if first.min() < 0 or tokens.min() < 0:
-        raise ValueError(f"the tokens do not fill the pages in {' and '.join(fmt.label for fmt in formats[:-1])}")
-    pages = -(-tokens // capacity)
-    if (first + pages).max() > width:
-        raise IndexError(f"a lane of {(first + pages).max()} pages in a table {width} wide")
-    # One item for each page: `row` says of which part and lane, `place` which of these it is.
-    pages, ends = pages.ravel(), pages.cumsum()
-    row = np.repeat(np.arange(len(pages)), pages)
-    part, lane = np.divmod(row, lanes)
-    place = np.arange(len(row)) - (ends - pages)[row]
-    size = capacity[part, 0]
-    items = np.empty((4, len(row)), np.int32)
-    items[0] = table[lane, first.ravel()[row] + place]
-    items[1] = lane
-    items[2] = done.ravel()[row] + place * size
-    items[3] = np.minimum(tokens.ravel()[row] - place * size, size)
-    check_pages(items[0], len(kv.data))
-    return Pages(formats, items, ends.reshape(len(formats), lanes))
+    @property
+    def arrays(self) -> tuple[Ints, NDArray[np.int32]]:
+        """What kernels are told."""
+        return self.tokens, self.table
 
 
 def check_pages(ids: NDArray[np.signedinteger], pages: int) -> None:
@@ -125,18 +158,17 @@ def check_pages(ids: NDArray[np.signedinteger], pages: int) -> None:
         raise IndexError(f"a page id is not in the arena of {pages} pages")
 
 
-def ints(part: Tensor) -> Ints:
-    """A host tensor's numbers in one row."""
-    return part.reshape(-1).numpy().astype(np.int64)
+def ints(part: Tensor, where: Any = ()) -> Ints:
+    """A host tensor's numbers, or those of a part of it, in one row."""
+    return part.numpy()[where].reshape(-1).astype(np.int64)
 
 
-def upload_together(parts: list[NDArray[np.signedinteger]]) -> list[Tensor]:
-    """Each part on the device, int32 and aligned for vector loads, in one copy."""
+def upload_together(parts: Sequence[NDArray[np.signedinteger]]) -> Sequence[Tensor]:
+    """Each part on the device in one row, int32 and aligned for vector loads, in one copy."""
     sizes = [-(-part.size // 4) * 4 for part in parts]
     together = np.zeros(sum(sizes), np.int32)
     begin = 0
     for part, size in zip(parts, sizes, strict=True):
         together[begin : begin + part.size] = part.reshape(-1)
         begin += size
-    pieces = upload(torch.from_numpy(together)).split(sizes)
-    return [piece[: part.size].view(part.shape) for piece, part in zip(pieces, parts, strict=True)]
+    return upload(torch.from_numpy(together)).split(sizes)

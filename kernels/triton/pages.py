@@ -7,9 +7,10 @@ its new pages may be its old ones. A launch reads or writes the pages of one for
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from winnow.kernels.kv import PagedKV, Rest
@@ -18,7 +19,7 @@ from winnow.kernels.reference.lanes import check_layer, check_slot
 from winnow.kernels.triton.device import device, upload
 from winnow.kernels.triton.encode import encode
 from winnow.kernels.triton.gather import gather
-from winnow.kernels.triton.lanes import Ints, Lanes, Pages, check_pages, destinations, ints, upload_together
+from winnow.kernels.triton.lanes import Ints, Lanes, Source, Targets, check_pages, ints, upload_together
 
 SCRATCH_BYTES = 256 << 20
 """Dense memory that a repack takes, unless one lane needs more"""
@@ -30,11 +31,8 @@ def read_lanes(kv: PagedKV, slot: int, layer: int) -> tuple[Tensor, Tensor]:
     kept = lanes.tokens[3]
     keys, values = torch.zeros((2, len(kept), int(kept.max()), kv.layout.head_dim), device=device()).unbind()
     if kept.any():
-        none = np.zeros_like(kept)
-        where, table = upload_together([_described(lanes, kept, none, 0), lanes.pages(len(kv.data), 0)])
-        for part in _present(lanes, none):
-            fmt = lanes.formats[part]
-            gather(kv.data, kv.layout, fmt, part, where, table, None, keys, values, 0, keys.shape[1])
+        source = Source.of(kv, lanes, kept, np.zeros_like(kept))
+        _gather(kv, source, upload_together(source.arrays), None, keys, values, 0)
     return keys, values
 
 
@@ -61,9 +59,8 @@ def write_lanes(
     count = ints(counts)
     if count.min() < 0 or count.max() > keys.shape[1]:
         raise ValueError(f"from {count.min()} to {count.max()} tokens, but {keys.shape[1]} are given")
-    pages = destinations(kv, count, dst_table.numpy(), [(ints(start), ints(dst_sealed), fmt)])
-    keys, values = keys.contiguous(), values.contiguous()
-    _write(kv, pages, upload(torch.from_numpy(pages.items)), keys, values, 0)
+    targets = Targets.of(kv, count, dst_table.numpy(), [(ints(start), ints(dst_sealed), fmt)])
+    _encode(kv, targets, upload_together(targets.arrays), keys.contiguous(), values.contiguous(), 0)
 
 
 def repack(
@@ -91,20 +88,9 @@ def repack(
         raise ValueError(f"the pages that are to stay are not all full and in {fmt.label}")
     stay = first * kv.layout.capacity(fmt)
     keep = _checked(lanes, keep, count, stay, ascending=rest is None)
-    pages = destinations(kv, count, dst_table.flatten(0, 1).numpy(), parts)
-    if not count.any():
-        return
-    column = int(first.min())
-    table = lanes.pages(len(kv.data), column)
-    _move(
-        kv,
-        lanes,
-        _described(lanes, count, stay, column),
-        table,
-        keep,
-        _present(lanes, np.where(count > 0, stay, lanes.tokens[3])),
-        pages,
-    )
+    targets = Targets.of(kv, count, dst_table.flatten(0, 1).numpy(), parts)
+    if count.any():
+        _move(kv, Source.of(kv, lanes, count, stay, int(first.min())), targets, keep)
 
 
 def copy_pages(kv: PagedKV, src: Tensor, dst: Tensor) -> None:
@@ -118,54 +104,51 @@ def copy_pages(kv: PagedKV, src: Tensor, dst: Tensor) -> None:
     words.index_copy_(0, upload(dst.long()), words.index_select(0, upload(src.long())))
 
 
-def _move(
-    kv: PagedKV,
-    lanes: Lanes,
-    where: Ints,
-    table: NDArray[np.int32],
-    keep: Tensor | None,
-    present: list[int],
-    pages: Pages,
-) -> None:
-    """Gathers what `where` says and writes it to `pages`, one group of lanes after the other."""
-    counts, layout = where[0], kv.layout
-    on_device, columns, items = upload_together([where, table, pages.items])
-    kept = None if keep is None else upload(keep)
+def _move(kv: PagedKV, source: Source, targets: Targets, keep: Tensor | None) -> None:
+    """Gathers tokens and writes them, one group of lanes after the other."""
+    dim, (lanes, most) = kv.layout.head_dim, (len(source.counts), int(source.counts.max()))
+    uploaded = upload_together([*source.arrays, *targets.arrays])
+    listed = None if keep is None else upload(keep)
     # Numbers that are bf16 in all of their pages need no more on their way.
-    is_narrow = all(lanes.formats[part] is PageFormat.BF16 for part in present)
+    is_narrow = all(fmt is PageFormat.BF16 for fmt in source.present.values())
     dtype = torch.bfloat16 if is_narrow else torch.float32
-    room = -(-int(counts.max()) // 16) * 16
-    group = max(1, SCRATCH_BYTES // (2 * room * layout.head_dim * dtype.itemsize))
-    group = min(group, len(counts))
-    # Channel-major, as pages store them; values are not.
-    keys = torch.empty((group, layout.head_dim, room), dtype=dtype, device=device()).transpose(1, 2)
-    values = torch.empty((group, room, layout.head_dim), dtype=dtype, device=device())
-    for first in range(0, len(counts), group):
-        last = min(first + group, len(counts))
-        k, v, longest = keys[: last - first], values[: last - first], int(counts[first:last].max())
-        if not longest:
-            continue
-        for part in present:
-            gather(kv.data, layout, lanes.formats[part], part, on_device, columns, kept, k, v, first, longest)
-        _write(kv, pages, items, k, v, first)
+    room = -(-most // 16) * 16
+    group = min(lanes, max(1, SCRATCH_BYTES // (2 * room * dim * dtype.itemsize)))
+    # Keys are channel-major, as pages store them; values are not.
+    keys = torch.empty((group, dim, room), dtype=dtype, device=device()).transpose(1, 2)
+    values = torch.empty((group, room, dim), dtype=dtype, device=device())
+    for first in range(0, lanes, group):
+        count = min(group, lanes - first)
+        _gather(kv, source, uploaded[:2], listed, keys[:count], values[:count], first)
+        _encode(kv, targets, uploaded[2:], keys[:count], values[:count], first)
 
 
-def _write(kv: PagedKV, pages: Pages, items: Tensor, keys: Tensor, values: Tensor, lane: int) -> None:
-    """Writes those of `pages` whose lanes, from `lane` on, are in `keys` and `values`."""
-    for part, fmt in enumerate(pages.formats):
-        begin, end = pages.among(part, lane, lane + len(keys))
-        if begin < end:
-            encode(kv.data, kv.layout, fmt, items, begin, end - begin, keys, values, lane)
+def _gather(
+    kv: PagedKV,
+    source: Source,
+    uploaded: Sequence[Tensor],
+    keep: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    first: int,
+) -> None:
+    """Reads tokens of the lanes from `first` on."""
+    (where, table), width = uploaded, source.table.shape[1]
+    count = int(source.counts[first : first + len(keys)].max())
+    for part, fmt in source.present.items() if count else ():
+        gather(kv.data, kv.layout, fmt, part, where, table, width, keep, keys, values, first, count)
 
 
-def _described(lanes: Lanes, counts: Ints, stay: Ints, column: int) -> Ints:
-    """[9, N]: what `gather` is told of its lanes; tokens behind `stay`, of a table that begins at `column`."""
-    return np.concatenate([counts[None], stay[None], lanes.tokens, lanes.columns[:3] - column])
-
-
-def _present(lanes: Lanes, stay: Ints) -> list[int]:
-    """The parts in which any of the lanes has tokens behind `stay`."""
-    return np.flatnonzero((np.maximum(lanes.tokens[:3], stay) < lanes.tokens[1:]).any(1)).tolist()
+def _encode(
+    kv: PagedKV, targets: Targets, uploaded: Sequence[Tensor], keys: Tensor, values: Tensor, first: int
+) -> None:
+    """Writes tokens of the lanes from `first` on."""
+    (tokens, table), width = uploaded, targets.table.shape[1]
+    parts = len(targets.formats)
+    most = targets.tokens[2, :, first : first + len(keys)].max(1).tolist()
+    for part, (fmt, count) in enumerate(zip(targets.formats, most, strict=True)):
+        if count:
+            encode(kv.data, kv.layout, fmt, part, parts, tokens, table, width, keys, values, first, count)
 
 
 def _checked(lanes: Lanes, keep: Tensor | None, counts: Ints, stay: Ints, ascending: bool) -> Tensor | None:
