@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -17,7 +18,7 @@ from torch.nn.functional import pad
 from winnow.kernels.kv import LaneBatch, PagedKV
 from winnow.kernels.layout import PageFormat
 from winnow.kernels.reading import ReadMode
-from winnow.kernels.triton.device import upload
+from winnow.kernels.triton.device import device, upload
 
 
 @dataclass(slots=True)
@@ -28,6 +29,8 @@ class DeviceTable:
     """Address and shape of the host's table that it is a copy of"""
     table: Tensor
     """[slots + 1, layers, kv_heads, width] int32; in the last row, which is no slot's, the arena's last page"""
+    held: Tensor
+    """[slots, layers, kv_heads] int32, in host memory: leading pages of each lane that are in the arena"""
 
 
 @dataclass(slots=True)
@@ -103,14 +106,24 @@ class DeviceBatch:
 
 def device_table(kv: PagedKV) -> Tensor:
     """[slots + 1, layers, kv_heads, width] int32: the lane tables as the engine has them, and a row for `padded`."""
-    if not _has_copy(kv):
+    source, native = (kv.table.data_ptr(), kv.table.shape), kv.native
+    if not isinstance(native, DeviceTable) or native.source != source:
         table = pad(kv.table, (0, 0, 0, 0, 0, 0, 0, 1), value=len(kv.data) - 1)
-        kv.native = DeviceTable((kv.table.data_ptr(), kv.table.shape), upload(table))
+        kv.native = native = DeviceTable(source, upload(table), _held(kv.table, len(kv.data)))
     elif kv.stale:
         slots = torch.tensor(sorted(kv.stale))
-        kv.native.table[upload(slots)] = upload(kv.table[slots])
+        rows = kv.table[slots]
+        native.table[upload(slots)] = upload(rows)
+        native.held[slots] = _held(rows, len(kv.data))
     kv.stale.clear()
-    return kv.native.table
+    return native.table
+
+
+def _held(table: Tensor, pages: int) -> Tensor:
+    """[..., width] -> [...] int32: how many page ids stand before the first that is not in the arena."""
+    is_out = torch.ones((*table.shape[:-1], table.shape[-1] + 1), dtype=torch.bool)
+    torch.logical_or(table < 0, table >= pages, out=is_out[..., :-1])
+    return torch.from_numpy(is_out.numpy().argmax(-1).astype(np.int32))
 
 
 def device_batch(batch: LaneBatch, kv: PagedKV) -> DeviceBatch:
@@ -137,11 +150,11 @@ class HostStep:
 
 def host_step(batch: LaneBatch, kv: PagedKV) -> HostStep:
     """IndexError or ValueError for what would lead a kernel outside the arena."""
-    slots, size, rows = batch.slots.long(), len(batch.slots), len(batch.positions)
-    open_tokens = check_batch(batch, kv, rows)
-    counts = batch.cu_rows.diff()
+    _check_batch(batch, kv)
+    slots, size, rows, counts = batch.slots.long(), len(batch.slots), len(batch.positions), batch.cu_rows.diff()
     kept, sealed, rest = kv.kept[slots], kv.sealed[slots], kv.rest[slots]
     formats, rest_formats = kv.formats[slots].int(), kv.rest_formats[slots].int()
+    open_tokens = _open_tokens(kv, slots, counts, kept, (sealed, formats), (rest, rest_formats))
     parts = {
         "slots": batch.slots,
         "cu_rows": batch.cu_rows,
@@ -151,7 +164,7 @@ def host_step(batch: LaneBatch, kv: PagedKV) -> HostStep:
         "kept": kept,
         "sealed": sealed,
         "rest": rest,
-        "open_tokens": open_tokens.int(),
+        "open_tokens": open_tokens,
         "sealed_format": formats,
         "rest_format": rest_formats,
     }
@@ -200,8 +213,7 @@ def bring(step: HostStep, kv: PagedKV) -> DeviceBatch:
 def bring_into(there: DeviceBatch, step: HostStep, kv: PagedKV) -> None:
     """The same in the place of an earlier step of the same shape, whose addresses stay."""
     device_table(kv)
-    flat = _flat(step)
-    there.memory.copy_(flat.pin_memory() if there.memory.is_cuda else flat, non_blocking=True)
+    there.memory.copy_(_flat(step), non_blocking=True)
 
 
 def padded(step: HostStep, size: int, kv: PagedKV) -> HostStep:
@@ -254,59 +266,52 @@ def _padded_size(part: Tensor) -> int:
 
 
 def _flat(step: HostStep) -> Tensor:
-    words = [part.reshape(-1).view(torch.int32) for part in step.parts.values()]
-    return torch.cat([pad(part, (0, -part.numel() % 4)) for part in words])
+    """All parts as one int32 tensor, which copies to a GPU need not wait for."""
+    sizes = [_padded_size(part) for part in step.parts.values()]
+    flat = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=device().type == "cuda")
+    for piece, part in zip(flat.split(sizes), step.parts.values(), strict=True):
+        piece.view(part.dtype)[: part.numel()].copy_(part.reshape(-1))
+    return flat
 
 
-def check_batch(batch: LaneBatch, kv: PagedKV, rows: int) -> Tensor:
-    """[B, layers, kv_heads] int64: tokens in open pages. IndexError or ValueError where the host's tables would lead a
-    kernel outside the arena."""
-    slots, bounds, size = batch.slots.long(), batch.cu_rows, len(batch.slots)
+def _check_batch(batch: LaneBatch, kv: PagedKV) -> None:
+    """IndexError or ValueError unless the batch's tensors fit each other and the tables."""
+    bounds, size, rows = batch.cu_rows, len(batch.slots), len(batch.positions)
     for tensor in (batch.slots, bounds, batch.positions, batch.first_vote):
         if tensor.dtype != torch.int32 or not tensor.is_contiguous():
             raise ValueError("a batch holds contiguous int32 tensors")
     if len(bounds) != size + 1 or len(batch.first_vote) != size or int(bounds[0]) != 0 or int(bounds[-1]) != rows:
         raise ValueError("the batch's tensors do not fit each other")
     if not size:
-        return torch.empty((0, *kv.kept.shape[1:]), dtype=torch.int64)
-    if int(slots.min()) < 0 or int(slots.max()) >= len(kv.table):
+        return
+    if int(batch.slots.min()) < 0 or int(batch.slots.max()) >= len(kv.table):
         raise IndexError(f"a slot is not among {len(kv.table)}")
-    counts = bounds.diff()
-    if int(counts.min()) < 0 or int(batch.first_vote.min()) < 0:
+    if int(bounds.diff().min()) < 0 or int(batch.first_vote.min()) < 0:
         raise ValueError("row bounds must ascend, and no first vote is negative")
     if rows and int(batch.positions.min()) < 0:
         raise IndexError("a position is negative")
-    kept, sealed, rest = (part[slots].long() for part in (kv.kept, kv.sealed, kv.rest))
-    capacity = torch.tensor([kv.layout.capacity(fmt) for fmt in PageFormat])
-    first, second = (capacity[formats[slots].long()][:, None, None] for formats in (kv.formats, kv.rest_formats))
-    open_tokens = kept - sealed * first - rest * second
-    if int(sealed.min()) < 0 or int(rest.min()) < 0 or int(open_tokens.min()) < 0:
-        raise ValueError("a lane's full pages hold more tokens than it keeps")
-    if bool((counts[:, None, None] > open_tokens).any()):
-        raise ValueError("a sequence has more rows than its lanes have tokens in open pages")
-    columns = sealed + rest + -(-open_tokens // kv.layout.page_tokens)
-    if int(columns.max()) > kv.table.shape[3]:
-        raise IndexError(f"a lane of {int(columns.max())} pages in a table {kv.table.shape[3]} wide")
-    _check_pages(kv, slots, columns)
+
+
+def _open_tokens(kv: PagedKV, slots: Tensor, counts: Tensor, kept: Tensor, *parts: tuple[Tensor, Tensor]) -> Tensor:
+    """[B, layers, kv_heads] int32: tokens behind the full pages, given as pages and their format for both parts.
+
+    IndexError or ValueError where lanes would lead a kernel outside the arena, or rows into full pages.
+    """
+    capacity = torch.tensor([kv.layout.capacity(fmt) for fmt in PageFormat], dtype=torch.int32)
+    open_tokens, columns, width = kept, torch.zeros_like(kept), kv.table.shape[3]
+    for pages, formats in parts:
+        if bool(pages.any()):
+            if int(pages.min()) < 0 or int(pages.max()) > width:
+                raise ValueError(f"a lane's full pages do not fit a table {width} wide")
+            open_tokens = open_tokens - pages * capacity[formats][:, None, None]
+            columns = columns + pages
+    if bool((open_tokens < counts[:, None, None]).any()):
+        raise ValueError("a lane's full pages and its rows hold more tokens than it keeps")
+    columns = columns + (open_tokens + (kv.layout.page_tokens - 1)) // kv.layout.page_tokens
+    device_table(kv)
+    if bool((columns > kv.native.held[slots]).any()):
+        raise IndexError(f"a lane's pages are not all in the arena of {len(kv.data)}")
     return open_tokens
-
-
-def _has_copy(kv: PagedKV) -> bool:
-    return isinstance(kv.native, DeviceTable) and kv.native.source == (kv.table.data_ptr(), kv.table.shape)
-
-
-def _check_pages(kv: PagedKV, slots: Tensor, columns: Tensor) -> None:
-    """IndexError unless the first `columns` [B, layers, kv_heads] pages of all lanes are in the arena: looks at all of
-    them where the device has no copy of them yet, else at the last."""
-    new = torch.tensor([slot in kv.stale or not _has_copy(kv) for slot in slots.tolist()])
-    layers, heads, width = kv.table.shape[1:]
-    lanes = (slots[:, None, None], torch.arange(layers)[:, None], torch.arange(heads))
-    for pages, used in (
-        (kv.table[slots[new]], torch.arange(width) < columns[new][..., None]),
-        (kv.table[(*lanes, (columns - 1).clamp_min(0))], columns > 0),
-    ):
-        if bool((((pages < 0) | (pages >= len(kv.data))) & used).any()):
-            raise IndexError(f"a page of a lane is not in the arena of {len(kv.data)} pages")
 
 
 def _present(formats: Tensor, pages: Tensor) -> frozenset[PageFormat]:
