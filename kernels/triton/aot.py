@@ -108,7 +108,7 @@ class Launch:
             stack=stack,
             local=local,
             shared=max(static, compiled.metadata.shared),
-            code=code,
+            instructions=dict(Counter(_INSTRUCTION.findall(code))),
         )
 
 
@@ -125,13 +125,8 @@ class Machine:
     stack: int
     local: int
     shared: int
-    code: str = field(repr=False)
-    """disassembled"""
-
-    @property
-    def instructions(self) -> Counter[str]:
-        """Instruction with its modifiers -> how often it stands in the code."""
-        return Counter(_INSTRUCTION.findall(self.code))
+    instructions: dict[str, int] = field(repr=False)
+    """Instruction with its modifiers -> how often it stands in the code"""
 
     def count(self, pattern: str) -> int:
         """Instructions whose name with modifiers begins with a match of `pattern`."""
@@ -139,7 +134,7 @@ class Machine:
 
     @property
     def spills(self) -> int:
-        """Loads and stores of local memory."""
+        """Loads and stores of local memory, where registers go that do not fit."""
         return self.count("LDL|STL")
 
     @property

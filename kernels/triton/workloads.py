@@ -117,32 +117,35 @@ class Workload:
     run: Callable[[], object] = field(repr=False)
 
 
-def workloads(ops: Backend) -> Iterator[Workload]:
-    """All of them: attention first, then what else a step does, then what happens between steps."""
+def workloads(ops: Backend, batch: int = 5) -> Iterator[Workload]:
+    """All of them, for steps of so many sequences: attention, what else a step does, what happens between steps."""
     for model in (SMOLLM2, LLAMA):
-        yield from attention(ops, model)
-    yield from attention(ops, replace(SMOLLM2, name="SmolLM2 135M f32", dtype=torch.float32), PageFormat.INT4)
+        yield from attention(ops, model, batch)
+    f32 = replace(SMOLLM2, name="SmolLM2 135M f32", dtype=torch.float32)
+    yield from attention(ops, f32, batch, (PageFormat.INT4,))
     for model in MODELS:
-        yield from rows(ops, model)
+        yield from rows(ops, model, batch)
     for model in (SMOLLM2, LLAMA):
-        yield from signals(ops, model)
+        yield from signals(ops, model, batch)
         yield from between_steps(ops, model)
 
 
-def attention(ops: Backend, model: Model, *formats: PageFormat) -> Iterator[Workload]:
+def attention(
+    ops: Backend, model: Model, batch: int, formats: tuple[PageFormat, ...] = QUANTIZED
+) -> Iterator[Workload]:
     """Decode and prefill over open pages, over full pages of each format, and of two."""
 
     def call(what: str, step: Step, window: int = 0) -> Workload:
         def run() -> None:
-            kv, batch, q = step.build()
-            ops.attention(q, batch, kv, 0, 0.125, window)
+            kv, rows, q = step.build()
+            ops.attention(q, rows, kv, 0, 0.125, window)
 
         return Workload(f"{model.name}, {what}", run)
 
-    for what, rows in (("decode", 1), ("prefill", 200)):
-        step = Step(model, rows=rows)
+    for what, count in (("decode", 1), ("prefill", 200)):
+        step = Step(model, batch, count)
         yield call(what, step)
-        for fmt in formats or QUANTIZED:
+        for fmt in formats:
             yield call(f"{what}, {fmt.label}", replace(step, fmt=fmt))
         yield call(f"{what}, int4 and int2", replace(step, fmt=PageFormat.INT4, rest=PageFormat.INT2))
         yield call(f"{what}, int4, votes", replace(step, fmt=PageFormat.INT4, vote=Vote(), has_positions=True))
@@ -152,16 +155,15 @@ def attention(ops: Backend, model: Model, *formats: PageFormat) -> Iterator[Work
         yield call(f"{what}, window, weighted tokens", merged, window=64)
 
 
-def rows(ops: Backend, model: Model) -> Iterator[Workload]:
+def rows(ops: Backend, model: Model, batch: int) -> Iterator[Workload]:
     """A layer's other operations, on a row for each sequence and on a chunk of a prompt."""
     dim, heads, hidden = model.head_dim, model.q_heads + 2 * model.kv_heads, model.hidden
 
     def rope_write(step: Step) -> None:
-        kv, batch, _ = step.build()
+        kv, rows, q = step.build()
         norm = torch.ones(dim) if model.has_qk_norm else None
-        qkv = torch.zeros(len(batch.positions), heads * dim, dtype=model.dtype)
         tables = torch.zeros(2, 4096, dim // 2)
-        ops.rope_write(qkv, tables[0], tables[1], batch, kv, 0, norm, norm, 1e-5)
+        ops.rope_write(q.new_zeros(len(q), heads * dim), tables[0], tables[1], rows, kv, 0, norm, norm, 1e-5)
 
     def linear(count: int) -> None:
         kinds: tuple[WeightKind, ...] = ("f32",) if model.dtype is torch.float32 else ("bf16", "fp8")
@@ -172,14 +174,14 @@ def rows(ops: Backend, model: Model) -> Iterator[Workload]:
             ops.linear(x[:, :256].contiguous(), ops.pack(torch.zeros(hidden, 256), kind), out=x, accumulate=True)
 
     for what, count in (("decode", 1), ("prefill", 200)):
-        step, x = Step(model, rows=count), torch.zeros(5 * count, hidden, dtype=model.dtype)
+        step, x = Step(model, batch, count), torch.zeros(batch * count, hidden, dtype=model.dtype)
         yield Workload(f"{model.name}, {what}, rope_write", partial(rope_write, step))
         yield Workload(f"{model.name}, {what}, rms_norm", partial(ops.rms_norm, x, torch.ones(hidden), 1e-5))
         yield Workload(f"{model.name}, {what}, silu_mul", partial(ops.silu_mul, x.repeat(1, 4)))
-        yield Workload(f"{model.name}, {what}, linear", partial(linear, 5 * count))
+        yield Workload(f"{model.name}, {what}, linear", partial(linear, batch * count))
 
 
-def signals(ops: Backend, model: Model) -> Iterator[Workload]:
+def signals(ops: Backend, model: Model, batch: int) -> Iterator[Workload]:
     """What policies look at in a step: moments of queries, and choices of what to read."""
     modes = torch.full((LAYERS,), int(ReadMode.CHOSEN), dtype=torch.uint8)
     channels = torch.arange(16, dtype=torch.int32).expand(LAYERS, model.kv_heads, 16).contiguous()
@@ -190,18 +192,18 @@ def signals(ops: Backend, model: Model) -> Iterator[Workload]:
     }
 
     def moments(step: Step) -> None:
-        kv, batch, _ = step.build()
-        heads = model.q_heads + 2 * model.kv_heads
-        qkv = torch.zeros(len(batch.positions), heads * model.head_dim, dtype=model.dtype)
-        ops.query_moments(qkv, batch, kv, 0, torch.ones(model.head_dim) if model.has_qk_norm else None, 1e-5)
+        kv, rows, q = step.build()
+        qkv = q.new_zeros(len(q), (model.q_heads + 2 * model.kv_heads) * model.head_dim)
+        ops.query_moments(qkv, rows, kv, 0, torch.ones(model.head_dim) if model.has_qk_norm else None, 1e-5)
 
     def choose(step: Step) -> None:
-        kv, batch, q = step.build()
-        ops.choose_reads(q, batch, kv, 0, 0.125, 0)
-        ops.attention(q, batch, kv, 0, 0.125, 0)
+        kv, rows, q = step.build()
+        ops.choose_reads(q, rows, kv, 0, 0.125, 0)
+        ops.attention(q, rows, kv, 0, 0.125, 0)
 
-    for what, rows in (("decode", 1), ("prefill", 200)):
-        yield Workload(f"{model.name}, {what}, query_moments", partial(moments, Step(model, rows=rows, vote=Vote())))
+    for what, count in (("decode", 1), ("prefill", 200)):
+        step = Step(model, batch, count, vote=Vote())
+        yield Workload(f"{model.name}, {what}, query_moments", partial(moments, step))
     for fmt in (None, *QUANTIZED):
         label = "open pages" if fmt is None else fmt.label
         for name, rule in rules.items():
