@@ -47,6 +47,8 @@ class Kind(NamedTuple):
 class Recorded:
     step: DeviceBatch
     """What it reads"""
+    rows: Tensor
+    """So is this, whose memory must stay its own"""
     replay: Callable[[], object]
 
 
@@ -126,13 +128,13 @@ class Graphs:
 
         step = self._step.bring(nobody, kv)
         if not self._is_gpu:  # Triton's interpreter: the same without a graph
-            self._recorded[kind] = Recorded(step, lambda: forward(step))
+            self._recorded[kind] = Recorded(step, rows, lambda: forward(step))
             return
         forward(self._step.bring(nobody, kv))  # compiles what is to be recorded
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             forward(step)
-        self._recorded[kind] = Recorded(step, graph.replay)
+        self._recorded[kind] = Recorded(step, rows, graph.replay)
 
 
 def sizes(most: int) -> list[int]:
