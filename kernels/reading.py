@@ -38,7 +38,7 @@ NEVER_SIMILAR = 2.0
 """A `similarity` that no cosine reaches: every row chooses anew"""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class ReadRule:
     """How the rows of a sequence choose; made once for each plan. Its tensors are in host memory."""
 

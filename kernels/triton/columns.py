@@ -83,11 +83,18 @@ def columns_of(lane: tl.tensor, COMPUTE: tl.constexpr, CAPACITIES: tl.constexpr)
 
 
 @triton.jit
+def first_token(column: tl.tensor, lane: tl.tensor, COMPUTE: tl.constexpr, CAPACITIES: tl.constexpr) -> tl.tensor:
+    """Lane index of a column's first token."""
+    sealed, rest = tl.load(lane + 1), tl.load(lane + 2)
+    start = tl.minimum(column, sealed) * capacity_of(tl.load(lane + 3), CAPACITIES)
+    start += tl.minimum(tl.maximum(column - sealed, 0), rest) * capacity_of(tl.load(lane + 4), CAPACITIES)
+    return start + tl.maximum(column - sealed - rest, 0) * CAPACITIES[COMPUTE]
+
+
+@triton.jit
 def column_at(column: tl.tensor, lane: tl.tensor, COMPUTE: tl.constexpr, CAPACITIES: tl.constexpr) -> tl.tensor:
     """Format of the page in a column, and the lane index of its first token."""
     sealed, rest = tl.load(lane + 1), tl.load(lane + 2)
-    first, second = tl.load(lane + 3), tl.load(lane + 4)
-    fmt = tl.where(column < sealed, first, tl.where(column < sealed + rest, second, COMPUTE))
-    start = tl.minimum(column, sealed) * capacity_of(first, CAPACITIES)
-    start += tl.minimum(tl.maximum(column - sealed, 0), rest) * capacity_of(second, CAPACITIES)
-    return fmt, start + tl.maximum(column - sealed - rest, 0) * CAPACITIES[COMPUTE]
+    later = tl.where(column < sealed + rest, tl.load(lane + 4), COMPUTE)
+    fmt = tl.where(column < sealed, tl.load(lane + 3), later)
+    return fmt, first_token(column, lane, COMPUTE, CAPACITIES)

@@ -85,6 +85,8 @@ class DeviceBatch:
     """columns.py makes them when first asked for"""
     ballot: Any = None
     """So does votes.py"""
+    readers: Any = None
+    """And reading.py"""
     tokens: Tensor | None = None
     """[T]: what the rows read, where it was brought along"""
     no_side: tuple[Tensor, Tensor] | None = None

@@ -1,0 +1,112 @@
+"""Choosing what decode rows read, on the device: the rule is that of kernels/reading.py. Nothing here waits for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+from torch import Tensor
+
+from winnow.kernels.kv import LaneBatch, PagedKV
+from winnow.kernels.reading import ReadMode
+from winnow.kernels.triton import reading_bytes, reading_choice, reading_scores, reading_spans, reading_votes
+from winnow.kernels.triton.columns import pages_of
+from winnow.kernels.triton.readers import Readers, readers_of
+from winnow.kernels.triton.step import device_batch
+
+COLUMNS = 32
+"""The most programs that share a lane's pages, or its candidates"""
+CANDIDATES = 1024
+"""That a program takes at a time"""
+PAGES = 16
+"""Bounds likewise"""
+
+
+def choose_reads(q: Tensor, batch: LaneBatch, kv: PagedKV, layer: int, scale: float, window: int) -> None:
+    """q [T, Hq, D] f32 or bf16: writes `batch.choices` for the rows of sequences in `kv.reading`, and counts bytes."""
+    heads, dim = kv.table.shape[2], kv.layout.head_dim
+    if q.dim() != 3 or q.shape[0] != len(batch.positions) or q.shape[2] != dim or q.shape[1] % heads:
+        raise ValueError(f"q {list(q.shape)} is not [{len(batch.positions)}, heads, {dim}] for {heads} KV heads")
+    if not 0 <= layer < kv.table.shape[1]:
+        raise IndexError(f"layer {layer} is not among {kv.table.shape[1]}")
+    native = device_batch(batch, kv)
+    if native.modes is None:
+        return
+    if native.readers is None:
+        native.readers = readers_of(batch, kv, native, q.shape[1])
+    readers = native.readers
+    given: dict[str, Any] = {
+        "settings": readers.settings,
+        "modes": native.modes,
+        "layer": layer,
+        "size": native.size,
+    }
+    rows = {**given, "places": readers.places, "spans": readers.spans}
+    known = pages_of(native, kv)
+    lanes = {name: known[name] for name in ("lanes", "layers", "heads", "D", "COMPUTE", "FORMATS", "CAPACITIES")}
+    held, held_capacity = native.side("positions")
+    reading_spans.span_rows[(heads, readers.rows)](
+        **rows,
+        **lanes,
+        sources=readers.sources,
+        positions=native.positions,
+        held=held,
+        held_capacity=held_capacity,
+        window=window,
+        BLOCK=CANDIDATES,
+    )
+    modes = readers.modes[layer]
+    if any(mode in (ReadMode.ALL_AND_CHOOSE, ReadMode.CHOSEN) for mode, _ in modes):
+        _choose(q.contiguous(), readers, modes, rows, known, lanes, scale)
+    if any(mode >= ReadMode.CHOSEN for mode, _ in modes):
+        reading_bytes.touch[(min(known["width"], COLUMNS), heads, readers.rows)](**rows, **lanes)
+
+
+def _choose(
+    q: Tensor,
+    readers: Readers,
+    modes: set[tuple[ReadMode, bool]],
+    rows: dict[str, Any],
+    known: dict[str, Any],
+    lanes: dict[str, Any],
+    scale: float,
+) -> None:
+    """Of all rows that choose in a layer, whose spans are known."""
+    heads, q_heads, dim = known["heads"], *q.shape[1:]
+    columns, group = min(known["width"], COLUMNS), q_heads // heads
+    by_row = (columns, heads, readers.rows)
+    given = {name: rows[name] for name in ("settings", "spans", "modes", "layer", "size")}
+    if readers.reuses:
+        numbers = q_heads * dim
+        reading_spans.compare_rows[(readers.count,)](
+            q=q,
+            **given,
+            sources=readers.sources,
+            heads=heads,
+            NUMBERS=numbers,
+            BLOCK=triton.next_power_of_2(numbers),
+        )
+    scored = {**rows, **known, "q": q, "scores": readers.scores, "units": readers.units, "scale": scale, "GROUP": group}
+    if any(is_by_bounds for _, is_by_bounds in modes):
+        reading_spans.bound_pages[(columns, heads, readers.count)](**given, **known, CHANNELS=16)
+        reading_scores.score_pages[by_row](**scored, PAGES=PAGES)
+    if not all(is_by_bounds for _, is_by_bounds in modes):
+        queries = max(16, triton.next_power_of_2(group))
+        reading_scores.score_tokens[by_row](**scored, sources=readers.sources, QUERIES=queries)
+    voted = {**rows, "sources": readers.sources, "units": readers.units, "heads": heads, "BLOCK": CANDIDATES}
+    reading_votes.normalise[(q_heads, readers.rows)](**voted, scores=readers.scores, norms=readers.norms, GROUP=group)
+    reading_votes.cast_votes[by_row](
+        **voted, scores=readers.scores, norms=readers.norms, votes=readers.votes, GROUP=group
+    )
+    if readers.pools:
+        reading_votes.pool_votes[by_row](**voted, votes=readers.votes, pooled=readers.pooled)
+    reading_choice.select[(heads, readers.rows)](
+        **voted,
+        **{name: part for name, part in lanes.items() if name != "heads"},
+        votes=readers.pooled,
+        PAGE_TOKENS=triton.next_power_of_2(max(known["CAPACITIES"][fmt] for fmt in known["FORMATS"])),
+        PAGES=PAGES,
+    )
+    if readers.reuses:
+        reading_choice.take_over[(heads, readers.rows)](**rows, sources=readers.sources, heads=heads, BLOCK=CANDIDATES)
+        reading_choice.keep_choice[(readers.count,)](**given, sources=readers.sources, heads=heads, BLOCK=CANDIDATES)
