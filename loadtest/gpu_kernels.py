@@ -49,17 +49,21 @@ class Kernels:
             self.section.not_captured(error)
             return seconds_launched(calls)
 
+    def launched(self, calls: Sequence[Call]) -> float:
+        self.section.first_run(first(calls))
+        return seconds_launched(calls)
+
     def with_host(self, call: Call) -> float:
         self.section.first_run(first([call]))
         return seconds(call)
 
     def attention(self, shape: Heads, state: Lanes) -> float:
-        """Seconds of a layer's attention."""
+        """Seconds of a layer's attention. Only steps of single rows that do not vote are replayed by the engine too."""
         q = self.randn(len(state.batch.positions), shape.heads, shape.dim)
         layers = range(state.kv.table.shape[1])
-        return self.replayed(
-            [partial(self.ops.attention, q, state.batch, state.kv, layer, shape.scale, 0) for layer in layers]
-        )
+        calls = [partial(self.ops.attention, q, state.batch, state.kv, layer, shape.scale, 0) for layer in layers]
+        is_decode = len(q) == len(state.batch.slots) and not state.kv.mass
+        return self.replayed(calls) if is_decode else self.launched(calls)
 
     # Decode ----------------------------------------------------------------------------------------------------------
 
@@ -108,7 +112,7 @@ class Kernels:
         q, mask = self.randn(1, shape.heads, chunk, shape.dim), causal_lower_right(chunk, context)
         k, v = self.randn(2, 1, shape.kv_heads, context, shape.dim)
         call = partial(scaled_dot_product_attention, q, k, v, mask, enable_gqa=True)
-        self.add_prefill(shape, context, SDPA, self.replayed([call]))
+        self.add_prefill(shape, context, SDPA, self.launched([call]))
 
     def add_prefill(self, shape: Heads, context: int, column: str, taken: float) -> None:
         chunk = self.section.sizes.chunk

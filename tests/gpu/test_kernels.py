@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from winnow.kernels.dispatch import Backend
+from winnow.kernels.dispatch import Backend, WeightKind
 from winnow.kernels.kv import PagedKV
 from winnow.kernels.layout import PageFormat
 from winnow.kernels.vote import Vote
@@ -148,6 +148,36 @@ def test_rows(gpu: Backend, reference: Backend, rows: int) -> None:
     near = partial(torch.testing.assert_close, atol=1e-5, rtol=2**-8)
     near(gpu.rms_norm(x.to(to), weight.to(to), 1e-5).float().cpu(), reference.rms_norm(x.float(), weight, 1e-5))
     near(gpu.silu_mul(gate_up.to(to)).float().cpu(), reference.silu_mul(gate_up.float()))
+
+
+@pytest.mark.parametrize("rows", [1, 17, 300])
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+@pytest.mark.parametrize("size", [(6144, 4096), (576, 1536), (100, 72)], ids=str)
+def test_linear(gpu: Backend, kind: WeightKind, rows: int, size: tuple[int, int]) -> None:
+    """Into a new matrix, added to bf16, and into f32; (100, 72): sizes for which libraries have no product in fp8."""
+    to = gpu.device()
+    weight, bias = randn(*size, seed=1) / size[1] ** 0.5, randn(size[0], seed=2)
+    x = randn(rows, size[1], seed=3).bfloat16()
+    w = gpu.pack(weight.to(to), kind, bias.to(to))
+    assert w.nbytes < size[0] * (size[1] * (2 if kind == "bf16" else 1) + 8)
+    exact = x.double() @ weight.double().T + bias
+    near = partial(assert_near, part=1e-2 if kind == "bf16" else 5e-2)
+    y = gpu.linear(x.to(to), w)
+    assert y.dtype == torch.bfloat16
+    near(y, exact)
+    before = randn(rows, size[0], seed=4).bfloat16()
+    near(gpu.linear(x.to(to), w, out=before.to(to, copy=True), accumulate=True), exact + before.double())
+    out = torch.full((rows, size[0]), torch.nan, device=to)
+    assert gpu.linear(x.to(to), w, out=out) is out
+    near(out, exact)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+def test_embed(gpu: Backend, kind: WeightKind) -> None:
+    weight, tokens = randn(1000, 576), torch.tensor([0, 999, 3, 3], dtype=torch.int32)
+    rows = gpu.embed(tokens.to(gpu.device()), gpu.pack(weight, kind))
+    assert rows.dtype == torch.bfloat16
+    assert_near(rows, weight[tokens.long()], part=1e-2 if kind == "bf16" else 5e-2)
 
 
 # Pages ---------------------------------------------------------------------------------------------------------------
