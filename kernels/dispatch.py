@@ -128,7 +128,8 @@ class Backend(Protocol):
         fmt: PageFormat,
         rest: Rest | None = None,
     ) -> None:
-        """Rewrites all lanes of a sequence from page `start` on; `keep` [L, Hkv, K], the others [L, Hkv(, W)] int32.
+        """Rewrites all lanes of a sequence from page `start` on; `keep` [L, Hkv, K], on the backend's device, and the
+        others [L, Hkv(, W)], in host memory, are int32.
 
         The tokens `keep` (lane indices in their new order, `counts` of them; None: all from page `start` on) go to the
         pages of `dst_table` that do not stay: up to page `dst_sealed` in `fmt`, all full, then those of `rest`, then in

@@ -231,10 +231,7 @@ class Compressor:
         return keep, np.full_like(kept, len(chosen))
 
     def _rewrite(self, seq: Sequence, keep: Tensor | None, count: Ints, change: Change | None) -> None:
-        """Moves the kept tokens (None: all) to where the plan wants them, and seals what is to be sealed.
-
-        `keep` is on the device, where side state and changing tokens are; tables are laid out by the host's copy.
-        """
+        """Moves the kept tokens (None: all) to where the plan wants them, and seals what is to be sealed."""
         arena, slot, fmt = self._arena, seq.slot, seq.timeline.fmt
         packed, open_ = arena.layout.capacity(fmt), arena.layout.page_tokens
         is_sealing, was_fmt = fmt is not arena.layout.compute, PageFormat(arena.formats[slot])
@@ -246,13 +243,12 @@ class Compressor:
         if keep is None:
             same, in_sealed = count, np.minimum(count, old_sealed * was_packed)
         else:
-            chosen = keep.int().cpu()
-            moves = chosen.numpy()
-            in_place = moves == np.arange(moves.shape[-1])
-            same = np.logical_and.accumulate(in_place, -1).sum(-1, dtype=np.int32)
+            in_place = keep == torch.arange(keep.shape[-1], device=self._device)
+            was_sealed = to_device(torch.from_numpy(old_sealed * was_packed), self._device)[..., None]
+            runs = in_place.int().cumprod(-1).sum(-1), ((keep >= 0) & (keep < was_sealed)).sum(-1)
+            same, in_sealed = torch.stack(runs).int().cpu().numpy()
             if change is not None:  # any token of a lane that gives some up may change
                 same[count < kept] = 0
-            in_sealed = ((moves >= 0) & (moves < old_sealed[..., None] * was_packed)).sum(-1, dtype=np.int32)
         if is_sealing:
             # Pages of another format are all written anew.
             start = np.minimum(same // packed, old_sealed) if fmt is was_fmt else np.zeros_like(old_sealed)
@@ -278,7 +274,7 @@ class Compressor:
         log_weights: Tensor | None = None
         try:
             if change is None:
-                moves_on = None if keep is None else _from(chosen, start * packed)
+                moves_on = None if keep is None else _from(keep, start * packed)
                 self._ops.repack(arena.kv, slot, moves_on, rest, first, new_table, new_sealed, fmt)
             else:
                 log_weights = self._write_changed(slot, change, rest, first, new_table, new_sealed, fmt)
@@ -325,6 +321,7 @@ def _stacked(parts: Iterable[Tensor], padding: float) -> Tensor:
 
 def _from(keep: Tensor, first: Ints) -> Tensor:
     """Drops the leading `first` [layers, kv_heads] entries of each row of `keep`, padding with -1."""
-    index = torch.from_numpy(first.astype(np.int64))[..., None] + torch.arange(keep.shape[-1])
+    index = to_device(torch.from_numpy(first.astype(np.int64)), keep.device)[..., None]
+    index = index + torch.arange(keep.shape[-1], device=keep.device)
     inside = index < keep.shape[-1]
     return keep.gather(2, index.clamp_max(keep.shape[-1] - 1)).masked_fill(~inside, -1).to(torch.int32)

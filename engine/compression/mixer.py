@@ -71,7 +71,7 @@ def mix_formats(
     count, high, low, start, rest_start, moved = torch.stack(parts).int().unflatten(1, lanes).cpu().numpy()
     columns = high + low - (high * capacity + low * layout.capacity(rest_fmt) - count) // layout.page_tokens
     table, fresh = destination(arena, cache, slot, start, columns, high, rest_start)
-    keep = way.keep.int().unflatten(0, lanes).cpu()
+    keep = way.keep.int().unflatten(0, lanes)
     first, rest_first, written = (torch.from_numpy(part) for part in (start, rest_start, moved))
     target = Rest(rest_first, torch.from_numpy(low), rest_fmt)
     try:

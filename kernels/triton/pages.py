@@ -108,7 +108,6 @@ def _move(kv: PagedKV, source: Source, targets: Targets, keep: Tensor | None) ->
     """Gathers tokens and writes them, one group of lanes after the other."""
     dim, (lanes, most) = kv.layout.head_dim, (len(source.counts), int(source.counts.max()))
     uploaded = upload_together([*source.arrays, *targets.arrays])
-    listed = None if keep is None else upload(keep)
     # Numbers that are bf16 in all of their pages need no more on their way.
     is_narrow = all(fmt is PageFormat.BF16 for fmt in source.present.values())
     dtype = torch.bfloat16 if is_narrow else torch.float32
@@ -119,7 +118,7 @@ def _move(kv: PagedKV, source: Source, targets: Targets, keep: Tensor | None) ->
     values = torch.empty((group, room, dim), dtype=dtype, device=device())
     for first in range(0, lanes, group):
         count = min(group, lanes - first)
-        _gather(kv, source, uploaded[:2], listed, keys[:count], values[:count], first)
+        _gather(kv, source, uploaded[:2], keep, keys[:count], values[:count], first)
         _encode(kv, targets, uploaded[2:], keys[:count], values[:count], first)
 
 
@@ -165,23 +164,14 @@ def _checked(lanes: Lanes, keep: Tensor | None, counts: Ints, stay: Ints, ascend
     if counts.max() > keep.shape[2]:
         raise ValueError(f"{counts.max()} tokens were announced, {keep.shape[2]} are listed")
     keep = keep.flatten(0, 1).to(torch.int32).contiguous()
-    if not counts.any():
-        return keep
-    listed = keep.numpy()[:, : counts.max()]
-    place, is_ragged = np.arange(listed.shape[1]), counts.min() < counts.max()
+    count, first, last = upload(torch.from_numpy(np.stack([counts, stay, kept]))).unsqueeze(-1)
+    is_listed = torch.arange(keep.shape[1], device=keep.device) < count
+    is_wrong = (keep < first) | (keep >= last)
     if ascending:
-        falls = listed[:, 1:] <= listed[:, :-1]
-        if is_ragged:
-            falls &= place[1:] < counts[:, None]
-        if falls.any():
-            raise IndexError("tokens to keep must ascend")
-        lowest, highest = listed[:, 0], listed[np.arange(len(counts)), counts - 1]
-    else:
-        is_read = place < counts[:, None]
-        lowest = listed.min(1, where=is_read, initial=np.iinfo(np.int32).max)
-        highest = listed.max(1, where=is_read, initial=-1)
-    if (((lowest < stay) | (highest >= kept)) & (counts > 0)).any():
-        raise IndexError("tokens to keep must lie behind those that stay, within their lanes")
+        is_wrong[:, 1:] |= keep[:, 1:] <= keep[:, :-1]
+    if (is_wrong & is_listed).any():
+        order = " and ascend" if ascending else ""
+        raise IndexError(f"tokens to keep must lie behind those that stay, within their lanes{order}")
     return keep
 
 

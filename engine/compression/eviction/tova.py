@@ -35,12 +35,13 @@ class TOVA:
 
     def score(self, view: LaneView, params: Params) -> Tensor:
         assert view.mass is not None
-        layers = view.mass.shape[0]
-        is_held = view.is_held.flatten(1)
+        layers, is_held = view.mass.shape[0], view.is_held
         # By position, not by lane index: the lanes of a layer may hold different tokens.
-        positions = view.positions.clamp_min(0).flatten(1)
-        mass = view.mass.flatten(1).masked_fill(~is_held, 0.0)
-        sums = mass.new_zeros(layers, view.seen).scatter_add_(1, positions, mass)
-        heads = mass.new_zeros(layers, view.seen).scatter_add_(1, positions, is_held.float())
+        positions = view.positions.clamp_min(0)
+        mass = view.mass.masked_fill(~is_held, 0.0)
+        sums, heads = mass.new_zeros(2, layers, view.seen)
+        for head in range(mass.shape[1]):  # one after the other: what is added at once is added in any order
+            sums.scatter_add_(1, positions[:, head], mass[:, head])
+            heads.scatter_add_(1, positions[:, head], is_held[:, head].float())
         mean = sums / (heads * view.q_per_kv).clamp_min(1.0)
-        return mean.gather(1, positions).view_as(view.mass)
+        return mean.gather(1, positions.flatten(1)).view_as(view.mass)
