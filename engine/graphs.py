@@ -70,10 +70,11 @@ class Graphs:
         self._pool = torch.cuda.graph_pool_handle() if self._is_gpu else None
 
     def warm_up(self, within_s: float) -> None:
-        """Records steps of sequences without a plan, the smallest first, until that has taken so long."""
+        """Records steps of sequences without a plan until that has taken so long; large ones first, whose memory the
+        others then share."""
         began = time.monotonic()
         self._forget_if_moved()
-        for rows in self._sizes:
+        for rows in reversed(self._sizes):
             if time.monotonic() - began > within_s:
                 break
             self._record(Kind(rows, frozenset(), frozenset(), ()))

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import torch
 from triton import knobs
 
+from winnow.engine.config import EngineSettings
+from winnow.engine.errors import ModelError
 from winnow.engine.graphs import Graphs
+from winnow.engine.messages import Output, SamplingParams, Submit
 from winnow.engine.models.decoder import Decoder
 from winnow.engine.models.loader import load_model
-from winnow.kernels.dispatch import Backend, backend
+from winnow.engine.process import build_engine
+from winnow.kernels.dispatch import Backend, WeightKind, backend
 
 from ..kernels.triton.interpreter import install
-from ..models.checkpoints import prompt_of, random_model
+from ..models.checkpoints import prompt_of, random_model, write_gguf
 from .bench import Bench
 
 if knobs.runtime.interpret:
@@ -68,6 +74,47 @@ def test_greedy_answers(
     assert answers(bench) == wanted
     assert bool(replayed) is cuda_graphs, "steps of one row each are replayed"
     assert all(rows in (1, 2, 4) for rows in replayed)
+
+
+def settings(folder: Path, **changes: Any) -> EngineSettings:
+    given = {"device": "cuda", "weights": "f32", "kv_memory_gib": 0.01, "max_seqs": 4, "page_tokens": 16}
+    return EngineSettings(model=str(folder), **(given | changes))
+
+
+def test_an_engine_as_its_process_makes_it(folder: Path, wanted: dict[str, list[int]], replayed: list[int]) -> None:
+    engine = build_engine(settings(folder))
+    assert engine.graphs is not None
+    assert (engine.info.device, engine.info.weights, engine.info.compute_format) == ("cuda", "f32", "f32")
+    engine.submit(Submit("plain", PROMPTS["plain"], SamplingParams(temperature=0, max_tokens=3)))
+    outputs = [output for _ in range(3) for output in engine.step()]
+    assert [token for output in outputs if isinstance(output, Output) for token in output.token_ids] == wanted["plain"][
+        :3
+    ]
+    assert replayed == [1, 1], "what was recorded at the start is replayed"
+
+
+def test_what_cannot_be(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModelError, match="kv_memory_gib must be given"):
+        build_engine(settings(folder, kv_memory_gib=None))
+    monkeypatch.setattr("winnow.kernels.triton.device", Mock(side_effect=RuntimeError("no GPU")))
+    with pytest.raises(ModelError, match="device cuda: no GPU"):
+        build_engine(settings(folder))
+
+
+@pytest.mark.parametrize("weights", ["bf16", "fp8"])
+def test_weights_are_the_files(
+    weights: WeightKind, folder: Path, triton: Backend, ops: Backend, tmp_path: Path
+) -> None:
+    """Safetensors and GGUF."""
+    model = random_model("llama", num_hidden_layers=2, max_position_embeddings=256)
+    tokens = torch.arange(160, dtype=torch.int32)
+    exact = load_model(str(folder), ops, "f32").embed(tokens)
+    for path in (folder, write_gguf(tmp_path / "small.gguf", model, "llama")):
+        narrow = load_model(str(path), triton, weights).embed(tokens)
+        assert narrow.dtype == torch.bfloat16
+        if weights == "bf16":
+            assert torch.equal(narrow, exact.bfloat16())
+        torch.testing.assert_close(narrow.float(), exact, rtol=2**-4, atol=exact.abs().max().item() * 2**-9)
 
 
 @pytest.fixture
