@@ -21,6 +21,10 @@ from triton.runtime import interpreter
 Range = tuple[int, int]
 """First address, and the first behind it"""
 
+_addressed: dict[Range, StorageWeakRef] = {}
+"""Memory whose address was asked for: a tensor may hold it from one launch to the next"""
+_data_ptr = Tensor.data_ptr
+
 
 @dataclass
 class Access:
@@ -84,11 +88,12 @@ class Watch:
                 distinct.setdefault((i, access.program), set()).update(inside.tolist())
         return asked, sum(map(len, distinct.values()))
 
-    def touched(self, tensor: Tensor) -> Tensor:
-        """[bytes] bool: the bytes of a contiguous tensor that any kernel loaded or stored."""
+    def touched(self, tensor: Tensor, by_writes: bool) -> Tensor:
+        """[bytes] bool: the bytes of a contiguous tensor that any kernel stored, or else loaded."""
         first, behind = _extent(tensor)
         seen = np.zeros(behind - first, dtype=bool)
-        for access in (access for launch in self.launches for access in launch.accesses):
+        accesses = (access for launch in self.launches for access in launch.accesses if access.writes == by_writes)
+        for access in accesses:
             inside = access.bytes[(access.bytes >= first) & (access.bytes < behind)]
             seen[inside - first] = True
         return torch.from_numpy(seen)
@@ -101,13 +106,18 @@ def watching(remember: bool = True) -> Iterator[Watch]:
     A kernel may touch the tensors that it is launched with, and those whose address somebody asked for: side state is
     found by addresses that lie in a tensor. Accesses are remembered beyond their launch if that is wanted.
     """
-    watch, addressed = Watch(), {}  # type: tuple[Watch, dict[Range, StorageWeakRef]]
+    watch = Watch()
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
-    call, data_ptr = executor.__call__, Tensor.data_ptr
+    call, is_launching = executor.__call__, False
 
     def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal is_launching
         watch.launches.append(Launch(self.fn.__name__, [_extent(part) for part in _tensors((*args, *kwargs.values()))]))
-        result = call(self, *args, **kwargs)
+        is_launching = True
+        try:
+            result = call(self, *args, **kwargs)
+        finally:
+            is_launching = False
         watch.launches[-1].check_order()
         if not remember:
             watch.launches.clear()
@@ -115,8 +125,9 @@ def watching(remember: bool = True) -> Iterator[Watch]:
 
     def addressed_ptr(tensor: Tensor) -> int:
         storage = tensor.untyped_storage()
-        addressed[storage.data_ptr(), storage.data_ptr() + storage.nbytes()] = StorageWeakRef(storage)
-        return data_ptr(tensor)
+        if not is_launching:
+            _addressed[storage.data_ptr(), storage.data_ptr() + storage.nbytes()] = StorageWeakRef(storage)
+        return _data_ptr(tensor)
 
     def note(self: Any, pointers: Any, mask: Any, writes: bool) -> None:
         active = np.broadcast_to(mask.data, pointers.data.shape).astype(bool) if mask is not None else ...
@@ -124,7 +135,7 @@ def watching(remember: bool = True) -> Iterator[Watch]:
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         now = watch.launches[-1]
         inside = np.zeros(addresses.shape, dtype=bool)
-        for first, behind in (*now.given, *(span for span, storage in addressed.items() if not storage.expired())):
+        for first, behind in (*now.given, *(span for span, storage in _addressed.items() if not storage.expired())):
             inside |= (addresses >= first) & (addresses + size <= behind)
         verb = "writes" if writes else "reads"
         assert inside.all(), (
@@ -164,7 +175,7 @@ def _flat(program: tuple[int, int, int]) -> int:
 
 
 def _extent(tensor: Tensor) -> Range:
-    first = tensor.data_ptr()
+    first = _data_ptr(tensor)
     steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return first, first + (0 if tensor.numel() == 0 else (steps + 1) * tensor.element_size())
 
