@@ -29,8 +29,11 @@ def run(*command: str | Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def manifests() -> dict[str, Any]:
-    return {part["kind"]: part for part in yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text())}
+def manifests(name: str) -> dict[str, Any]:
+    return {part["kind"]: part for part in yaml.safe_load_all((DEPLOY / name).read_text())}
+
+
+kubernetes = pytest.mark.parametrize("name", ["kubernetes.yaml", "kubernetes.cuda.yaml"])
 
 
 def test_the_dockerfile_is_clean() -> None:
@@ -48,20 +51,61 @@ def test_the_image_has_what_it_copies() -> None:
     assert all((ROOT / name).exists() for name in copied)
 
 
+def test_images_are_pinned_unprivileged_and_pass_signals_on() -> None:
+    stages = re.split(r"^(?=FROM )", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
+    defaults = dict(re.findall(r"^ARG (\w+)=(\S+)", stages[0], re.MULTILINE))
+    final = {stage.split()[3]: stage for stage in stages[1:] if "ENTRYPOINT" in stage}
+    assert set(final) == {"cpu", "cuda"}
+    assert "AS cpu" in stages[-1], "the last one is built when none is named"
+    for stage in stages[1:]:
+        _, tag = re.sub(r"\${(\w+)}", lambda match: defaults[match[1]], stage.split()[1]).split(":")
+        assert re.match(r"\d+\.\d+\.\d+-", tag), "a version to the last digit"
+    for name, stage in final.items():
+        assert re.search(r"^USER [1-9]\d*$", stage, re.MULTILINE), name
+        assert re.search(r'^ENTRYPOINT \["winnow", "serve"\]$', stage, re.MULTILINE), name
+        assert "/ready" in stage and "VOLUME /models" in stage, name
+    assert "WINNOW_DEVICE=cuda" in final["cuda"]
+
+
 def test_compose_is_valid() -> None:
-    run(BIN / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", "deploy/compose.yaml")
+    for name in ("compose.yaml", "compose.cuda.yaml"):
+        run(BIN / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", f"deploy/{name}")
     for service in yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"].values():
         for volume in service.get("volumes", ()):
             source = volume.split(":")[0]
             assert not source.startswith(".") or (DEPLOY / source).exists(), source
 
 
-def test_the_kubernetes_manifest_is_valid() -> None:
-    run(BIN / "kubernetes-validate", "--strict", "deploy/kubernetes.yaml")
+def test_compose_on_a_gpu() -> None:
+    """The second file names the image's target for GPUs, a GPU, and nothing else that the first does not have."""
+    first, second = (
+        yaml.safe_load((DEPLOY / name).read_text())["services"] for name in ("compose.yaml", "compose.cuda.yaml")
+    )
+    assert second.keys() <= first.keys()
+    winnow = second["winnow"]
+    assert winnow["build"]["target"] == "cuda"
+    assert winnow["environment"]["WINNOW_DEVICE"] == "cuda"
+    (device,) = winnow["deploy"]["resources"]["reservations"]["devices"]
+    assert device["capabilities"] == ["gpu"]
 
 
-def test_the_pod_asks_for_probes_that_exist_and_waits_for_the_drain(tmp_path: Path) -> None:
-    parts = manifests()
+@kubernetes
+def test_the_kubernetes_manifest_is_valid(name: str) -> None:
+    run(BIN / "kubernetes-validate", "--strict", f"deploy/{name}")
+
+
+def test_a_pod_on_a_gpu_asks_for_one(tmp_path: Path) -> None:
+    parts = manifests("kubernetes.cuda.yaml")
+    (container,) = parts["Deployment"]["spec"]["template"]["spec"]["containers"]
+    (tmp_path / "server.yaml").write_text(parts["ConfigMap"]["data"]["server.yaml"])
+    assert load(tmp_path / "server.yaml").device == "cuda"
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    assert container["image"].endswith("-cuda")
+
+
+@kubernetes
+def test_the_pod_asks_for_probes_that_exist_and_waits_for_the_drain(tmp_path: Path, name: str) -> None:
+    parts = manifests(name)
     pod = parts["Deployment"]["spec"]["template"]["spec"]
     container = pod["containers"][0]
     (tmp_path / "server.yaml").write_text(parts["ConfigMap"]["data"]["server.yaml"])
