@@ -1,0 +1,92 @@
+"""Kernels that serve real models, compiled for GPUs that are not there: nothing spills, pages are read in whole
+vectors, products are those of tensor cores, and the size of a step compiles nothing anew.
+
+Compilation needs processes without the interpreter. Here a few variants are compiled, all of them by
+`python -m winnow.kernels.triton.report`.
+"""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from winnow.kernels.triton.aot import SHARED_LIMITS
+from winnow.kernels.triton.report import Variant, compiled
+
+REGISTERS = {
+    ("attend", "Llama 3.1 8B, decode"): 128,
+    ("attend", "Llama 3.1 8B, prefill"): 255,
+    ("merge", "Llama 3.1 8B, decode"): 64,
+    ("_rope_write", "Llama 3.1 8B, decode, rope_write"): 64,
+    ("_rms_norm", "Llama 3.1 8B, decode, rms_norm"): 40,
+}
+"""(kernel, workload) -> the most that a thread may have. In decode four blocks of four warps fit a multiprocessor."""
+NARROW = r"(LDG|LDGSTS)\S*\.[US](8|16)"
+"""Loads of less than four bytes"""
+STEPS = """
+from winnow.kernels.dispatch import backend
+from winnow.kernels.triton.aot import recording
+from winnow.kernels.triton.workloads import SMOLLM2, attention, rows
+
+ops = backend("triton")
+with recording(90) as taken:
+    for batch in (5, 1, 16):
+        for workload in (*attention(ops, SMOLLM2, batch, ()), *rows(ops, SMOLLM2, batch)):
+            workload.run()
+        print(sorted({launch.name for launch in taken()}))
+"""
+
+
+@pytest.fixture(scope="module")
+def outside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The environment of processes that compile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def variants(outside: None) -> list[Variant]:
+    """For all architectures, compiled beside each other."""
+    wanted = list(dict.fromkeys(workload for _, workload in REGISTERS))
+    with ThreadPoolExecutor() as pool:
+        return [one for found in pool.map(lambda arch: compiled(arch, wanted), SHARED_LIMITS) for one in found]
+
+
+def test_what_is_launched(variants: list[Variant]) -> None:
+    found = [(one.machine.arch, one.machine.name, one.workload) for one in variants]
+    assert sorted(found) == sorted((arch, *launched) for arch in SHARED_LIMITS for launched in REGISTERS)
+
+
+def test_nothing_spills(variants: list[Variant]) -> None:
+    for one in variants:
+        machine = one.machine
+        assert (machine.stack, machine.local, machine.spills) == (0, 0, 0), one
+        assert machine.registers <= REGISTERS[machine.name, one.workload], one
+
+
+def test_a_block_fits_a_multiprocessor(variants: list[Variant]) -> None:
+    for one in variants:
+        assert one.machine.shared <= SHARED_LIMITS[one.machine.arch], one
+
+
+def test_attention_multiplies_on_tensor_cores(variants: list[Variant]) -> None:
+    for one in variants:
+        assert (one.machine.tensor_core > 0) == (one.machine.name == "attend"), one
+
+
+def test_pages_are_read_in_whole_vectors(variants: list[Variant]) -> None:
+    for one in variants:
+        assert one.machine.wide_loads > 0, one
+        if one.machine.name == "attend":
+            assert one.machine.count(NARROW) == 0, one
+
+
+def test_the_size_of_a_step_compiles_nothing_anew(outside: None) -> None:
+    done = subprocess.run([sys.executable, "-c", STEPS], check=True, capture_output=True, text=True)
+    first, *later = done.stdout.splitlines()
+    assert "attend" in first
+    assert later == ["[]", "[]"]
