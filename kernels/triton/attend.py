@@ -8,6 +8,14 @@ holds the query heads of a KV head's group for some rows of a sequence, row afte
     chunk    many rows; one program goes through a part, and takes up what the program for the part before left
 
 What a row's result is depends on its own lane alone: shares follow from the lane's length.
+
+Three ways to read:
+
+    FLOATS   pages of a float format, whole vectors, ahead of their use
+    CODES    quantized pages for 16-bit activations, a page at a time, ahead of their use. A key channel's scale is
+             multiplied into the queries and its zero is a number for each row; a token's scale is multiplied into its
+             weight, and its zero adds to all channels of a row alike
+    GATHER   any page: tokens are read as f32 numbers, each from its page
 """
 
 from __future__ import annotations
@@ -16,10 +24,23 @@ import triton
 import triton.language as tl
 
 from winnow.kernels.reading import ReadMode
-from winnow.kernels.triton.tiles import float_keys, float_values, keys_at, padded, values_at
+from winnow.kernels.triton.codes import (
+    centre,
+    halves,
+    key_bytes,
+    key_scales,
+    numbers,
+    value_bytes,
+    value_scales,
+)
+from winnow.kernels.triton.tiles import FP8, float_keys, float_values, keys_at, padded, values_at
 
 SEALED, REST, OPEN = (tl.constexpr(part) for part in range(3))
+FLOATS, CODES, GATHER = (tl.constexpr(path) for path in range(3))
 LOG2E = tl.constexpr(1.4426950408889634)
+RAISED = tl.constexpr(16.0)
+"""What weights are multiplied by before a token's scale makes them float16 numbers: scales are small"""
+F16_MAX = tl.constexpr(65504.0)
 _CHOSEN = tl.constexpr(int(ReadMode.CHOSEN))
 
 
@@ -42,8 +63,8 @@ def attend(
     open_tokens: tl.tensor,
     blocks: tl.tensor,
     lane_positions: tl.tensor,
-    log_weights: tl.tensor,
     position_tokens: tl.tensor,
+    log_weights: tl.tensor,
     weight_tokens: tl.tensor,
     choices: tl.tensor,
     choice_tokens: tl.tensor,
@@ -65,11 +86,12 @@ def attend(
     GROUP: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
+    T: tl.constexpr,
     SPLITS: tl.constexpr,
     LEAST: tl.constexpr,
     IS_DECODE: tl.constexpr,
     WINDOWED: tl.constexpr,
-    BY_PAGE: tl.constexpr,
+    PATH: tl.constexpr,
 ) -> None:
     """A program has a share (decode) or a block (chunk), a KV head and, in decode, a sequence.
 
@@ -83,6 +105,7 @@ def attend(
         lane_positions, log_weights, choices: [B] addresses, each None where no lane has any; `position_tokens`,
             `weight_tokens` and `choice_tokens` [B] int32 are their capacities.
         modes: [B], of the layer, given with `choices`.
+        T: tokens of a tile, of which N slots are read at a time: a page of codes, in its halves; N of other pages.
     """
     ROWS: tl.constexpr = M // GROUP
     head = tl.program_id(1)
@@ -114,25 +137,36 @@ def attend(
         if not IS_DECODE and tokens == 0:
             return
 
-    i = tl.arange(0, M)
-    d = tl.arange(0, padded(D))
+    HALVES: tl.constexpr = halves(FORMAT) if PATH == CODES else 1
+    WIDTH: tl.constexpr = padded(D // HALVES)
+    i, d = tl.arange(0, M), tl.arange(0, padded(D))
     row, member = i // GROUP, i % GROUP
     is_row = (first_row + row < rows) & (row < ROWS)
     q_row = ((row_start + first_row + row).to(tl.int64) * HEADS + head) * GROUP + member
-    inside = is_row[:, None] & (d < D)[None, :]
-    queries = tl.load(q + q_row[:, None] * D + d[None, :], mask=inside, other=0.0)
+    queries = tl.load(q + q_row[:, None] * D + d[None, :], mask=is_row[:, None] & (d < D)[None, :], other=0.0)
+    d_out = tl.arange(0, WIDTH)
+    inside = is_row[:, None] & (d_out < D // HALVES)[None, :]
 
-    begin = 0
-    oldest = tl.zeros([M], tl.int32)
-    positions_of_lane = tl.cast(0, tl.int64)
+    begin, end = 0, tl.cdiv(tokens, T)
+    lane_of_slot = (layer * HEADS + head).to(tl.int64)
+    oldest, own_positions, own_choices, own_weights = None, None, None, None
     if WINDOWED:
         oldest = tl.load(positions + row_start + first_row + row, mask=is_row, other=0) - window + 1
+        begin = tl.load(positions + row_start + first_row) - window + 1 - first_token
         if lane_positions is not None:
-            positions_of_lane = tl.load(lane_positions + b)
-        if positions_of_lane == 0:  # a position is an index: what comes before the first row's window is passed over
-            begin = tl.load(positions + row_start + first_row) - window + 1 - first_token
-            begin = tl.minimum(tl.maximum(begin, 0), tokens) // N
-    end = tl.cdiv(tokens, N)
+            address = tl.load(lane_positions + b)
+            own_positions = address + 4 * lane_of_slot * tl.load(position_tokens + b)
+            own_positions = tl.where(address == 0, 0, own_positions)
+            begin = tl.where(address == 0, begin, 0)
+        # Where a position is an index, what comes before the first row's window is passed over.
+        begin = tl.minimum(tl.maximum(begin, 0), tokens) // T
+    if choices is not None:
+        address, stride = tl.load(choices + b), tl.load(choice_tokens + b)
+        own_choices = address + ((first_row + row) * HEADS + head).to(tl.int64) * stride
+        own_choices = tl.where((address == 0) | (tl.load(modes + b) < _CHOSEN), 0, own_choices)
+    if log_weights is not None:
+        address = tl.load(log_weights + b)
+        own_weights = tl.where(address == 0, 0, address + 4 * lane_of_slot * tl.load(weight_tokens + b))
     if IS_DECODE:
         share = tl.maximum(tl.cdiv(end - begin, SPLITS), LEAST)
         begin += split * share
@@ -140,80 +174,132 @@ def attend(
 
     highest = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
-    acc = tl.zeros([M, padded(D)], tl.float32)
+    acc = tl.zeros([M, WIDTH], tl.float32)
+    acc_high = acc if HALVES == 2 else 0.0
     if before is not None and first_page > 0:
         highest = tl.load(before_lse + q_row, mask=is_row, other=float("-inf"))
         total = tl.where(highest == float("-inf"), 0.0, 1.0)
-        acc = tl.load(before + q_row[:, None] * D + d[None, :], mask=inside, other=0.0)
+        acc = tl.load(before + q_row[:, None] * D + d_out[None, :], mask=inside, other=0.0)
+        if HALVES == 2:
+            acc_high = tl.load(before + q_row[:, None] * D + D // 2 + d_out[None, :], mask=inside, other=0.0)
 
-    lane_of_slot = (layer * HEADS + head).to(tl.int64)
-    if log_weights is not None:
-        weights_of_lane = tl.load(log_weights + b)
-    if choices is not None:
-        choices_of_rows = tl.load(choices + b)
-        if tl.load(modes + b) < _CHOSEN:
-            choices_of_rows = tl.cast(0, tl.int64)
-        choice_stride = HEADS * tl.load(choice_tokens + b).to(tl.int64)
-        if choices_of_rows != 0:
-            choices_of_rows += head * tl.load(choice_tokens + b)
     pages = table + ((tl.load(slots + b).to(tl.int64) * layers + layer) * HEADS + head) * width + first_page
-    if BY_PAGE:
-        one, other = page_ids(pages, begin, tokens, C, N)
-    for tile in range(begin, end):
-        t = tile * N + tl.arange(0, N)
-        held = t < tokens
-        seen = held[None, :] & is_row[:, None]
-        if PART == OPEN:
-            seen = seen & (t[None, :] < seen_by_first + row[:, None])
-        if WINDOWED:
-            position = first_token + t
-            if lane_positions is not None and positions_of_lane != 0:
-                own = positions_of_lane.to(tl.pointer_type(tl.int32)) + lane_of_slot * tl.load(position_tokens + b)
-                position = tl.load(own + position, mask=held, other=0)
-            seen = seen & (position[None, :] >= oldest[:, None])
-        if choices is not None:
-            own = choices_of_rows.to(tl.pointer_type(tl.uint8)) + (first_row + row) * choice_stride
-            chosen = tl.load(own[:, None] + (first_token + t)[None, :], mask=seen & (choices_of_rows != 0), other=1)
-            seen = seen & (chosen != 0)
-        if choices is None or (tl.max(tl.max(seen.to(tl.int32), 1), 0) > 0):
-            if BY_PAGE:
-                page, place = data + tl.where(t // C == tile * N // C, one, other).to(tl.int64) * PAGE_BYTES, t % C
-                keys = float_keys(
-                    page[None, :], d[:, None], place[None, :], (t // 8 * 8 < tokens)[None, :], FORMAT, D, C
+    if PATH == CODES:
+        n = tl.arange(0, N)
+        held = n < C // HALVES
+        # Queries are float16 numbers of up to 1/2, times a power of two: a scale they are multiplied by is one as well.
+        unit = tl.max(tl.abs(queries.to(tl.float32)), 1)
+        unit = tl.exp2(tl.ceil(tl.log2(tl.where(unit == 0, 1.0, unit))) + 1)
+        factor = unit * (scale * LOG2E)
+        queries = (queries.to(tl.float32) / unit[:, None]).to(tl.float16)
+        acc *= RAISED
+        acc_high *= RAISED
+        zeros = tl.zeros([M], tl.float32)
+        page = data + tl.load(pages + begin, mask=begin < end, other=0).to(tl.int64) * PAGE_BYTES
+        k_scale, k_zero = key_scales(page, d, FORMAT, D, C)
+        v_scale, v_zero = value_scales(page, 0, n, FORMAT, D, C)
+        v_scale_high, v_zero_high = v_scale, v_zero
+        if HALVES == 2:
+            v_scale_high, v_zero_high = value_scales(page, C // 2, n, FORMAT, D, C)
+        for tile in range(begin, end):
+            # A page's scales are read while those of the page before are used.
+            next_page = data + tl.load(pages + tile + 1, mask=tile + 1 < end, other=0).to(tl.int64) * PAGE_BYTES
+            next_k_scale, next_k_zero = key_scales(next_page, d, FORMAT, D, C)
+            next_v_scale, next_v_zero = value_scales(next_page, 0, n, FORMAT, D, C)
+            next_v_scale_high, next_v_zero_high = next_v_scale, next_v_zero
+            if HALVES == 2:
+                next_v_scale_high, next_v_zero_high = value_scales(next_page, C // 2, n, FORMAT, D, C)
+            index = first_token + tile * C + n
+            seen = narrowed(held[None, :] & is_row[:, None], index, held, oldest, own_positions, own_choices)
+            is_read = seen
+            if HALVES == 2:
+                index_high = index + C // 2
+                seen_high = narrowed(
+                    held[None, :] & is_row[:, None], index_high, held, oldest, own_positions, own_choices
                 )
-            else:
-                page, place = data + tl.load(pages + t // C, mask=held, other=0).to(tl.int64) * PAGE_BYTES, t % C
-                keys = keys_at(page[None, :], d[:, None], place[None, :], held[None, :], FORMAT, D, C)
-            keys = keys.to(queries.dtype)
-            scores = tl.dot(queries, keys, input_precision="ieee") * (scale * LOG2E)
-            if log_weights is not None:
-                own = weights_of_lane.to(tl.pointer_type(tl.float32)) + lane_of_slot * tl.load(weight_tokens + b)
-                weights = tl.load(own + first_token + t, mask=held & (weights_of_lane != 0), other=0.0)
-                scores += (weights * LOG2E)[None, :]
-            scores = tl.where(seen, scores, float("-inf"))
-            above = tl.maximum(highest, tl.max(scores, 1))
-            level = tl.where(above == float("-inf"), 0.0, above)
-            fade = tl.exp2(highest - level)
-            shares = tl.exp2(scores - level[:, None])
-            total = total * fade + tl.sum(shares, 1)
-            if BY_PAGE:
-                values = float_values(page[:, None], place[:, None], d[None, :], held[:, None], FORMAT, D, C)
-            else:
-                values = values_at(page[:, None], place[:, None], d[None, :], held[:, None], FORMAT, D, C)
-            acc = tl.dot(
-                shares.to(queries.dtype), values.to(queries.dtype), acc * fade[:, None], input_precision="ieee"
-            )
-            highest = above
-        if BY_PAGE:
-            one, other = page_ids(pages, tile + 1, tokens, C, N)
+                is_read = seen | seen_high
+            if choices is None or (tl.max(tl.max(is_read.to(tl.int32), 1), 0) > 0):
+                keys, keys_high = numbers(key_bytes(page, d, n, FORMAT, D, C), FORMAT)
+                if FORMAT == FP8:
+                    scaled, bias, row_factor = queries, 0.0, (factor * k_scale.to(tl.float32))[:, None]
+                else:
+                    scaled, row_factor = queries * k_scale[None, :], factor[:, None]
+                    shift = k_zero.to(tl.float32) + centre(FORMAT) * k_scale.to(tl.float32)
+                    bias = tl.sum(queries.to(tl.float32) * shift[None, :], 1)[:, None]
+                for half in tl.static_range(HALVES):
+                    if half == 1:
+                        keys, index, seen, v_scale, v_zero = keys_high, index_high, seen_high, v_scale_high, v_zero_high
+                    scores = (tl.dot(scaled, keys) + bias) * row_factor
+                    scores = tl.where(seen, weighed(scores, index, held, own_weights), float("-inf"))
+                    above = tl.maximum(highest, tl.max(scores, 1))
+                    level = tl.where(above == float("-inf"), 0.0, above)
+                    fade = tl.exp2(highest - level)
+                    highest = above
+                    weights = tl.exp2(scores - level[:, None])
+                    total = total * fade + tl.sum(weights, 1)
+                    if FORMAT == FP8:
+                        weights = weights * (v_scale.to(tl.float32) * RAISED)
+                    else:
+                        shift = v_zero.to(tl.float32) + centre(FORMAT) * v_scale.to(tl.float32)
+                        zeros = zeros * fade + tl.sum(weights * shift[None, :], 1)
+                        weights = weights * (v_scale.to(tl.float32) * RAISED)[None, :]
+                    weights = tl.minimum(weights, F16_MAX).to(tl.float16)
+                    packed = value_bytes(page, half * (C // HALVES), n, d_out, FORMAT, D, C)
+                    values, values_high = numbers(packed, FORMAT)
+                    acc = tl.dot(weights, values, acc * fade[:, None])
+                    if HALVES == 2:
+                        acc_high = tl.dot(weights, values_high, acc_high * fade[:, None])
+            page, k_scale, k_zero, v_scale, v_zero = next_page, next_k_scale, next_k_zero, next_v_scale, next_v_zero
+            v_scale_high, v_zero_high = next_v_scale_high, next_v_zero_high
+        acc = acc / RAISED + zeros[:, None]
+        acc_high = acc_high / RAISED + zeros[:, None]
+    else:
+        if PATH == FLOATS:
+            one, other = page_ids(pages, begin, tokens, C, N)
+        for tile in range(begin, end):
+            t = tile * N + tl.arange(0, N)
+            place = t % C
+            held = t < tokens
+            index = first_token + t
+            seen = held[None, :] & is_row[:, None]
+            if PART == OPEN:
+                seen = seen & (t[None, :] < seen_by_first + row[:, None])
+            seen = narrowed(seen, index, held, oldest, own_positions, own_choices)
+            if choices is None or (tl.max(tl.max(seen.to(tl.int32), 1), 0) > 0):
+                if PATH == FLOATS:
+                    page = data + tl.where(t // C == tile * N // C, one, other).to(tl.int64) * PAGE_BYTES
+                    readable = t // 8 * 8 < tokens
+                    keys = float_keys(page[None, :], d[:, None], place[None, :], readable[None, :], FORMAT, D, C)
+                else:
+                    page = data + tl.load(pages + t // C, mask=held, other=0).to(tl.int64) * PAGE_BYTES
+                    keys = keys_at(page[None, :], d[:, None], place[None, :], held[None, :], FORMAT, D, C)
+                scores = tl.dot(queries, keys.to(queries.dtype), input_precision="ieee") * (scale * LOG2E)
+                scores = tl.where(seen, weighed(scores, index, held, own_weights), float("-inf"))
+                above = tl.maximum(highest, tl.max(scores, 1))
+                level = tl.where(above == float("-inf"), 0.0, above)
+                fade = tl.exp2(highest - level)
+                highest = above
+                weights = tl.exp2(scores - level[:, None])
+                total = total * fade + tl.sum(weights, 1)
+                if PATH == FLOATS:
+                    values = float_values(page[:, None], place[:, None], d[None, :], held[:, None], FORMAT, D, C)
+                else:
+                    values = values_at(page[:, None], place[:, None], d[None, :], held[:, None], FORMAT, D, C)
+                weights, values = weights.to(queries.dtype), values.to(queries.dtype)
+                acc = tl.dot(weights, values, acc * fade[:, None], input_precision="ieee")
+            if PATH == FLOATS:
+                one, other = page_ids(pages, tile + 1, tokens, C, N)
 
-    acc = acc / tl.where(total == 0, 1.0, total)[:, None]
+    divisor = tl.where(total == 0, 1.0, total)[:, None]
     level = tl.where(total == 0, float("-inf"), highest + tl.log2(total))
     if IS_DECODE:
         place = (((b * most_rows + row) * HEADS + head) * GROUP + member).to(tl.int64) * slots_of_row + slot + split
     else:
         place = q_row
-    tl.store(out + place[:, None] * D + d[None, :], acc.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + place[:, None] * D + d_out[None, :], (acc / divisor).to(out.dtype.element_ty), mask=inside)
+    if HALVES == 2:
+        high = (acc_high / divisor).to(out.dtype.element_ty)
+        tl.store(out + place[:, None] * D + D // 2 + d_out[None, :], high, mask=inside)
     if lse is not None:
         if not IS_DECODE and PART == OPEN:
             level = level / LOG2E
@@ -233,47 +319,38 @@ def page_ids(
     return one, other
 
 
-@triton.jit(do_not_specialize=["most_rows", "slots_of_row", "parts", "splits"])
-def merge(
-    partial: tl.tensor,
-    partial_lse: tl.tensor,
-    out: tl.tensor,
-    lse: tl.tensor,
-    cu_rows: tl.tensor,
-    most_rows: tl.tensor,
-    parts: tl.tensor,
-    splits: tl.tensor,
-    D: tl.constexpr,
-    HEADS: tl.constexpr,
-    ROWS: tl.constexpr,
-    SPLITS: tl.constexpr,
-) -> None:
-    """Merges what the programs of decode found for a row's query head: out [T, Hq, D], lse [T, Hq] in base e or None.
+@triton.jit
+def narrowed(
+    seen: tl.tensor,
+    index: tl.tensor,
+    held: tl.tensor,
+    oldest: tl.tensor,
+    own_positions: tl.tensor,
+    own_choices: tl.tensor,
+) -> tl.tensor:
+    """`seen` [M, N] without tokens outside of the rows' windows and those that rows did not choose.
 
-    Part by part, so that the order of sums does not depend on the parts that other sequences have.
+    index [N]: of the tokens in their lane. oldest [M]: first position of the windows. own_positions: address of the
+    lane's positions, own_choices [M]: of the rows' choices; 0 where there are none. Each but index may be None.
     """
-    b, row, head = tl.program_id(0) // most_rows, tl.program_id(0) % most_rows, tl.program_id(1)
-    row_start = tl.load(cu_rows + b)
-    rows = tl.load(cu_rows + b + 1) - row_start
-    if (row >= rows) | (rows > ROWS):
-        return
-    split, d = tl.arange(0, SPLITS), tl.arange(0, padded(D))
-    place = (tl.program_id(0) * HEADS + head).to(tl.int64) * parts * splits
-    highest = float("-inf")
-    for part in range(parts):
-        level = tl.load(partial_lse + place + part * splits + split, mask=split < splits, other=float("-inf"))
-        highest = tl.maximum(highest, tl.max(level, 0))
-    total = 0.0
-    acc = tl.zeros([padded(D)], tl.float32)
-    for part in range(parts):
-        own = place + part * splits + split
-        level = tl.load(partial_lse + own, mask=split < splits, other=float("-inf"))
-        weight = tl.exp2(level - highest)
-        inside = (level > float("-inf"))[:, None] & (d < D)[None, :]
-        found = tl.load(partial + own[:, None] * D + d[None, :], mask=inside, other=0.0)
-        acc += tl.sum(found * weight[:, None], 0)
-        total += tl.sum(weight, 0)
-    place = (row_start + row).to(tl.int64) * HEADS + head
-    tl.store(out + place * D + d, (acc / total).to(out.dtype.element_ty), mask=d < D)
-    if lse is not None:
-        tl.store(lse + place, (highest + tl.log2(total)) / LOG2E)
+    if oldest is not None:
+        position = index
+        if own_positions is not None:
+            pointer = tl.multiple_of(own_positions.to(tl.pointer_type(tl.int32)), 4)
+            written = tl.load(pointer + index, mask=held & (own_positions != 0), other=0)
+            position = tl.where(own_positions != 0, written, index)
+        seen = seen & (position[None, :] >= oldest[:, None])
+    if own_choices is not None:
+        pointer = own_choices.to(tl.pointer_type(tl.uint8))[:, None] + index[None, :]
+        seen = seen & (tl.load(pointer, mask=seen & (own_choices != 0)[:, None], other=1) != 0)
+    return seen
+
+
+@triton.jit
+def weighed(scores: tl.tensor, index: tl.tensor, held: tl.tensor, own_weights: tl.tensor) -> tl.tensor:
+    """Scores [M, N] and the log weights of their tokens. own_weights: address of the lane's, 0 or None for none."""
+    if own_weights is not None:
+        pointer = tl.multiple_of(own_weights.to(tl.pointer_type(tl.float32)), 4)
+        weights = tl.load(pointer + index, mask=held & (own_weights != 0), other=0.0)
+        scores += (weights * LOG2E)[None, :]
+    return scores

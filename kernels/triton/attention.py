@@ -14,11 +14,17 @@ from torch import Tensor
 
 from winnow.kernels.kv import LaneBatch, PagedKV
 from winnow.kernels.layout import PageFormat
-from winnow.kernels.triton.attend import OPEN, REST, SEALED, attend, merge
+from winnow.kernels.triton.attend import CODES, FLOATS, GATHER, OPEN, REST, SEALED, attend
+from winnow.kernels.triton.codes import halves
 from winnow.kernels.triton.config import LEAST_TOKENS, SPLITS, Tile, attend_tile
-from winnow.kernels.triton.device import upload
+from winnow.kernels.triton.device import architecture, upload
+from winnow.kernels.triton.merge import merge
 from winnow.kernels.triton.step import DeviceBatch, device_batch
+from winnow.kernels.triton.tiles import padded
 from winnow.kernels.triton.votes import add_votes
+
+HAS_FP8 = 89
+"""The first architecture that converts fp8 by itself"""
 
 
 def attention(q: Tensor, batch: LaneBatch, kv: PagedKV, layer: int, scale: float, window: int) -> Tensor:
@@ -76,7 +82,7 @@ def _decode(
             slots_of_row=slots_of_row,
             IS_DECODE=True,
             SPLITS=SPLITS,
-            **_of_part(native, kv, part, fmt, tile),
+            **_of_part(native, kv, part, fmt, tile, q.dtype == torch.float32),
             **shared,
         )
     merge[(native.size * most_rows, q.shape[1])](
@@ -124,7 +130,7 @@ def _chunks(
             slots_of_row=1,
             IS_DECODE=False,
             SPLITS=1,
-            **_of_part(native, kv, part, fmt, tile),
+            **_of_part(native, kv, part, fmt, tile, q.dtype == torch.float32),
             **shared,
         )
 
@@ -143,18 +149,27 @@ def _parts(native: DeviceBatch, compute: PageFormat) -> list[tuple[int, PageForm
     return [*sealed, *((int(REST), fmt) for fmt in sorted(native.rest_formats)), (int(OPEN), compute)]
 
 
-def _of_part(native: DeviceBatch, kv: PagedKV, part: int, fmt: PageFormat, tile: Tile) -> dict[str, Any]:
-    capacity = kv.layout.capacity(fmt)
+def _of_part(native: DeviceBatch, kv: PagedKV, part: int, fmt: PageFormat, tile: Tile, is_f32: bool) -> dict[str, Any]:
+    capacity, slots, has_fp8 = kv.layout.capacity(fmt), tile.N, architecture() >= HAS_FP8
+    path, tokens = GATHER, slots
+    if not fmt.is_quantized:
+        if 2 * capacity == slots or capacity % slots == 0:
+            path = FLOATS
+    elif not is_f32 and (fmt in (PageFormat.INT8, PageFormat.INT4) or (fmt is PageFormat.FP8 and has_fp8)):
+        of_page = padded(capacity // halves(fmt))
+        if of_page <= 128:
+            path, slots, tokens = CODES, of_page, capacity
     return {
         "formats": native.rest_format if part == int(REST) else native.sealed_format,
         "PART": part,
         "FORMAT": int(fmt),
         "C": capacity,
         "M": tile.M,
-        "N": tile.N,
-        "BY_PAGE": not fmt.is_quantized and (2 * capacity == tile.N or capacity % tile.N == 0),
-        "LEAST": triton.cdiv(LEAST_TOKENS, tile.N),
-        "num_warps": tile.num_warps,
+        "N": slots,
+        "T": tokens,
+        "LEAST": triton.cdiv(LEAST_TOKENS, tokens),
+        "PATH": int(path),
+        "num_warps": 8 if path == CODES and tile.M >= 64 else tile.num_warps,
         "num_stages": tile.num_stages,
     }
 
