@@ -96,6 +96,8 @@ class Graphs:
     def _find(self, host: HostStep) -> Recorded | None:
         if "modes" in host.parts or not SIDES.issuperset(host.sides) or host.size > self._sizes[-1]:
             return None
+        if not all(host.ready):
+            return None  # kernels will say what is wrong
         if host.positions_end > self._model.config.max_position:
             raise IndexError(f"a position is not below {self._model.config.max_position}")
         rows = next(size for size in self._sizes if size >= host.size)

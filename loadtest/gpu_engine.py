@@ -192,10 +192,11 @@ class _Pretending:
 
     def run(self, batch: ScheduledBatch) -> Tensor:
         arena = self._arena
-        slots = batch.slots[batch.counts > 1]
-        column = np.arange(arena.table.shape[-1])
-        full = (arena.sealed[slots] + arena.rest[slots])[..., None]
-        pages = arena.table[slots][(column >= full) & (column < arena.columns[slots][..., None])]
+        slots, column = batch.slots, np.arange(arena.table.shape[-1])
+        full, end = (arena.sealed[slots] + arena.rest[slots])[..., None], arena.columns[slots][..., None]
+        # One row may have come into a fresh page.
+        first = np.where((batch.counts > 1)[:, None, None, None], full, np.maximum(full, end - 1))
+        pages = arena.table[slots][(column >= first) & (column < end)]
         fill_pages(arena.kv.data, arena.layout, torch.from_numpy(pages.astype(np.int64)))
         return self._logits[: len(batch.seqs)]
 

@@ -155,6 +155,7 @@ class Kernels:
         keep = torch.rand(*shape, sizes.repacked).argsort(-1)[..., :count].sort(-1).values.int()
         counts, none = torch.full(shape, count, dtype=torch.int32), torch.zeros(shape, dtype=torch.int32)
         to = fresh.view(*shape, columns)
+        keep = keep.to(self.ops.device())
         taken = self.with_host(partial(self.ops.repack, state.kv, 0, keep, counts, none, to, none + sealed, fmt))
         self.add_repack(f"keep {count} of {sizes.repacked} tokens", fmt, taken)
 

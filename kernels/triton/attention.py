@@ -29,13 +29,11 @@ HAS_FP8 = 89
 
 def attention(q: Tensor, batch: LaneBatch, kv: PagedKV, layer: int, scale: float, window: int) -> Tensor:
     """q [T, Hq, D] f32 or bf16 -> [T, Hq * D], of q's type; adds to `kv.mass` where rows vote."""
-    layers, heads = kv.table.shape[1:3]
+    heads = kv.table.shape[2]
     dim = kv.layout.head_dim
     if q.dim() != 3 or q.shape[2] != dim or q.shape[1] % heads or len(q) != len(batch.positions):
         raise ValueError(f"q {list(q.shape)} is not [{len(batch.positions)}, heads, {dim}] for {heads} KV heads")
-    if not 0 <= layer < layers:
-        raise IndexError(f"layer {layer} is not among {layers}")
-    native, q, group = device_batch(batch, kv), q.contiguous(), q.shape[1] // heads
+    native, q, group = device_batch(batch, kv, layer), q.contiguous(), q.shape[1] // heads
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:2], dtype=torch.float32) if "mass" in native.sides else None
     decode, chunk = (attend_tile(is_decode, group, dim, q.dtype == torch.float32) for is_decode in (True, False))

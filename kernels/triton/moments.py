@@ -23,14 +23,12 @@ def query_moments(qkv: Tensor, batch: LaneBatch, kv: PagedKV, layer: int, q_norm
     q_heads = qkv.shape[-1] // dim - 2 * kv_heads
     if qkv.shape != (len(batch.positions), (q_heads + 2 * kv_heads) * dim) or q_heads < 1 or q_heads % kv_heads:
         raise ValueError(f"qkv {list(qkv.shape)} is not whole heads of {dim} for {kv_heads} KV heads")
-    if not 0 <= layer < kv.table.shape[1]:
-        raise IndexError(f"layer {layer} is not among {kv.table.shape[1]}")
     if q_norm is not None and q_norm.shape != (dim,):
         raise ValueError(f"a head norm of shape {list(q_norm.shape)} does not fit {dim} channels")
     for moments in kv.moments.values():
         if moments.shape != (kv.table.shape[1], q_heads, 1 + dim, dim):
             raise ValueError(f"moments {list(moments.shape)} do not fit {q_heads} query heads of {dim}")
-    native = device_batch(batch, kv)
+    native = device_batch(batch, kv, layer)
     if "moments" not in native.sides:
         return
     columns = triton.next_power_of_2(dim)

@@ -27,9 +27,7 @@ def choose_reads(q: Tensor, batch: LaneBatch, kv: PagedKV, layer: int, scale: fl
     heads, dim = kv.table.shape[2], kv.layout.head_dim
     if q.dim() != 3 or q.shape[0] != len(batch.positions) or q.shape[2] != dim or q.shape[1] % heads:
         raise ValueError(f"q {list(q.shape)} is not [{len(batch.positions)}, heads, {dim}] for {heads} KV heads")
-    if not 0 <= layer < kv.table.shape[1]:
-        raise IndexError(f"layer {layer} is not among {kv.table.shape[1]}")
-    native = device_batch(batch, kv)
+    native = device_batch(batch, kv, layer)
     if native.modes is None:
         return
     if native.readers is None:

@@ -33,7 +33,7 @@ def rope_write(
 ) -> Tensor:
     """qkv [T, (Hq + 2 Hkv) D] f32 or bf16, cos and sin [P, D/2] f32, norms [D] f32 -> q [T, Hq, D] like qkv."""
     (_, layers, kv_heads, width), layout = kv.table.shape, kv.layout
-    step, dim = device_batch(batch, kv), layout.head_dim
+    step, dim = device_batch(batch, kv, layer), layout.head_dim
     if qkv.dim() != 2 or qkv.shape[1] % dim or (qkv.shape[1] // dim - 2 * kv_heads) % kv_heads:
         raise ValueError(f"qkv {list(qkv.shape)} is not whole heads of {dim} for {kv_heads} KV heads")
     if len(qkv) != step.rows:
@@ -42,8 +42,6 @@ def rope_write(
         raise ValueError(f"cos and sin must be [P, {dim // 2}], not {list(cos.shape)} and {list(sin.shape)}")
     if step.positions_end > len(cos):
         raise IndexError(f"a position is not among the {len(cos)} that cos and sin cover")
-    if not 0 <= layer < layers:
-        raise IndexError(f"layer {layer} is not among {layers}")
     for norm in (q_norm, k_norm):
         if norm is not None and norm.shape != (dim,):
             raise ValueError(f"the norm of a head of {dim} cannot be {list(norm.shape)}")

@@ -75,6 +75,8 @@ class DeviceBatch:
     """[B]"""
     memory: Tensor
     """Where all of this lies, but for the table"""
+    ready: list[bool]
+    """By layer: its lanes count the rows already, in open pages"""
     sides: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Name of a part of `PagedKV` that is held by slot -> addresses [B] int64, 0 for a slot without, and capacities [B]
     int32 (the last dimension). A name is there if any sequence of the batch has the part. So with "choices", which
@@ -128,11 +130,19 @@ def _held(table: Tensor, pages: int) -> Tensor:
     return torch.from_numpy(is_out.numpy().argmax(-1).astype(np.int32))
 
 
-def device_batch(batch: LaneBatch, kv: PagedKV) -> DeviceBatch:
-    """The step on the device, brought over when first asked for: tables and side state must be in place before."""
+def device_batch(batch: LaneBatch, kv: PagedKV, layer: int) -> DeviceBatch:
+    """The step on the device, brought over when first asked for: tables and side state must be in place before.
+
+    IndexError or ValueError where there is no such layer, or rows would reach into its full pages.
+    """
     if not isinstance(batch.native, DeviceBatch):
         batch.native = bring(host_step(batch, kv), kv)
-    return cast(DeviceBatch, batch.native)
+    native = cast(DeviceBatch, batch.native)
+    if not 0 <= layer < len(native.ready):
+        raise IndexError(f"layer {layer} is not among {len(native.ready)}")
+    if not native.ready[layer]:
+        raise ValueError(f"in layer {layer} a sequence has more rows than a lane has tokens in open pages")
+    return native
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +158,7 @@ class HostStep:
     sealed_formats: frozenset[PageFormat]
     rest_formats: frozenset[PageFormat]
     sides: tuple[str, ...]
+    ready: list[bool]
 
 
 def host_step(batch: LaneBatch, kv: PagedKV) -> HostStep:
@@ -156,7 +167,7 @@ def host_step(batch: LaneBatch, kv: PagedKV) -> HostStep:
     slots, size, rows, counts = batch.slots.long(), len(batch.slots), len(batch.positions), batch.cu_rows.diff()
     kept, sealed, rest = kv.kept[slots], kv.sealed[slots], kv.rest[slots]
     formats, rest_formats = kv.formats[slots].int(), kv.rest_formats[slots].int()
-    open_tokens = _open_tokens(kv, slots, counts, kept, (sealed, formats), (rest, rest_formats))
+    open_tokens = _open_tokens(kv, slots, kept, (sealed, formats), (rest, rest_formats))
     parts = {
         "slots": batch.slots,
         "cu_rows": batch.cu_rows,
@@ -186,6 +197,7 @@ def host_step(batch: LaneBatch, kv: PagedKV) -> HostStep:
         sealed_formats=_present(formats, sealed),
         rest_formats=_present(rest_formats, rest),
         sides=tuple(sides),
+        ready=(open_tokens >= counts[:, None, None]).all(2).all(0).tolist(),
     )
 
 
@@ -207,6 +219,7 @@ def bring(step: HostStep, kv: PagedKV) -> DeviceBatch:
         rest_formats=step.rest_formats,
         table=device_table(kv),
         memory=memory,
+        ready=step.ready,
         sides=sides,
         **views,
     )
@@ -249,7 +262,14 @@ def nobody(
     for name in sides:
         empty.parts.update({_at(name): none.long(), _room(name): none})
     empty.parts["tokens"] = none
-    alike = replace(empty, most_rows=1, sealed_formats=sealed_formats, rest_formats=rest_formats, sides=sides)
+    alike = replace(
+        empty,
+        most_rows=1,
+        ready=[True] * kv.table.shape[1],
+        sealed_formats=sealed_formats,
+        rest_formats=rest_formats,
+        sides=sides,
+    )
     return padded(alike, size, kv)
 
 
@@ -294,10 +314,10 @@ def _check_batch(batch: LaneBatch, kv: PagedKV) -> None:
         raise IndexError("a position is negative")
 
 
-def _open_tokens(kv: PagedKV, slots: Tensor, counts: Tensor, kept: Tensor, *parts: tuple[Tensor, Tensor]) -> Tensor:
+def _open_tokens(kv: PagedKV, slots: Tensor, kept: Tensor, *parts: tuple[Tensor, Tensor]) -> Tensor:
     """[B, layers, kv_heads] int32: tokens behind the full pages, given as pages and their format for both parts.
 
-    IndexError or ValueError where lanes would lead a kernel outside the arena, or rows into full pages.
+    IndexError or ValueError where lanes would lead a kernel outside the arena.
     """
     capacity = torch.tensor([kv.layout.capacity(fmt) for fmt in PageFormat], dtype=torch.int32)
     open_tokens, columns, width = kept, torch.zeros_like(kept), kv.table.shape[3]
@@ -307,8 +327,8 @@ def _open_tokens(kv: PagedKV, slots: Tensor, counts: Tensor, kept: Tensor, *part
                 raise ValueError(f"a lane's full pages do not fit a table {width} wide")
             open_tokens = open_tokens - pages * capacity[formats][:, None, None]
             columns = columns + pages
-    if bool((open_tokens < counts[:, None, None]).any()):
-        raise ValueError("a lane's full pages and its rows hold more tokens than it keeps")
+    if bool((open_tokens < 0).any()):
+        raise ValueError("a lane's full pages hold more tokens than it keeps")
     columns = columns + (open_tokens + (kv.layout.page_tokens - 1)) // kv.layout.page_tokens
     device_table(kv)
     if bool((columns > kv.native.held[slots]).any()):

@@ -44,7 +44,7 @@ def add_votes(q: Tensor, lse: Tensor, batch: LaneBatch, kv: PagedKV, layer: int,
         lse: [T, Hq] f32, natural log of the sum of e^logit over what each row sees, as attention found it; looked at
             for sequences whose rule is plain attention.
     """
-    native = device_batch(batch, kv)
+    native = device_batch(batch, kv, layer)
     if "mass" not in native.sides:
         return
     if native.ballot is None:

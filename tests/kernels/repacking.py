@@ -48,7 +48,8 @@ class Repack:
     """lane indices of the old lane that the new lane holds, the first `start` pages included"""
 
     def run(self, ops: Backend, kv: PagedKV) -> None:
-        ops.repack(kv, self.slot, self.keep, self.counts, self.start, self.dst_table, self.dst_sealed, self.fmt)
+        keep = None if self.keep is None else self.keep.to(kv.device)
+        ops.repack(kv, self.slot, keep, self.counts, self.start, self.dst_table, self.dst_sealed, self.fmt)
 
     def commit(self, kv: PagedKV) -> None:
         """Writes the sequence's new tables, as the engine does."""
