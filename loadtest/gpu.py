@@ -9,6 +9,7 @@ Results are written after every measurement. A measurement that fails is named i
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import platform
@@ -55,7 +56,7 @@ def facts() -> dict[str, Any]:
         "triton": triton.__version__,
     }
     if HAS_GPU:
-        card = torch.cuda.get_device_properties()
+        card = torch.cuda.get_device_properties(0)
         known |= {"gpu": card.name, "memory_gib": round(card.total_memory / 2**30, 1), "cuda": torch.version.cuda}
     return known
 
@@ -104,6 +105,9 @@ def main(
                 console.print(f"{time.monotonic() - began:6.0f} s  {name}", highlight=False)
                 measure(section, backend(ops))  # type: ignore[arg-type]
                 write()
+                gc.collect()
+                if HAS_GPU:
+                    torch.cuda.empty_cache()
     finally:
         report.show(console)
         for name, one in told.items():

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import plans
-from gpu_clock import synchronize
+from gpu_clock import HAS_GPU, synchronize
 from gpu_lanes import fill_pages
 from gpu_model import random_model
 from gpu_section import Section
@@ -32,6 +32,8 @@ from winnow.engine.scheduler import ScheduledBatch
 from winnow.kernels.dispatch import Backend
 
 PLANS = {name: plans.SPEED[name] for name in (plans.OFF, "int8", "int4", "snapkv 0.25", plans.SMALLEST)}
+PROFILED, KERNELS = 4, 14
+"""Steps that are profiled, and the kernels of most time that are named"""
 ROOM = 256
 """Tokens that a request may generate: more than are ever measured"""
 
@@ -111,6 +113,27 @@ class Field:
                 table.add(plan, "a step", "ms", 1e3 * step_s)
         finally:
             arena.release(kept_back)
+
+    def profile(self, plan: str, sequences: int, context: int) -> None:
+        """What the device does in a step, kernel by kernel, and how much of the step it does nothing."""
+        with self._requests(plan, sequences, context):
+            self._step_s()
+            synchronize()
+            began = time.perf_counter()
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+                for _ in range(PROFILED):
+                    self._step()
+                synchronize()
+            step_ms = 1e3 * (time.perf_counter() - began) / PROFILED
+        by_time = sorted(profiler.key_averages(), key=lambda kernel: -kernel.self_device_time_total)
+        title = f"A step of {sequences} x {context}, {plan}: where the device's time goes"
+        table = self.section.table(f"engine profile {sequences} x {context} {plan}", title)
+        table.add("the step, with the profiler", "a step", "ms", step_ms)
+        busy_ms = sum(kernel.self_device_time_total for kernel in by_time) / 1e3 / PROFILED
+        table.add("the device, in all", "a step", "ms", busy_ms)
+        for kernel in by_time[:KERNELS]:
+            row, launches = kernel.key[:60], f"{kernel.count / PROFILED:g} launches"
+            table.add(row, "a step", "ms", kernel.self_device_time_total / 1e3 / PROFILED, launches)
 
     # How -------------------------------------------------------------------------------------------------------------
 
@@ -213,6 +236,9 @@ def engine(section: Section, ops: Backend) -> None:
         for sequences, context in sizes.engine_decode[:2]:
             name = f"decode {sequences} x {context} without graphs"
             section.run(name, partial(field.decode, plans.OFF, sequences, context, graphs=False))
+        for plan in (plans.OFF, "int4") if HAS_GPU else ():
+            sequences, context = sizes.engine_decode[1]
+            section.run(f"profile {sequences} x {context} {plan}", partial(field.profile, plan, sequences, context))
         for plan in (plans.OFF, "snapkv 0.25", plans.SMALLEST):
             for prompts, context in sizes.engine_prefill:
                 section.run(f"prefill {prompts} x {context} {plan}", partial(field.prefill, plan, prompts, context))

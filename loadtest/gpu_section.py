@@ -56,8 +56,8 @@ TINY = Sizes(
     model=TINY_MODEL,
     weights="f32",
     arena_gib=0.004,
-    max_seqs=12,
-    engine_decode=((2, 96), (9, 1000)),
+    max_seqs=6,
+    engine_decode=((2, 96),),
     engine_prefill=((1, 96),),
     capacity_context=96,
     capacity_gib=0.0003,
@@ -88,7 +88,7 @@ class Section:
     @property
     def cache_bytes(self) -> int:
         """Of the device's last cache: what is read again and again must be several times as large."""
-        return torch.cuda.get_device_properties().L2_cache_size if HAS_GPU else 1 << 10
+        return torch.cuda.get_device_properties(0).L2_cache_size if HAS_GPU else 1 << 10
 
     @property
     def seconds_left(self) -> float:
