@@ -6,6 +6,7 @@ ends when the server tells it to, or when the server is gone.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import select
@@ -161,6 +162,9 @@ def main() -> int:
         except ModelError as error:
             log.error("%s", error)
             return EXIT_MODEL_ERROR
+        # What is here now stays: later collections, and each CUDA graph that is recorded begins with one, pass it over.
+        gc.collect()
+        gc.freeze()
         EngineLoop(engine, sock).run()
     return 0
 

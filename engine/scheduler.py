@@ -232,6 +232,8 @@ class Scheduler:
         A choice for whose side state there are no pages waits, as if it had been preempted. Returns those that started.
         """
         siblings, seq.siblings = seq.siblings, []
+        if not siblings:
+            return []
         started = [sibling for sibling in siblings if self._fork(seq, sibling)]
         late = [sibling for sibling in siblings if not sibling.is_running]
         self.waiting.extendleft(reversed(late))

@@ -351,10 +351,13 @@ def _modes(batch: LaneBatch, kv: PagedKV) -> Tensor:
 def _sides(batch: LaneBatch, kv: PagedKV) -> dict[str, tuple[Tensor, Tensor]]:
     """Addresses are the device's: side state is made there. IndexError where a part is shorter than a lane."""
     slots = batch.slots.tolist()
-    held: dict[str, list[Tensor | None]] = {"choices": [batch.choices.get(b) for b in range(len(slots))]}
+    held: dict[str, list[Tensor | None]] = {}
+    if batch.choices:
+        held["choices"] = [batch.choices.get(b) for b in range(len(slots))]
     for name in ("mass", "noise", "moments", "positions", "log_weights"):
-        held[name] = [getattr(kv, name).get(slot) for slot in slots]
-    longest = kv.kept[batch.slots.long()].flatten(1).amax(1).tolist() if slots else []
+        if side := getattr(kv, name):
+            held[name] = [side.get(slot) for slot in slots]
+    longest = kv.kept[batch.slots.long()].flatten(1).amax(1).tolist() if held and slots else []
     sides = {}
     for name, parts in held.items():
         if any(part is not None for part in parts):
