@@ -46,6 +46,9 @@ class EngineSettings(BaseModel):
     page_tokens: int = Field(16, ge=16, le=256, multiple_of=16, description="tokens of a page in the compute format")
     prefix_caching: bool = Field(True, description="reuse the pages of equal prompt prefixes")
     cuda_graphs: bool = Field(True, description="on a GPU, replay recorded steps of generated tokens")
+    batch_invariant: bool = Field(
+        False, description="on a GPU, give a row the same bits whatever shares its step, at some cost in speed"
+    )
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; all cores if unset")
     embedding_model: str | None = Field(
         None, description="directory of the sentence encoder for extractive prompts; the installed package's if unset"

@@ -146,6 +146,9 @@ def _gpu(settings: EngineSettings) -> Backend:
         if can < least:
             raise ModelError(f"weights {settings.weights} need compute capability {least}; {name} has {can}")
         torch.cuda.set_device(device)
+    from winnow.kernels.triton.linear import use_batch_invariant
+
+    use_batch_invariant(settings.batch_invariant)
     return ops
 
 

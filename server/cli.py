@@ -56,6 +56,9 @@ def serve(
     page_tokens: Annotated[int | None, typer.Option(help="Tokens of a page in the compute format.")] = None,
     prefix_caching: Annotated[bool | None, typer.Option(help="Reuse pages of equal prompt prefixes.")] = None,
     cuda_graphs: Annotated[bool | None, typer.Option(help="Replay recorded steps on a GPU.")] = None,
+    batch_invariant: Annotated[
+        bool | None, typer.Option(help="Give a row the same bits whatever shares its step on a GPU.")
+    ] = None,
     embedding_model: Annotated[
         str | None, typer.Option(help="Directory of the sentence encoder for extractive prompts.")
     ] = None,
