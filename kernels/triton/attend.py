@@ -254,6 +254,9 @@ def attend(
         acc = acc / RAISED + zeros[:, None]
         acc_high = acc_high / RAISED + zeros[:, None]
     else:
+        # Tokens of the part that a row sees; the rows' own are open, and none sees a later one.
+        limit = tl.where(is_row, tl.minimum(seen_by_first + row, tokens) if PART == OPEN else tokens, 0)
+        factor = scale * LOG2E
         if PATH == FLOATS:
             one, other = page_ids(pages, begin, tokens, C, N)
         for tile in range(begin, end):
@@ -261,10 +264,7 @@ def attend(
             place = t % C
             held = t < tokens
             index = first_token + t
-            seen = held[None, :] & is_row[:, None]
-            if PART == OPEN:
-                seen = seen & (t[None, :] < seen_by_first + row[:, None])
-            seen = narrowed(seen, index, held, oldest, own_positions, own_choices)
+            seen = narrowed(t[None, :] < limit[:, None], index, held, oldest, own_positions, own_choices)
             if choices is None or (tl.max(tl.max(seen.to(tl.int32), 1), 0) > 0):
                 if PATH == FLOATS:
                     page = data + tl.where(t // C == tile * N // C, one, other).to(tl.int64) * PAGE_BYTES
@@ -273,13 +273,15 @@ def attend(
                 else:
                     page = data + tl.load(pages + t // C, mask=held, other=0).to(tl.int64) * PAGE_BYTES
                     keys = keys_at(page[None, :], d[:, None], place[None, :], held[None, :], FORMAT, D, C)
-                scores = tl.dot(queries, keys.to(queries.dtype), input_precision="ieee") * (scale * LOG2E)
-                scores = tl.where(seen, weighed(scores, index, held, own_weights), float("-inf"))
-                above = tl.maximum(highest, tl.max(scores, 1))
+                scores = tl.dot(queries, keys.to(queries.dtype), input_precision="ieee")
+                if own_weights is not None:
+                    scores = weighed(scores * factor, index, held, own_weights) / factor
+                scores = tl.where(seen, scores, float("-inf"))
+                above = tl.maximum(highest, tl.max(scores, 1) * factor)
                 level = tl.where(above == float("-inf"), 0.0, above)
                 fade = tl.exp2(highest - level)
                 highest = above
-                weights = tl.exp2(scores - level[:, None])
+                weights = tl.exp2(scores * factor - level[:, None])
                 total = total * fade + tl.sum(weights, 1)
                 if PATH == FLOATS:
                     values = float_values(page[:, None], place[:, None], d[None, :], held[:, None], FORMAT, D, C)

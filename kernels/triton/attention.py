@@ -138,7 +138,8 @@ def _blocks(counts: Tensor, few: int, rows: int) -> Tensor:
     many = torch.where(counts > few, -(-counts // rows), 0)
     b = torch.repeat_interleave(torch.arange(len(counts), dtype=torch.int32), many.long())
     first = torch.arange(len(b), dtype=torch.int32) - (many.cumsum(0, dtype=torch.int32) - many)[b]
-    return upload(torch.stack([b, first * rows], 1))
+    # Those that see most begin first, and those that see least fill what the others leave.
+    return upload(torch.stack([b, first * rows], 1).flip(0))
 
 
 def _parts(native: DeviceBatch, compute: PageFormat) -> list[tuple[int, PageFormat]]:
