@@ -17,6 +17,7 @@ from statistics import median
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 
 import plans
 from gpu_clock import HAS_GPU, synchronize
@@ -125,7 +126,8 @@ class Field:
                     self._step()
                 synchronize()
             step_ms = 1e3 * (time.perf_counter() - began) / PROFILED
-        by_time = sorted(profiler.key_averages(), key=lambda kernel: -kernel.self_device_time_total)
+        kernels = [event for event in profiler.key_averages() if event.device_type == DeviceType.CUDA]
+        by_time = sorted(kernels, key=lambda kernel: -kernel.self_device_time_total)
         title = f"A step of {sequences} x {context}, {plan}: where the device's time goes"
         table = self.section.table(f"engine profile {sequences} x {context} {plan}", title)
         table.add("the step, with the profiler", "a step", "ms", step_ms)
