@@ -198,7 +198,7 @@ def _score_page(
     QUERIES: tl.constexpr,
 ) -> None:
     """Of the page that begins with token `start`, 16 channels at a time."""
-    T: tl.constexpr = min(64, padded(C))
+    T: tl.constexpr = min(32, padded(C))
     g = tl.arange(0, QUERIES)
     for at in range(0, C, T):
         t = at + tl.arange(0, T)
