@@ -31,6 +31,7 @@ import triton
 import gpu_baseline
 import gpu_engine
 import gpu_kernels
+import gpu_tune
 from gpu_clock import HAS_GPU, first, seconds_replayed
 from gpu_section import TINY, Section, Sizes
 from machine import ROOT
@@ -44,8 +45,11 @@ SECTIONS = {
     "rows": (gpu_kernels.rows, 60),
     "engine": (gpu_engine.engine, 150),
     "baseline": (gpu_baseline.baseline, 60),
+    "tune": (gpu_tune.tune, 200),
 }
 """What is measured, in this order, and the seconds after which the rest of a section is left out"""
+ASKED_FOR = ("tune",)
+"""Left out unless named"""
 
 
 def facts() -> dict[str, Any]:
@@ -99,7 +103,7 @@ def main(
 
     try:
         with torch.inference_mode():
-            for name in only or SECTIONS:
+            for name in only or [name for name in SECTIONS if name not in ASKED_FOR]:
                 measure, limit_s = SECTIONS[name]
                 section = Section(name, report, sizes, math.inf if tiny else limit_s, write)
                 console.print(f"{time.monotonic() - began:6.0f} s  {name}", highlight=False)

@@ -14,7 +14,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 from gpu_clock import Call, first, seconds, seconds_launched, seconds_replayed, synchronize
 from gpu_lanes import BF16, LLAMA, PAGE_TOKENS, SMOL, Heads, Lanes, lanes, layers_beyond_cache
-from gpu_section import Section
+from gpu_section import Section, cache_bytes
 from winnow.kernels.dispatch import Backend, WeightKind
 from winnow.kernels.layout import PageFormat, PageLayout
 
@@ -68,7 +68,7 @@ class Kernels:
     # Decode ----------------------------------------------------------------------------------------------------------
 
     def decode(self, shape: Heads, sequences: int, context: int, fmt: PageFormat) -> None:
-        layers = layers_beyond_cache(shape, sequences, context, fmt, self.section.cache_bytes)
+        layers = layers_beyond_cache(shape, sequences, context, fmt, cache_bytes())
         state = self.lanes(shape, sequences, context, fmt, layers=layers)
         self.add_decode(shape, sequences, context, fmt.label, self.attention(shape, state), state.bytes)
 
@@ -83,7 +83,7 @@ class Kernels:
 
     def dense_decode(self, shape: Heads, sequences: int, context: int) -> None:
         """Torch's fastest kernel for this; only those count that read keys of a group of query heads once."""
-        copies = layers_beyond_cache(shape, sequences, context, BF16, self.section.cache_bytes)
+        copies = layers_beyond_cache(shape, sequences, context, BF16, cache_bytes())
         q = self.randn(sequences, shape.heads, 1, shape.dim)
         dense = [self.randn(2, sequences, shape.kv_heads, context, shape.dim) for _ in range(copies)]
         found: dict[str, float] = {}
@@ -194,7 +194,7 @@ class Kernels:
 
     def linear(self, name: str, n: int, k: int, kind: WeightKind | None) -> None:
         """`kind` None: torch's own product in bf16."""
-        copies = -(-self.section.cache_bytes * 4 // (2 * n * k))
+        copies = -(-cache_bytes() * 4 // (2 * n * k))
         plain = [self.randn(n, k) / k**0.5 for _ in range(copies)]
         packed = [] if kind is None else [self.ops.pack(weight.float(), kind) for weight in plain]
         for rows in self.section.sizes.rows:

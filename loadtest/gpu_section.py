@@ -68,6 +68,11 @@ TINY = Sizes(
 """For a rehearsal where there is no GPU"""
 
 
+def cache_bytes() -> int:
+    """Of the device's last cache: what is read again and again must be several times as large."""
+    return torch.cuda.get_device_properties(0).L2_cache_size if HAS_GPU else 1 << 10
+
+
 @dataclass
 class Section:
     name: str
@@ -84,11 +89,6 @@ class Section:
     """Measured without a graph, and why"""
     _current: str = ""
     _is_broken: bool = False
-
-    @property
-    def cache_bytes(self) -> int:
-        """Of the device's last cache: what is read again and again must be several times as large."""
-        return torch.cuda.get_device_properties(0).L2_cache_size if HAS_GPU else 1 << 10
 
     @property
     def seconds_left(self) -> float:
