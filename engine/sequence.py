@@ -62,7 +62,7 @@ class Sequence:
     vote_start: int = NEVER
     """First position whose query votes in the next eviction"""
     positions_known: int = 0
-    """Tokens whose positions are noted lane by lane, for plans that evict"""
+    """Positions before this one, if the text gets so far, are noted lane by lane, for plans that evict"""
     turned_back: int = 0
     """Places by which the newest tokens stand before their position in the text (compact positions)"""
     cached_tokens: int = 0

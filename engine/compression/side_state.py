@@ -160,19 +160,27 @@ class SideState:
         return evict is not None and Signal.QUERIES in evict.signals and seq.vote_start < upto
 
     def note_positions(self, seq: Sequence, upto: int) -> None:
-        """Writes down the tokens that came since it was last done; lanes already count them as kept."""
-        slot, kv = seq.slot, self._arena.kv
-        new = upto - seq.positions_known
-        if not new:
+        """Writes down where the lanes' tokens stand in the text, of which they count those before `upto` as kept.
+
+        Until an event tokens follow each other in a lane as they do in the text, so those to come are noted too, as
+        far as there is room: most steps find nothing to do.
+        """
+        slot, kv, kept = seq.slot, self._arena.kv, self._arena.kept[seq.slot]
+        known = seq.positions_known
+        if upto <= known:
             return
-        kept = to_device(kv.kept[slot].long(), self._device)
-        index = kept[..., None] - new + torch.arange(new, device=self._device)
-        positions = torch.arange(seq.positions_known, upto, device=self._device).expand(index.shape)
-        held = self._resized(kv.positions.get(slot), int(self._arena.kept[slot].max()), torch.int32)
-        kv.positions[slot] = held.scatter_(2, index, positions.to(torch.int32))
+        first = kept - (upto - known)  # where in a lane the token at position `known` is
+        held = self._resized(kv.positions.get(slot), int(kept.max()), torch.int32)
+        start, capacity = int(first.min()), held.shape[-1]
+        place = torch.arange(start, capacity, device=self._device)
+        ahead = place - to_device(torch.from_numpy(first), self._device)[..., None]
+        positions, part = known + ahead, held[..., start:]
+        part.copy_(positions.int().where(ahead >= 0, part))
+        kv.positions[slot] = held
         if slot in kv.noise:
-            kv.noise[slot].scatter_(2, index, gumbel(seq.plan_seed, positions))
-        seq.positions_known = upto
+            part = kv.noise[slot][..., start:]
+            part.copy_(gumbel(seq.plan_seed, positions).where(ahead >= 0, part))
+        seq.positions_known = upto + capacity - int(kept.max())
 
     def moments(self, slot: int, layers: slice, votes: int) -> QueryMoments:
         """Mean and covariance of the queries that voted; zero if none did."""
@@ -190,6 +198,7 @@ class SideState:
         Mass that does not accumulate starts anew after an eviction."""
         kv, slot, tokens = self._arena.kv, seq.slot, int(count.max())
         if keep is not None:
+            seq.positions_known = min(seq.positions_known, seq.computed)
             counts = to_device(torch.from_numpy(count), self._device)
             held = torch.arange(tokens, device=self._device) < counts[..., None]
             for side in (kv.positions, kv.mass, kv.noise, kv.log_weights):
