@@ -12,9 +12,10 @@ What a row's result is depends on its own lane alone: shares follow from the lan
 Three ways to read:
 
     FLOATS   pages of a float format, whole vectors, ahead of their use
-    CODES    quantized pages for 16-bit activations, a page at a time, ahead of their use. A key channel's scale is
-             multiplied into the queries and its zero is a number for each row; a token's scale is multiplied into its
-             weight, and its zero adds to all channels of a row alike
+    CODES    quantized pages for 16-bit activations, a page at a time, ahead of their use. In decode, where rows are
+             few, a key channel's scale is multiplied into the queries and its zero is a number for each row; a token's
+             scale is multiplied into its weight, and its zero adds to all channels of a row alike. In chunks codes
+             become numbers
     GATHER   any page: tokens are read as f32 numbers, each from its page
 """
 
@@ -192,8 +193,9 @@ def attend(
         unit = tl.exp2(tl.ceil(tl.log2(tl.where(unit == 0, 1.0, unit))) + 1)
         factor = unit * (scale * LOG2E)
         queries = (queries.to(tl.float32) / unit[:, None]).to(tl.float16)
-        acc *= RAISED
-        acc_high *= RAISED
+        RAISE: tl.constexpr = RAISED if IS_DECODE or FORMAT == FP8 else 1.0
+        acc *= RAISE
+        acc_high *= RAISE
         zeros = tl.zeros([M], tl.float32)
         page = data + tl.load(pages + begin, mask=begin < end, other=0).to(tl.int64) * PAGE_BYTES
         k_scale, k_zero = key_scales(page, d, FORMAT, D, C)
@@ -220,12 +222,17 @@ def attend(
                 is_read = seen | seen_high
             if choices is None or (tl.max(tl.max(is_read.to(tl.int32), 1), 0) > 0):
                 keys, keys_high = numbers(key_bytes(page, d, n, FORMAT, D, C), FORMAT)
+                scaled, bias, row_factor = queries, 0.0, factor[:, None]
                 if FORMAT == FP8:
-                    scaled, bias, row_factor = queries, 0.0, (factor * k_scale.to(tl.float32))[:, None]
+                    row_factor = row_factor * k_scale.to(tl.float32)
                 else:
-                    scaled, row_factor = queries * k_scale[None, :], factor[:, None]
                     shift = k_zero.to(tl.float32) + centre(FORMAT) * k_scale.to(tl.float32)
-                    bias = tl.sum(queries.to(tl.float32) * shift[None, :], 1)[:, None]
+                    if IS_DECODE:
+                        scaled = queries * k_scale[None, :]
+                        bias = tl.sum(queries.to(tl.float32) * shift[None, :], 1)[:, None]
+                    else:
+                        keys = keys * k_scale[:, None] + shift.to(tl.float16)[:, None]
+                        keys_high = keys_high * k_scale[:, None] + shift.to(tl.float16)[:, None]
                 for half in tl.static_range(HALVES):
                     if half == 1:
                         keys, index, seen, v_scale, v_zero = keys_high, index_high, seen_high, v_scale_high, v_zero_high
@@ -237,22 +244,26 @@ def attend(
                     highest = above
                     weights = tl.exp2(scores - level[:, None])
                     total = total * fade + tl.sum(weights, 1)
-                    if FORMAT == FP8:
-                        weights = weights * (v_scale.to(tl.float32) * RAISED)
-                    else:
-                        shift = v_zero.to(tl.float32) + centre(FORMAT) * v_scale.to(tl.float32)
-                        zeros = zeros * fade + tl.sum(weights * shift[None, :], 1)
-                        weights = weights * (v_scale.to(tl.float32) * RAISED)[None, :]
-                    weights = tl.minimum(weights, F16_MAX).to(tl.float16)
                     packed = value_bytes(page, half * (C // HALVES), n, d_out, FORMAT, D, C)
                     values, values_high = numbers(packed, FORMAT)
+                    if FORMAT == FP8:
+                        weights = tl.minimum(weights * (v_scale.to(tl.float32) * RAISED), F16_MAX)
+                    else:
+                        shift = v_zero.to(tl.float32) + centre(FORMAT) * v_scale.to(tl.float32)
+                        if IS_DECODE:
+                            zeros = zeros * fade + tl.sum(weights * shift[None, :], 1)
+                            weights = tl.minimum(weights * (v_scale.to(tl.float32) * RAISED)[None, :], F16_MAX)
+                        else:
+                            values = values * v_scale[:, None] + shift.to(tl.float16)[:, None]
+                            values_high = values_high * v_scale[:, None] + shift.to(tl.float16)[:, None]
+                    weights = weights.to(tl.float16)
                     acc = tl.dot(weights, values, acc * fade[:, None])
                     if HALVES == 2:
                         acc_high = tl.dot(weights, values_high, acc_high * fade[:, None])
             page, k_scale, k_zero, v_scale, v_zero = next_page, next_k_scale, next_k_zero, next_v_scale, next_v_zero
             v_scale_high, v_zero_high = next_v_scale_high, next_v_zero_high
-        acc = acc / RAISED + zeros[:, None]
-        acc_high = acc_high / RAISED + zeros[:, None]
+        acc = acc / RAISE + zeros[:, None]
+        acc_high = acc_high / RAISE + zeros[:, None]
     else:
         # Tokens of the part that a row sees; the rows' own are open, and none sees a later one.
         limit = tl.where(is_row, tl.minimum(seen_by_first + row, tokens) if PART == OPEN else tokens, 0)

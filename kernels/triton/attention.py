@@ -168,7 +168,7 @@ def _of_part(native: DeviceBatch, kv: PagedKV, part: int, fmt: PageFormat, tile:
         "T": tokens,
         "LEAST": triton.cdiv(LEAST_TOKENS, tokens),
         "PATH": int(path),
-        "num_warps": 8 if path == CODES and tile.M >= 64 else tile.num_warps,
+        "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }
 

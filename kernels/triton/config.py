@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from winnow.kernels.triton.device import architecture
+
 
 @dataclass(frozen=True, slots=True)
 class Tile:
@@ -30,4 +32,9 @@ def attend_tile(is_decode: bool, group: int, dim: int, is_f32: bool) -> Tile:
         return Tile(least, 32, 4, 1)
     if is_decode:
         return Tile(least, 64 if dim <= 128 else 32, 4, 3)
-    return Tile(max(least, 64), 64 if dim <= 128 else 32, 4, 3)
+    if dim > 128:
+        return Tile(max(least, 64), 32, 4, 3)
+    if architecture() < 90:
+        return Tile(max(least, 64), 64, 8, 3)
+    # A warp group, four warps, computes 64 rows; two share what is read and made into numbers.
+    return Tile(max(least, 128), 64, 8, 3)
