@@ -112,8 +112,8 @@ class Evict(PolicyParams):
     @property
     def recital_chunk(self) -> int:
         """Tokens of the prompt that the model repeats at a time before its eviction; 0: it repeats nothing."""
-        policy = eviction_policy(self.policy)
-        return policy.recital_chunk(self) if isinstance(policy, Reciting) else 0
+        policy = _reciting(self.policy)
+        return 0 if policy is None else policy.recital_chunk(self)
 
     def stage_bounds(self, layers: int) -> tuple[int, ...]:
         """`Staging.bounds` of a policy that acts amid the prefill, () of all others; PlanNotSupported if the model is
@@ -129,8 +129,8 @@ class Evict(PolicyParams):
 
     def newest_voters(self, seen: int) -> int:
         """`HearsNewest.newest_voters` of the plan's policy; 0 if it hears all alike."""
-        policy = eviction_policy(self.policy)
-        return policy.newest_voters(self, seen) if isinstance(policy, HearsNewest) else 0
+        policy = _hearing_newest(self.policy)
+        return 0 if policy is None else policy.newest_voters(self, seen)
 
     @property
     def signals(self) -> frozenset[Signal]:
@@ -144,14 +144,35 @@ class Evict(PolicyParams):
 
     def vote(self, prompt_tokens: int) -> Vote:
         """How the policy wants votes counted."""
-        policy = eviction_policy(self.policy)
-        return policy.vote(self, prompt_tokens) if isinstance(policy, Voting) else Vote()
+        policy = _voting(self.policy)
+        return Vote() if policy is None else policy.vote(self, prompt_tokens)
 
     def recent_tokens(self, budget_tokens: int) -> int:
         """Newest tokens to protect: the caller's number, or the policy's for this budget."""
         if self.recent is not None:
             return self.recent
         return eviction_policy(self.policy).default_recent(self, budget_tokens)
+
+
+# What steps ask of every sequence; whether a policy is of a protocol takes long to find out.
+
+
+@cache
+def _reciting(name: str) -> Reciting | None:
+    policy = eviction_policy(name)
+    return policy if isinstance(policy, Reciting) else None
+
+
+@cache
+def _hearing_newest(name: str) -> HearsNewest | None:
+    policy = eviction_policy(name)
+    return policy if isinstance(policy, HearsNewest) else None
+
+
+@cache
+def _voting(name: str) -> Voting | None:
+    policy = eviction_policy(name)
+    return policy if isinstance(policy, Voting) else None
 
 
 @cache

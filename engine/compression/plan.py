@@ -127,7 +127,7 @@ class Plan(Part):
     def evicts_in_decode(self) -> bool:
         return self.evict is not None and self.evict.during != "prefill"
 
-    @property
+    @cached_property
     def interval(self) -> int:
         """Generated tokens between two evictions; 0 if none happen in decode."""
         return self.evict.interval if self.evict is not None and self.evicts_in_decode else 0
