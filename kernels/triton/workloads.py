@@ -217,7 +217,7 @@ def between_steps(ops: Backend, model: Model) -> Iterator[Workload]:
     lanes = (LAYERS, model.kv_heads)
 
     def repack(held: PageFormat | None, fmt: PageFormat, rest: PageFormat | None, count: int | None) -> None:
-        kv, _, _ = Step(model, fmt=held).build()
+        kv, _, _ = Step(model, fmt=held, tokens=300).build()
         kept = int(kv.kept[0, 0, 0])
         keep = None if count is None else torch.arange(count, dtype=torch.int32).expand(*lanes, count).contiguous()
         counts = torch.full(lanes, kept if count is None else count, dtype=torch.int32)
@@ -228,7 +228,7 @@ def between_steps(ops: Backend, model: Model) -> Iterator[Workload]:
     for fmt in QUANTIZED:
         yield Workload(f"{model.name}, repack to {fmt.label}", partial(repack, None, fmt, None, None))
         yield Workload(f"{model.name}, repack of some {fmt.label}", partial(repack, fmt, fmt, None, 160))
-    mixed = partial(repack, None, PageFormat.INT4, PageFormat.INT2, 240)
+    mixed = partial(repack, None, PageFormat.INT4, PageFormat.INT2, 290)
     yield Workload(f"{model.name}, repack to int4 and int2", mixed)
 
     def read_lanes(fmt: PageFormat | None) -> None:
