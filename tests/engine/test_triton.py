@@ -60,7 +60,8 @@ def wanted(folder: Path, ops: Backend) -> dict[str, list[int]]:
 
 
 def answers(bench: Bench) -> dict[str, list[int]]:
-    """Greedy ones to all prompts, in one batch."""
+    """Greedy ones to all prompts, in one batch; what no token was written to is not a number."""
+    bench.engine.arena.kv.data.fill_(255)
     for name, plan in PLANS.items():
         bench.submit(name, PROMPTS[name], NEW, plan)
     return {name: seen.tokens for (name, _), seen in bench.run().items()}

@@ -31,7 +31,10 @@ NEW = 20
 
 
 def bench_of(model: Decoder, gpu: Backend, **settings: Any) -> Bench:
-    return Bench(model, ops=gpu, profiles={}, **({"device": "cuda", "page_tokens": 32} | settings))
+    """Its pages hold no numbers where nothing was written."""
+    bench = Bench(model, ops=gpu, profiles={}, **({"device": "cuda", "page_tokens": 32} | settings))
+    bench.engine.arena.kv.data.fill_(255)
+    return bench
 
 
 def together(bench: Bench, prompts: list[list[int]]) -> list[Seen]:
