@@ -95,15 +95,16 @@ class Runner:
         positions = np.arange(ends[-1], dtype=np.int32) + np.repeat(places - ends + counts, counts)
         chunks = zip(batch.seqs, counts.tolist(), strict=True)
         tokens = np.concatenate([seq.next_tokens(count) for seq, count in chunks])
-        own = np.arange(wanted.sum()) + np.repeat(ends - wanted - batch.logit_rows, wanted)
-        rows = self._there(np.concatenate((own, batch.more_rows)))
         lanes = _lanes(batch, starts, positions)
-        if looks := _looks(batch, starts, lanes.cu_rows.numpy()):
-            return self._probe(self._there(tokens), lanes, rows, looks)
-        if self._graphs is not None and len(tokens) == len(batch.seqs) and not len(batch.more_rows):
+        looks = _looks(batch, starts, lanes.cu_rows.numpy())
+        if self._graphs is not None and len(tokens) == len(batch.seqs) and not looks and not len(batch.more_rows):
             logits = self._graphs.run(torch.from_numpy(tokens), lanes)
             if logits is not None:
                 return logits
+        own = np.arange(wanted.sum()) + np.repeat(ends - wanted - batch.logit_rows, wanted)
+        rows = self._there(np.concatenate((own, batch.more_rows)))
+        if looks:
+            return self._probe(self._there(tokens), lanes, rows, looks)
         return self._model.forward(self._there(tokens), lanes, self._arena.kv, rows)
 
     def _stage(self, batch: ScheduledBatch, layers: range) -> Tensor | None:

@@ -87,7 +87,8 @@ class Readers:
 def readers_of(batch: LaneBatch, kv: PagedKV, native: DeviceBatch, q_heads: int) -> Readers:
     """The step's readers; ValueError or IndexError for states that do not fit the lanes."""
     bounds, slots, layers = batch.cu_rows.tolist(), batch.slots.tolist(), kv.table.shape[1]
-    settings, places = [], []
+    settings: list[list[int]] = []
+    places: list[list[int]] = []
     modes: list[set[tuple[ReadMode, bool]]] = [set() for _ in range(layers)]
     states = {b: kv.reading[slots[b]] for b in batch.choices}
     for b, state in states.items():
