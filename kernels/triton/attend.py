@@ -221,7 +221,7 @@ def attend(
                 )
                 is_read = seen | seen_high
             if choices is None or (tl.max(tl.max(is_read.to(tl.int32), 1), 0) > 0):
-                keys, keys_high = numbers(key_bytes(page, d, n, FORMAT, D, C), FORMAT)
+                keys, keys_high = numbers(key_bytes(page, d, n, FORMAT, D, C), FORMAT, not IS_DECODE)
                 scaled, bias, row_factor = queries, 0.0, factor[:, None]
                 if FORMAT == FP8:
                     row_factor = row_factor * k_scale.to(tl.float32)
@@ -245,7 +245,7 @@ def attend(
                     weights = tl.exp2(scores - level[:, None])
                     total = total * fade + tl.sum(weights, 1)
                     packed = value_bytes(page, half * (C // HALVES), n, d_out, FORMAT, D, C)
-                    values, values_high = numbers(packed, FORMAT)
+                    values, values_high = numbers(packed, FORMAT, not IS_DECODE)
                     if FORMAT == FP8:
                         weights = tl.minimum(weights * (v_scale.to(tl.float32) * RAISED), F16_MAX)
                     else:

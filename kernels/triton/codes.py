@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from triton import knobs
+from triton.language.target_info import cuda_capability_geq
 
 from winnow.kernels.layout import PageFormat
 from winnow.kernels.triton.tiles import (
@@ -24,8 +25,6 @@ from winnow.kernels.triton.tiles import (
     values_offset,
 )
 
-# Conversions are said to have side effects: the compiler then leaves them where they are, on whole vectors of bytes,
-# instead of reading bytes one by one in the order of the matrix product's operands.
 _IS_COMPILED = tl.constexpr(not knobs.runtime.interpret)
 
 
@@ -97,18 +96,24 @@ def value_scales(
 
 
 @triton.jit
-def numbers(packed: tl.tensor, FORMAT: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """Two blocks of the numbers of bytes, f16, centred: of int4 the low and the high halves, else both the same."""
+def numbers(packed: tl.tensor, FORMAT: tl.constexpr, IS_CHUNK: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """Two blocks of the numbers of bytes, f16, centred: of int4 the low and the high halves, else both the same.
+
+    Conversions that are not said to be pure the compiler leaves where they are, on whole vectors of bytes, instead of
+    reading bytes one by one in the order of the matrix product's operands. Beside the asynchronous products that
+    Blackwell has for chunks it must be free to move them.
+    """
+    IS_PURE: tl.constexpr = IS_CHUNK and cuda_capability_geq(10)
     if FORMAT == INT4:
-        low, high = _nibbles(packed)
+        low, high = _nibbles(packed, IS_PURE)
     else:
-        low = _centred_bytes(packed) if FORMAT == INT8 else _fp8_numbers(packed)
+        low = _centred_bytes(packed, IS_PURE) if FORMAT == INT8 else _fp8_numbers(packed, IS_PURE)
         high = low
     return low, high
 
 
 @triton.jit
-def _fp8_numbers(packed: tl.tensor) -> tl.tensor:
+def _fp8_numbers(packed: tl.tensor, IS_PURE: tl.constexpr) -> tl.tensor:
     if _IS_COMPILED:
         found = tl.inline_asm_elementwise(
             """{
@@ -120,7 +125,7 @@ def _fp8_numbers(packed: tl.tensor) -> tl.tensor:
             "=r,=r,r",
             [packed],
             dtype=tl.float16,
-            is_pure=False,
+            is_pure=IS_PURE,
             pack=4,
         )
     else:
@@ -129,7 +134,7 @@ def _fp8_numbers(packed: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _centred_bytes(packed: tl.tensor) -> tl.tensor:
+def _centred_bytes(packed: tl.tensor, IS_PURE: tl.constexpr) -> tl.tensor:
     # As the low bits of a float16 from 1024 on, where numbers are 1 apart.
     if _IS_COMPILED:
         found = tl.inline_asm_elementwise(
@@ -144,7 +149,7 @@ def _centred_bytes(packed: tl.tensor) -> tl.tensor:
             "=r,=r,r",
             [packed],
             dtype=tl.float16,
-            is_pure=False,
+            is_pure=IS_PURE,
             pack=4,
         )
     else:
@@ -153,7 +158,7 @@ def _centred_bytes(packed: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _nibbles(packed: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+def _nibbles(packed: tl.tensor, IS_PURE: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """Two blocks, f16, centred: of the low and the high halves of bytes."""
     # Low nibbles as above; high ones are 16 apart there.
     if _IS_COMPILED:
@@ -177,7 +182,7 @@ def _nibbles(packed: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
             "=r,=r,=r,=r,r",
             [packed],
             dtype=(tl.float16, tl.float16),
-            is_pure=False,
+            is_pure=IS_PURE,
             pack=4,
         )
     else:
