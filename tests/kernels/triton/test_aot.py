@@ -17,12 +17,13 @@ from winnow.kernels.triton.report import Variant, compiled
 
 REGISTERS = {
     ("attend", "Llama 3.1 8B, decode"): 128,
-    ("attend", "Llama 3.1 8B, prefill"): 255,
+    ("attend", "Llama 3.1 8B, decode, int4"): 224,
+    ("attend", "SmolLM2 135M, prefill, int8"): 248,
     ("merge", "Llama 3.1 8B, decode"): 64,
     ("_rope_write", "Llama 3.1 8B, decode, rope_write"): 64,
     ("_rms_norm", "Llama 3.1 8B, decode, rms_norm"): 40,
 }
-"""(kernel, workload) -> the most that a thread may have. In decode four blocks of four warps fit a multiprocessor."""
+"""(kernel, workload) -> the most that a thread may have. A workload is the first that launches the variant."""
 NARROW = r"(LDG|LDGSTS)\S*\.[US](8|16)"
 """Loads of less than four bytes"""
 STEPS = """
@@ -57,8 +58,8 @@ def variants(outside: None) -> list[Variant]:
 
 
 def test_what_is_launched(variants: list[Variant]) -> None:
-    found = [(one.machine.arch, one.machine.name, one.workload) for one in variants]
-    assert sorted(found) == sorted((arch, *launched) for arch in SHARED_LIMITS for launched in REGISTERS)
+    found = {(one.machine.arch, one.machine.name, one.workload) for one in variants}
+    assert found == {(arch, *launched) for arch in SHARED_LIMITS for launched in REGISTERS}
 
 
 def test_nothing_spills(variants: list[Variant]) -> None:
@@ -79,10 +80,11 @@ def test_attention_multiplies_on_tensor_cores(variants: list[Variant]) -> None:
 
 
 def test_pages_are_read_in_whole_vectors(variants: list[Variant]) -> None:
+    """In decode, threads read the scales of four-bit tokens one by one."""
     for one in variants:
         assert one.machine.wide_loads > 0, one
         if one.machine.name == "attend":
-            assert one.machine.count(NARROW) == 0, one
+            assert one.machine.count(NARROW) <= (4 if one.workload.endswith("int4") else 0), one
 
 
 def test_the_size_of_a_step_compiles_nothing_anew(outside: None) -> None:

@@ -22,13 +22,14 @@ pytestmark = pytest.mark.skipif(not knobs.runtime.interpret, reason="accesses ar
 
 Q_HEADS = 4
 ASKED = {
-    PageFormat.BF16: 1.1,
-    PageFormat.INT8: 3.0,
-    PageFormat.INT4: 6.0,
+    PageFormat.BF16: 1.05,
+    PageFormat.INT8: 1.15,
+    PageFormat.INT4: 1.15,
     PageFormat.INT2: 13.0,
     PageFormat.FP8: 1.1,
 }
-"""How often a byte is asked for: numbers that share one may each ask for it, and so tokens for a channel's scale"""
+"""How often a byte is asked for. Rows of pages are read up to whole vectors; in int2 each number asks for its byte, and
+each token for the scales of its channels"""
 RAGGED = [
     Held((1,)),  # one token
     Held((9, 1), sealed=(0, 2), evicted=True, first_vote=0),  # a lane without full pages beside one of nothing else
