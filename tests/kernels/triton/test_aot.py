@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from winnow.kernels.layout import PageFormat
 from winnow.kernels.triton.aot import SHARED_LIMITS
 from winnow.kernels.triton.report import Variant, compiled
 
@@ -80,11 +81,11 @@ def test_attention_multiplies_on_tensor_cores(variants: list[Variant]) -> None:
 
 
 def test_pages_are_read_in_whole_vectors(variants: list[Variant]) -> None:
-    """In decode, threads read the scales of four-bit tokens one by one."""
+    """But for the scales of a page of codes, a number each for a channel or a token."""
     for one in variants:
         assert one.machine.wide_loads > 0, one
         if one.machine.name == "attend":
-            assert one.machine.count(NARROW) <= (4 if one.workload.endswith("int4") else 0), one
+            assert one.machine.count(NARROW) <= (12 if int(one.constants["FORMAT"]) > PageFormat.BF16 else 0), one
 
 
 def test_the_size_of_a_step_compiles_nothing_anew(outside: None) -> None:
