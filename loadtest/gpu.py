@@ -101,14 +101,18 @@ def main(
         told[section.name] = section.as_dict()
         report.write(out.parent)
 
+    wanted = list(only or [name for name in SECTIONS if name not in ASKED_FOR])
     try:
         with torch.inference_mode():
-            for name in only or [name for name in SECTIONS if name not in ASKED_FOR]:
+            while wanted:
+                name = wanted.pop(0)
                 measure, limit_s = SECTIONS[name]
                 section = Section(name, report, sizes, math.inf if tiny else limit_s, write)
                 console.print(f"{time.monotonic() - began:6.0f} s  {name}", highlight=False)
                 measure(section, backend(ops))  # type: ignore[arg-type]
                 write()
+                if section.is_broken:
+                    break
                 gc.collect()
                 if HAS_GPU:
                     torch.cuda.empty_cache()
@@ -120,6 +124,11 @@ def main(
                 if one[what]:
                     console.print(f"  {what}: {', '.join(one[what])}", highlight=False, markup=False)
         console.print(f"written to {report.write(out.parent)}", highlight=False)
+    if wanted:  # the device was lost: a process of its own has it again
+        more = out.with_stem(f"{out.stem}-{wanted[0]}")
+        names = [part for name in wanted for part in ("--only", name)]
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, __file__, *names, "--out", str(more), *(["--tiny"] if tiny else [])])
 
 
 if __name__ == "__main__":

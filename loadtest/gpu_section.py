@@ -88,7 +88,8 @@ class Section:
     uncaptured: dict[str, str] = field(default_factory=dict)
     """Measured without a graph, and why"""
     _current: str = ""
-    _is_broken: bool = False
+    is_broken: bool = False
+    """The process has lost its device"""
 
     @property
     def seconds_left(self) -> float:
@@ -105,7 +106,7 @@ class Section:
 
     def run(self, name: str, measure: Callable[[], object]) -> None:
         """One measurement; the time limit and what it raises end it alone."""
-        if self.seconds_left < 0 or self._is_broken:
+        if self.seconds_left < 0 or self.is_broken:
             self.left_out.append(name)
             return
         self._current = name
@@ -114,7 +115,7 @@ class Section:
         except Exception as error:
             self.failed[name] = "".join(traceback.format_exception(error)[-3:])
             print(f"{name} failed: {error}", flush=True)
-            self._is_broken = _device_is_lost()
+            self.is_broken = _device_is_lost()
         self.write()
 
     def as_dict(self) -> dict[str, object]:
