@@ -118,7 +118,10 @@ def evaluate(
     text_context: Annotated[int, typer.Option(min=64, help="Tokens of real text that are compressed.")] = 1024,
     text_new: Annotated[int, typer.Option(min=2, help="Tokens of real text after them.")] = 64,
     model: Annotated[str, typer.Option(help="As for `winnow serve`.")] = "default",
-    weights: Annotated[str, typer.Option(help="How weights are held: f32 or int8.")] = "int8",
+    device: Annotated[str, typer.Option(help="Where the model runs: cpu or cuda.")] = "cpu",
+    weights: Annotated[
+        str | None, typer.Option(help="How weights are held: int8 or f32; on a GPU bf16, fp8 or f32.")
+    ] = None,
     against_f32: Annotated[bool, typer.Option(help="Compare the weights with f32 ones too.")] = False,
     url: Annotated[
         str | None,

@@ -43,7 +43,8 @@ class Options:
     text_new: int
     protocols: str
     model: str
-    weights: str
+    device: str
+    weights: str | None
     against_f32: bool
     extend: bool
     url: str | None
@@ -103,7 +104,7 @@ def run_plans(options: Options, console: Console) -> list[Path]:
 
         harness = Harness(target, text, plans, result)
         if options.against_f32:
-            exact = EngineTarget(options.model, "f32", options.threads, options.kv_memory_gib)
+            exact = EngineTarget(options.model, "f32", options.threads, options.kv_memory_gib, options.device)
             harness.compare_weights(exact, scope, lambda what: progress.update(bar, description=what))
         harness.run(scope, say, save)
         progress.update(bar, description="done", completed=scope.units)
@@ -167,7 +168,7 @@ def run_parity(options: Options, python: Path, console: Console) -> list[Path]:
 def _target(options: Options) -> Target:
     if options.url is not None:
         return ServerTarget(options.url, os.environ.get(KEY))
-    return EngineTarget(options.model, options.weights, options.threads, options.kv_memory_gib)
+    return EngineTarget(options.model, options.weights, options.threads, options.kv_memory_gib, options.device)
 
 
 def _progress(console: Console) -> Progress:

@@ -68,7 +68,7 @@ class Target(Protocol):
 class EngineTarget:
     """An engine in this process. All asks of a call share its batches."""
 
-    def __init__(self, model: str, weights: str, threads: int | None, kv_memory_gib: float):
+    def __init__(self, model: str, weights: str | None, threads: int | None, kv_memory_gib: float, device: str = "cpu"):
         # Here, so that the harness asks a server without torch.
         from winnow.engine.config import EngineSettings
         from winnow.engine.models.tokenizer import load_tokenizer
@@ -77,9 +77,11 @@ class EngineTarget:
 
         self._tokenizer = load_tokenizer(model)
         self._lead_ins = lead_ins(self._tokenizer)
-        settings = {"model": model, "weights": weights, "threads": threads, "kv_memory_gib": kv_memory_gib}
+        settings = {"model": model, "device": device, "threads": threads, "kv_memory_gib": kv_memory_gib}
+        if weights is not None:  # else the device's default
+            settings["weights"] = weights
         self.engine = build_engine(EngineSettings.model_validate(settings))
-        self.weights = weights
+        self.weights: str = self.engine.settings.weights
         self.max_model_len = self.engine.max_model_len
 
     def encode(self, text: str) -> list[int]:
@@ -89,7 +91,7 @@ class EngineTarget:
         from winnow.engine.messages import Output, Rejected, SamplingParams, Submit
 
         shown: dict[str, list[NDArray[np.float32]]] = defaultdict(list)
-        self.engine.on_forced = lambda request_id, logits: shown[request_id].append(log_softmax(logits.numpy()))
+        self.engine.on_forced = lambda request_id, logits: shown[request_id].append(log_softmax(logits.cpu().numpy()))
         outputs: dict[str, list[Output]] = defaultdict(list)
         refused: dict[str, RequestError] = {}
         for i, ask in enumerate(asks):
