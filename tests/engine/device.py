@@ -26,8 +26,17 @@ from ..kernels.on_device import HOST, SIDES
 _setup_privateuseone_for_python_backend()
 DEVICE = torch.device("privateuseone", 0)
 
-_COPIES = {"_to_copy", "copy_", "_copy_from"}
-_ASKS = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_unique2", "unique_consecutive"}
+_COPIES = {"to", "_to_copy", "copy_", "_copy_from"}
+_ASKS = {
+    "item",
+    "_local_scalar_dense",
+    "is_nonzero",
+    "equal",
+    "nonzero",
+    "masked_select",
+    "_unique2",
+    "unique_consecutive",
+}
 """Operations whose result, or its size, the host must know"""
 _waits: list[str] = []
 
@@ -79,7 +88,7 @@ def _run(op: Any, *args: Any, **kwargs: Any) -> Any:
         op, args = torch.ops.aten.copy_.default, (args[1], args[0])
     if to is not None:
         kwargs["device"] = torch.device("cpu")
-    if name == "_to_copy" and is_there and not theirs:  # the host may change its own
+    if name in ("to", "_to_copy") and is_there and not theirs:  # the host may change its own
         kwargs["non_blocking"] = False
     made = op(*tree_map(here, args), **tree_map(here, kwargs))
     assert all(x.shape == x.here.shape for x in theirs.values()), f"{name} changed the size of what it was given"
@@ -89,7 +98,7 @@ def _run(op: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _count_waits(name: str, args: Any, kwargs: Any, is_there: bool, was_there: bool) -> None:
-    if name == "_to_copy" and is_there != was_there:
+    if name in ("to", "_to_copy") and is_there != was_there:
         waits = not (is_there and kwargs.get("non_blocking"))
     elif name in ("copy_", "_copy_from"):
         waits = isinstance(args[0], There) != isinstance(args[1], There) and not (len(args) > 2 and args[2])
