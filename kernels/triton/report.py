@@ -37,11 +37,11 @@ class Variant:
 
 
 def variants(arch: int, wanted: list[str]) -> Iterator[Variant]:
-    """Compiles what the workloads launch, or those of the names that are wanted; only in a process of its own."""
+    """Compiles what the workloads launch, or those that are wanted: names, or models. In a process of its own only."""
     launched = []
     with recording(arch) as taken:
         for workload in workloads(backend("triton")):
-            if not wanted or workload.name in wanted:
+            if not wanted or workload.name in wanted or workload.name.split(",")[0] in wanted:
                 workload.run()
                 launched += [(workload.name, launch) for launch in taken()]
     for name, launch in launched:
@@ -126,17 +126,18 @@ def roofline(batch: int, context: int) -> str:
     return "\n\n".join(parts)
 
 
-def report(found: dict[int, list[Variant]], batch: int, context: int) -> str:
+def report(found: dict[int, list[Variant]], wanted: list[str], batch: int, context: int) -> str:
     versions = f"torch {torch.__version__}, triton {triton.__version__}, ptxas {knobs.nvidia.ptxas.version}"
     versions += f" ({knobs.nvidia.ptxas_blackwell.version} for sm_100)"
+    only = f" for {', '.join(wanted)}" if wanted else ""
     return "\n\n".join(
         [
             "# The Triton kernels without a GPU",
             f"Written by `python -m winnow.kernels.triton.report` with {versions}. Nothing here was measured.",
             "## Machine code",
-            "Every variant that the workloads of `kernels/triton/workloads.py` launch, compiled ahead of time and read"
-            " from its machine code. Registers and stack are by thread. LDL and STL are loads and stores of local"
-            " memory: registers that spilled. KiB is shared memory. Of the loads of global memory the wide ones are"
+            f"Every variant that the workloads of `kernels/triton/workloads.py`{only} launch, compiled ahead of time"
+            " and read from its machine code. Registers and stack are by thread. LDL and STL are loads and stores of"
+            " local memory: registers that spilled. KiB is shared memory. Of the loads of global memory the wide ones are"
             " those of 16 bytes a thread, as wide as they get. MMA counts instructions of tensor cores."
             " Instructions are counted where they stand, not as often as they run.",
             summary(found),
@@ -156,7 +157,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=8192, help="their tokens")
     parser.add_argument("--out", type=Path, help="where to write the report instead of printing it")
     parser.add_argument("--compile", type=int, choices=SHARED_LIMITS, help="one architecture only, as lines of JSON")
-    parser.add_argument("workloads", nargs="*", help="names of workloads; all if there is none")
+    parser.add_argument("workloads", nargs="*", help="their names, or models; all if there is none")
     args = parser.parse_args()
     if args.compile:
         for variant in variants(args.compile, args.workloads):
@@ -166,7 +167,7 @@ def main() -> None:
         found = dict(
             zip(SHARED_LIMITS, pool.map(lambda arch: compiled(arch, args.workloads), SHARED_LIMITS), strict=True)
         )
-    text = report(found, args.batch, args.context) + "\n"
+    text = report(found, args.workloads, args.batch, args.context) + "\n"
     if args.out:
         args.out.write_text(text)
     else:
