@@ -137,8 +137,8 @@ def report(found: dict[int, list[Variant]], wanted: list[str], batch: int, conte
             "## Machine code",
             f"Every variant that the workloads of `kernels/triton/workloads.py`{only} launch, compiled ahead of time"
             " and read from its machine code. Registers and stack are by thread. LDL and STL are loads and stores of"
-            " local memory: registers that spilled. KiB is shared memory. Of the loads of global memory the wide ones are"
-            " those of 16 bytes a thread, as wide as they get. MMA counts instructions of tensor cores."
+            " local memory: registers that spilled. KiB is shared memory. Of the loads of global memory the wide ones"
+            " are those of 16 bytes a thread, as wide as they get. MMA counts instructions of tensor cores."
             " Instructions are counted where they stand, not as often as they run.",
             summary(found),
             *(table(arch, rows) for arch, rows in found.items()),
