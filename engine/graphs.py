@@ -64,7 +64,7 @@ class Graphs:
         self._sizes = sizes(most_rows)
         self._recorded: dict[Kind, Recorded] = {}
         self._seen: Counter[Kind] = Counter()
-        self._table = 0
+        self._table: Tensor | None = None
         self._is_gpu = kv.device.type == "cuda"
         self._logits = torch.empty((self._sizes[-1], model.config.vocab_size), device=kv.device)
         self._pool = torch.cuda.graph_pool_handle() if self._is_gpu else None
@@ -109,10 +109,10 @@ class Graphs:
         return self._recorded.get(kind)
 
     def _forget_if_moved(self) -> None:
-        address = self._step.device_table(self._kv).data_ptr()
-        if address != self._table:
+        table = self._step.device_table(self._kv)
+        if table is not self._table:
             self._recorded.clear()
-            self._table = address
+            self._table = table
 
     @torch.inference_mode()
     def _record(self, kind: Kind) -> None:
