@@ -12,10 +12,7 @@ What a row's result is depends on its own lane alone: shares follow from the lan
 Three ways to read:
 
     FLOATS   pages of a float format, whole vectors, ahead of their use
-    CODES    quantized pages for 16-bit activations, a page at a time, ahead of their use. In decode, where rows are
-             few, a key channel's scale is multiplied into the queries and its zero is a number for each row; a token's
-             scale is multiplied into its weight, and its zero adds to all channels of a row alike. In chunks codes
-             become numbers
+    CODES    quantized pages for 16-bit activations, a page at a time, ahead of their use; codes become float16 numbers
     GATHER   any page: tokens are read as f32 numbers, each from its page
 """
 
@@ -26,7 +23,6 @@ import triton.language as tl
 
 from winnow.kernels.reading import ReadMode
 from winnow.kernels.triton.codes import (
-    centre,
     halves,
     key_bytes,
     key_scales,
@@ -34,14 +30,11 @@ from winnow.kernels.triton.codes import (
     value_bytes,
     value_scales,
 )
-from winnow.kernels.triton.tiles import FP8, float_keys, float_values, keys_at, padded, values_at
+from winnow.kernels.triton.tiles import float_keys, float_values, keys_at, padded, values_at
 
 SEALED, REST, OPEN = (tl.constexpr(part) for part in range(3))
 FLOATS, CODES, GATHER = (tl.constexpr(path) for path in range(3))
 LOG2E = tl.constexpr(1.4426950408889634)
-RAISED = tl.constexpr(16.0)
-"""What weights are multiplied by before a token's scale makes them float16 numbers: scales are small"""
-F16_MAX = tl.constexpr(65504.0)
 _CHOSEN = tl.constexpr(int(ReadMode.CHOSEN))
 
 
@@ -174,7 +167,8 @@ def attend(
         end = tl.minimum(begin + share, end)
 
     highest = tl.full([M], float("-inf"), tl.float32)
-    total = tl.zeros([M], tl.float32)
+    # Sums of weights are left apart by place in the tile until the end where a row's tile has several warps.
+    total = tl.zeros([M, N] if IS_DECODE else [M], tl.float32)
     acc = tl.zeros([M, WIDTH], tl.float32)
     acc_high = acc if HALVES == 2 else 0.0
     if before is not None and first_page > 0:
@@ -188,29 +182,25 @@ def attend(
     if PATH == CODES:
         n = tl.arange(0, N)
         held = n < C // HALVES
-        # Queries are float16 numbers of up to 1/2, times a power of two: a scale they are multiplied by is one as well.
+        # Queries are float16 numbers of up to 1 times a power of two.
         unit = tl.max(tl.abs(queries.to(tl.float32)), 1)
-        unit = tl.exp2(tl.ceil(tl.log2(tl.where(unit == 0, 1.0, unit))) + 1)
+        unit = tl.exp2(tl.ceil(tl.log2(tl.where(unit == 0, 1.0, unit))))
         factor = unit * (scale * LOG2E)
         queries = (queries.to(tl.float32) / unit[:, None]).to(tl.float16)
-        RAISE: tl.constexpr = RAISED if IS_DECODE or FORMAT == FP8 else 1.0
-        acc *= RAISE
-        acc_high *= RAISE
-        zeros = tl.zeros([M], tl.float32)
         page = data + tl.load(pages + begin, mask=begin < end, other=0).to(tl.int64) * PAGE_BYTES
-        k_scale, k_zero = key_scales(page, d, FORMAT, D, C)
-        v_scale, v_zero = value_scales(page, 0, n, FORMAT, D, C)
-        v_scale_high, v_zero_high = v_scale, v_zero
+        k_scale, k_shift = key_scales(page, d, FORMAT, D, C)
+        v_scale, v_shift = value_scales(page, n, held, FORMAT, D, C)
+        v_scale_high, v_shift_high = v_scale, v_shift
         if HALVES == 2:
-            v_scale_high, v_zero_high = value_scales(page, C // 2, n, FORMAT, D, C)
+            v_scale_high, v_shift_high = value_scales(page, C // 2 + n, held, FORMAT, D, C)
         for tile in range(begin, end):
             # A page's scales are read while those of the page before are used.
             next_page = data + tl.load(pages + tile + 1, mask=tile + 1 < end, other=0).to(tl.int64) * PAGE_BYTES
-            next_k_scale, next_k_zero = key_scales(next_page, d, FORMAT, D, C)
-            next_v_scale, next_v_zero = value_scales(next_page, 0, n, FORMAT, D, C)
-            next_v_scale_high, next_v_zero_high = next_v_scale, next_v_zero
+            next_k_scale, next_k_shift = key_scales(next_page, d, FORMAT, D, C)
+            next_v_scale, next_v_shift = value_scales(next_page, n, held, FORMAT, D, C)
+            next_v_scale_high, next_v_shift_high = next_v_scale, next_v_shift
             if HALVES == 2:
-                next_v_scale_high, next_v_zero_high = value_scales(next_page, C // 2, n, FORMAT, D, C)
+                next_v_scale_high, next_v_shift_high = value_scales(next_page, C // 2 + n, held, FORMAT, D, C)
             index = first_token + tile * C + n
             seen = narrowed(held[None, :] & is_row[:, None], index, held, oldest, own_positions, own_choices)
             is_read = seen
@@ -221,49 +211,28 @@ def attend(
                 )
                 is_read = seen | seen_high
             if choices is None or (tl.max(tl.max(is_read.to(tl.int32), 1), 0) > 0):
-                keys, keys_high = numbers(key_bytes(page, d, n, FORMAT, D, C), FORMAT, not IS_DECODE)
-                scaled, bias, row_factor = queries, 0.0, factor[:, None]
-                if FORMAT == FP8:
-                    row_factor = row_factor * k_scale.to(tl.float32)
-                else:
-                    shift = k_zero.to(tl.float32) + centre(FORMAT) * k_scale.to(tl.float32)
-                    if IS_DECODE:
-                        scaled = queries * k_scale[None, :]
-                        bias = tl.sum(queries.to(tl.float32) * shift[None, :], 1)[:, None]
-                    else:
-                        keys = keys * k_scale[:, None] + shift.to(tl.float16)[:, None]
-                        keys_high = keys_high * k_scale[:, None] + shift.to(tl.float16)[:, None]
+                packed = key_bytes(page, d, n, FORMAT, D, C)
+                keys, keys_high = numbers(packed, k_scale[:, None], k_shift[:, None], FORMAT, not IS_DECODE)
                 for half in tl.static_range(HALVES):
                     if half == 1:
-                        keys, index, seen, v_scale, v_zero = keys_high, index_high, seen_high, v_scale_high, v_zero_high
-                    scores = (tl.dot(scaled, keys) + bias) * row_factor
-                    scores = tl.where(seen, weighed(scores, index, held, own_weights), float("-inf"))
+                        keys, index, seen = keys_high, index_high, seen_high
+                        v_scale, v_shift = v_scale_high, v_shift_high
+                    scores = weighed(tl.dot(queries, keys) * factor[:, None], index, held, own_weights)
+                    scores = tl.where(seen, scores, float("-inf"))
                     above = tl.maximum(highest, tl.max(scores, 1))
                     level = tl.where(above == float("-inf"), 0.0, above)
                     fade = tl.exp2(highest - level)
                     highest = above
                     weights = tl.exp2(scores - level[:, None])
-                    total = total * fade + tl.sum(weights, 1)
-                    packed = value_bytes(page, half * (C // HALVES), n, d_out, FORMAT, D, C)
-                    values, values_high = numbers(packed, FORMAT, not IS_DECODE)
-                    if FORMAT == FP8:
-                        weights = tl.minimum(weights * (v_scale.to(tl.float32) * RAISED), F16_MAX)
-                    else:
-                        shift = v_zero.to(tl.float32) + centre(FORMAT) * v_scale.to(tl.float32)
-                        if IS_DECODE:
-                            zeros = zeros * fade + tl.sum(weights * shift[None, :], 1)
-                            weights = tl.minimum(weights * (v_scale.to(tl.float32) * RAISED)[None, :], F16_MAX)
-                        else:
-                            values = values * v_scale[:, None] + shift.to(tl.float16)[:, None]
-                            values_high = values_high * v_scale[:, None] + shift.to(tl.float16)[:, None]
+                    total = added(total, fade, weights, IS_DECODE)
                     weights = weights.to(tl.float16)
+                    packed = value_bytes(page, half * (C // HALVES), n, d_out, FORMAT, D, C)
+                    values, values_high = numbers(packed, v_scale[:, None], v_shift[:, None], FORMAT, not IS_DECODE)
                     acc = tl.dot(weights, values, acc * fade[:, None])
                     if HALVES == 2:
                         acc_high = tl.dot(weights, values_high, acc_high * fade[:, None])
-            page, k_scale, k_zero, v_scale, v_zero = next_page, next_k_scale, next_k_zero, next_v_scale, next_v_zero
-            v_scale_high, v_zero_high = next_v_scale_high, next_v_zero_high
-        acc = acc / RAISE + zeros[:, None]
-        acc_high = acc_high / RAISE + zeros[:, None]
+            page, k_scale, k_shift, v_scale, v_shift = next_page, next_k_scale, next_k_shift, next_v_scale, next_v_shift
+            v_scale_high, v_shift_high = next_v_scale_high, next_v_shift_high
     else:
         # Tokens of the part that a row sees; the rows' own are open, and none sees a later one.
         limit = tl.where(is_row, tl.minimum(seen_by_first + row, tokens) if PART == OPEN else tokens, 0)
@@ -293,7 +262,7 @@ def attend(
                 fade = tl.exp2(highest - level)
                 highest = above
                 weights = tl.exp2(scores * factor - level[:, None])
-                total = total * fade + tl.sum(weights, 1)
+                total = added(total, fade, weights, IS_DECODE)
                 if PATH == FLOATS:
                     values = float_values(page[:, None], place[:, None], d[None, :], held[:, None], FORMAT, D, C)
                 else:
@@ -303,6 +272,8 @@ def attend(
             if PATH == FLOATS:
                 one, other = page_ids(pages, tile + 1, tokens, C, N)
 
+    if IS_DECODE:
+        total = tl.sum(total, 1)
     divisor = tl.where(total == 0, 1.0, total)[:, None]
     level = tl.where(total == 0, float("-inf"), highest + tl.log2(total))
     if IS_DECODE:
@@ -330,6 +301,16 @@ def page_ids(
     if N > C:
         other = tl.load(pages + first + 1, mask=(first + 1) * C < tokens, other=0)
     return one, other
+
+
+@triton.jit
+def added(total: tl.tensor, fade: tl.tensor, weights: tl.tensor, IS_APART: tl.constexpr) -> tl.tensor:
+    """Faded sums of weights [M] with those of a tile [M, N]; kept apart by place, [M, N], if they are."""
+    if IS_APART:
+        total = total * fade[:, None] + weights
+    else:
+        total = total * fade + tl.sum(weights, 1)
+    return total
 
 
 @triton.jit

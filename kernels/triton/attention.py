@@ -23,6 +23,9 @@ from winnow.kernels.triton.step import DeviceBatch, device_batch
 from winnow.kernels.triton.tiles import padded
 from winnow.kernels.triton.votes import add_votes
 
+CODE_REGISTERS = 128
+"""A thread's in decode over pages of codes: four blocks of threads then share a multiprocessor's, and hide each other's
+waits. Blackwell's code spills at that"""
 HAS_FP8 = 89
 """The first architecture that converts fp8 by itself"""
 
@@ -169,7 +172,9 @@ def _of_part(native: DeviceBatch, kv: PagedKV, part: int, fmt: PageFormat, tile:
         "LEAST": triton.cdiv(LEAST_TOKENS, tokens),
         "PATH": int(path),
         "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
+        # A page of codes takes long enough to compute with that one more on its way is enough.
+        "maxnreg": CODE_REGISTERS if path == CODES and tile.M < 64 and architecture() < 100 else None,
+        "num_stages": min(tile.num_stages, 2) if path == CODES else tile.num_stages,
     }
 
 

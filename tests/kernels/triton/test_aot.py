@@ -85,7 +85,7 @@ def test_pages_are_read_in_whole_vectors(variants: list[Variant]) -> None:
     for one in variants:
         assert one.machine.wide_loads > 0, one
         if one.machine.name == "attend":
-            assert one.machine.count(NARROW) <= (12 if int(one.constants["FORMAT"]) > PageFormat.BF16 else 0), one
+            assert one.machine.count(NARROW) <= (24 if int(one.constants["FORMAT"]) > PageFormat.BF16 else 0), one
 
 
 def test_the_size_of_a_step_compiles_nothing_anew(outside: None) -> None:
