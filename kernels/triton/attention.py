@@ -159,7 +159,9 @@ def _of_part(native: DeviceBatch, kv: PagedKV, part: int, fmt: PageFormat, tile:
             path = FLOATS
     elif not is_f32 and (fmt in (PageFormat.INT8, PageFormat.INT4) or (fmt is PageFormat.FP8 and has_fp8)):
         of_page = padded(capacity // halves(fmt))
-        if of_page <= 128:
+        # What eight warps read ahead of an int4 page of 64 channels, 8 bytes a thread, came out wrong on an H100.
+        is_thin = fmt is PageFormat.INT4 and kv.layout.head_dim <= 64 and tile.num_warps > 4
+        if of_page <= 128 and not is_thin:
             path, slots, tokens = CODES, of_page, capacity
     return {
         "formats": native.rest_format if part == int(REST) else native.sealed_format,
