@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ class Graphs:
         self._table: Tensor | None = None
         self._is_gpu = kv.device.type == "cuda"
         self._logits = torch.empty((self._sizes[-1], model.config.vocab_size), device=kv.device)
-        self._pool = torch.cuda.graph_pool_handle() if self._is_gpu else None
+        self._pool = self._new_pool()
 
     def warm_up(self, within_s: float) -> None:
         """Records steps of sequences without a plan until that has taken so long; large ones first, whose memory the
@@ -112,7 +112,12 @@ class Graphs:
         table = self._step.device_table(self._kv)
         if table is not self._table:
             self._recorded.clear()
+            self._pool = self._new_pool()
             self._table = table
+
+    def _new_pool(self) -> Any:
+        """Memory that graphs share. It is gone with the last of them: then others must not ask for it."""
+        return torch.cuda.graph_pool_handle() if self._is_gpu else None
 
     @torch.inference_mode()
     def _record(self, kind: Kind) -> None:

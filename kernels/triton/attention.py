@@ -174,6 +174,8 @@ def _of_part(native: DeviceBatch, kv: PagedKV, part: int, fmt: PageFormat, tile:
         "LEAST": triton.cdiv(LEAST_TOKENS, tokens),
         "PATH": int(path),
         "num_warps": tile.num_warps,
+        # Fused or not, by what else a variant computes: a row's bits would depend on what its batch mates have.
+        "enable_fp_fusion": False,
         # A page of codes takes long enough to compute with that one more on its way is enough.
         "maxnreg": CODE_REGISTERS if path == CODES and tile.M < 64 and architecture() < 100 else None,
         "num_stages": min(tile.num_stages, 2) if path == CODES else tile.num_stages,
