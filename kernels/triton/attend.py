@@ -255,7 +255,9 @@ def attend(
                     keys = keys_at(page[None, :], d[:, None], place[None, :], held[None, :], FORMAT, D, C)
                 scores = tl.dot(queries, keys.to(queries.dtype), input_precision="ieee")
                 if own_weights is not None:
-                    scores = weighed(scores * factor, index, held, own_weights) / factor
+                    # Divided back, they would not have the bits that they have in a step where nobody has weights.
+                    with_weights = weighed(scores * factor, index, held, own_weights) / factor
+                    scores = tl.where(own_weights == 0, scores, with_weights)
                 scores = tl.where(seen, scores, float("-inf"))
                 above = tl.maximum(highest, tl.max(scores, 1) * factor)
                 level = tl.where(above == float("-inf"), 0.0, above)

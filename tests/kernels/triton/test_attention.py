@@ -115,7 +115,8 @@ def test_attention_adds_to_the_mass(triton: Backend, reference: Backend) -> None
         torch.testing.assert_close(state.kv.mass[slot], mass, atol=2e-5, rtol=2e-5)
 
 
-def test_batch_mates_change_no_bit(triton: Backend) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
+def test_batch_mates_change_no_bit(triton: Backend, dtype: torch.dtype) -> None:
     # Mates of other formats, a longer lane that makes the table wider, and side state that only they have.
     held = [
         Held((70,), rows=2, fmt=INT4, sealed=(2,)),
@@ -123,7 +124,7 @@ def test_batch_mates_change_no_bit(triton: Backend) -> None:
         Held((600,), fmt=FP8, sealed=(1,), rest=(2,), rest_fmt=INT2, weighted=True, evicted=True, first_vote=0),
     ]
     state = build(PageLayout(16, BF16), held, kv_heads=1)
-    q = randn(state.rows, 2, 16).bfloat16()
+    q = randn(state.rows, 2, 16).to(dtype)
     out = _attend(triton, state, q, window=50).float()
     for index in range(2):
         alone, rows = one_sequence(state.batch, index)
