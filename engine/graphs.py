@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -63,6 +64,7 @@ class Graphs:
         self._kv = kv
         self._sizes = sizes(most_rows)
         self._recorded: dict[Kind, Recorded] = {}
+        self._refused: set[Kind] = set()
         self._seen: Counter[Kind] = Counter()
         self._table: Tensor | None = None
         self._is_gpu = kv.device.type == "cuda"
@@ -104,7 +106,7 @@ class Graphs:
         kind = Kind(rows, host.sealed_formats, host.rest_formats, host.sides)
         self._forget_if_moved()
         self._seen[kind] += 1
-        if kind not in self._recorded and self._seen[kind] >= WORTH_IT:
+        if kind not in self._recorded and kind not in self._refused and self._seen[kind] >= WORTH_IT:
             self._record(kind)
         return self._recorded.get(kind)
 
@@ -112,6 +114,7 @@ class Graphs:
         table = self._step.device_table(self._kv)
         if table is not self._table:
             self._recorded.clear()
+            self._refused.clear()
             self._pool = self._new_pool()
             self._table = table
 
@@ -135,14 +138,23 @@ class Graphs:
             self._model.logits(self._model.hidden(step.tokens, lanes, kv, rows), out)
 
         step = self._step.bring(nobody, kv)
+        try:
+            if self._is_gpu:
+                forward(self._step.bring(nobody, kv))  # compiles what is to be recorded
+            self._recorded[kind] = Recorded(step, rows, self._capture(partial(forward, step)))
+        except RuntimeError:  # for want of memory, say
+            log.exception("%s cannot be recorded: such steps are launched kernel by kernel", kind)
+            self._refused.add(kind)
+
+    def _capture(self, launch: Callable[[], None]) -> Callable[[], object]:
+        """What does again what `launch` does."""
         if not self._is_gpu:  # Triton's interpreter: the same without a graph
-            self._recorded[kind] = Recorded(step, rows, lambda: forward(step))
-            return
-        forward(self._step.bring(nobody, kv))  # compiles what is to be recorded
+            return launch
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            forward(step)
-        self._recorded[kind] = Recorded(step, rows, graph.replay)
+        # The outer context has the stream back where the inner one fails on its way in.
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self._pool):
+            launch()
+        return graph.replay
 
 
 def sizes(most: int) -> list[int]:

@@ -77,6 +77,16 @@ def test_greedy_answers(
     assert all(rows in (1, 2, 4) for rows in replayed)
 
 
+def test_a_step_that_cannot_be_recorded_is_launched(
+    there: Decoder, triton: Backend, wanted: dict[str, list[int]], replayed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Graphs, "_capture", Mock(side_effect=RuntimeError("out of memory")))
+    bench = Bench(there, 600, triton, {}, device="cuda", page_tokens=16, max_step_tokens=64)
+    bench.submit("plain", PROMPTS["plain"], NEW)
+    assert bench.run()["plain", 0].tokens == wanted["plain"]
+    assert not replayed
+
+
 def settings(folder: Path, **changes: Any) -> EngineSettings:
     given = {"device": "cuda", "weights": "f32", "kv_memory_gib": 0.01, "max_seqs": 4, "page_tokens": 16}
     return EngineSettings(model=str(folder), **(given | changes))
