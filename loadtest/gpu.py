@@ -17,7 +17,7 @@ import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import typer
@@ -36,7 +36,7 @@ from gpu_clock import HAS_GPU, first, seconds_replayed
 from gpu_section import TINY, Section, Sizes
 from machine import ROOT
 from report import Report
-from winnow.kernels.dispatch import backend
+from winnow.kernels.dispatch import BackendName, backend
 
 SECTIONS = {
     "kernels": (gpu_kernels.decode, 90),
@@ -109,7 +109,7 @@ def main(
                 measure, limit_s = SECTIONS[name]
                 section = Section(name, report, sizes, math.inf if tiny else limit_s, write)
                 console.print(f"{time.monotonic() - began:6.0f} s  {name}", highlight=False)
-                measure(section, backend(ops))  # type: ignore[arg-type]
+                measure(section, backend(cast(BackendName, ops)))
                 write()
                 if section.is_broken:
                     break

@@ -6,12 +6,12 @@ Where there is no GPU its kernels run in Triton's interpreter (TRITON_INTERPRET=
 from winnow.kernels.triton.attention import attention
 from winnow.kernels.triton.device import device
 from winnow.kernels.triton.linear import embed, linear, pack
-from winnow.kernels.triton.merge_rows import nearest_rows, sum_rows
 from winnow.kernels.triton.moments import query_moments
+from winnow.kernels.triton.norm import rms_norm, silu_mul
 from winnow.kernels.triton.pages import copy_pages, read_lanes, repack, write_lanes
 from winnow.kernels.triton.reading import choose_reads
 from winnow.kernels.triton.rope_write import rope_write
-from winnow.kernels.triton.rows import rms_norm, silu_mul
+from winnow.kernels.triton.rows import nearest_rows, sum_rows
 
 __all__ = [
     "attention",
