@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from functools import cache, reduce
-from operator import or_
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, create_model, model_validator
+from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from winnow.engine.compression.budget import MAX_TOKENS, Budget, is_everything, tokens_of
+from winnow.engine.compression.knobs import any_method, method_model
 from winnow.engine.compression.merge_plan import AnyMerge, merge_model
 from winnow.engine.compression.policy import HearsNewest, PolicyParams, Reciting, SetsBudgets, StagedPolicy, Voting
 from winnow.engine.compression.registry import EVICTION, OWN_MERGE, eviction_policy, merge_method
@@ -178,18 +178,15 @@ def _voting(name: str) -> Voting | None:
 @cache
 def evict_model(name: str) -> type[Evict]:
     """The model of `evict` for one policy: common knobs and its own, which therefore may not share a name."""
-    policy = eviction_policy(name)
-    doc = (type(policy).__doc__ or name).strip()
-    fields: dict[str, Any] = {"policy": (Literal[name], Field(description=doc))}
+    fields: dict[str, Any] = {}
     if name in OWN_MERGE:
         method = OWN_MERGE[name]
         text = f"how evicted tokens are merged into kept ones: as the paper does ('{method}') if unset, dropped if null"
         fields["merge"] = (AnyMerge | None, Field(merge_model(method)(policy=method), description=text))
-    bases: Any = (Evict, policy.Params)
-    return cast(type[Evict], create_model(f"Evict_{name}", __base__=bases, __doc__=doc, **fields))
+    return method_model(Evict, name, eviction_policy(name), **fields)
 
 
 if TYPE_CHECKING:
     AnyEvict = Evict
 else:
-    AnyEvict = Annotated[reduce(or_, (evict_model(name) for name in EVICTION)), Field(discriminator="policy")]
+    AnyEvict = any_method(evict_model, EVICTION)

@@ -7,13 +7,13 @@ choice of their own, which the engine carries out as if it were an eviction.
 
 from __future__ import annotations
 
-from functools import cache, reduce
-from operator import or_
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self, cast
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
-from pydantic import Field, create_model, model_validator
+from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from winnow.engine.compression.knobs import any_method, method_model, schemas
 from winnow.engine.compression.policy import PolicyParams, StagedPolicy
 from winnow.engine.compression.registry import MIX, eviction_policy, mix_method
 from winnow.kernels.layout import PageFormat
@@ -66,19 +66,14 @@ class Mix(PolicyParams):
 def mix_model(name: str) -> type[Mix]:
     """The model of `mix` for one method."""
     method = mix_method(name)
-    doc = (type(method).__doc__ or name).strip()
-    fields: dict[str, Any] = {
-        "policy": (Literal[name], Field(description=doc)),
-        "format": (HighFormat | None, Field(method.format, description=Mix.model_fields["format"].description)),
-    }
-    bases: Any = (Mix, method.Params)
-    return cast(type[Mix], create_model(f"Mix_{name}", __base__=bases, __doc__=doc, **fields))
+    fmt = (HighFormat | None, Field(method.format, description=Mix.model_fields["format"].description))
+    return method_model(Mix, name, method, format=fmt)
 
 
 if TYPE_CHECKING:
     AnyMix = Mix
 else:
-    AnyMix = Annotated[reduce(or_, (mix_model(name) for name in MIX)), Field(discriminator="policy")]
+    AnyMix = any_method(mix_model, MIX)
 
 
 def check_mix(mix: Mix, fmt: str | None, evict: Any | None, read: Any | None) -> None:
@@ -105,4 +100,4 @@ def check_mix(mix: Mix, fmt: str | None, evict: Any | None, read: Any | None) ->
 
 def mix_schema() -> dict[str, dict[str, Any]]:
     """JSON schema of `kv.mix` for each method, by name."""
-    return {name: mix_model(name).model_json_schema() for name in MIX}
+    return schemas(mix_model, MIX)

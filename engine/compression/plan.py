@@ -23,6 +23,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from winnow.engine.compression.evict_plan import AnyEvict, Evict, evict_model
+from winnow.engine.compression.knobs import schemas
 from winnow.engine.compression.merge_plan import merge_model
 from winnow.engine.compression.mix import AnyMix, Mix, check_mix, mix_model
 from winnow.engine.compression.part import FormatName, Part
@@ -220,7 +221,7 @@ class Plan(Part):
 
 def evict_schema() -> dict[str, dict[str, Any]]:
     """JSON schema of `kv.evict` for each policy, by name."""
-    return {name: evict_model(name).model_json_schema() for name in EVICTION}
+    return schemas(evict_model, EVICTION)
 
 
 def plan_schema() -> dict[str, Any]:

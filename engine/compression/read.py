@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from functools import cache, reduce
-from operator import or_
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, create_model
-
+from winnow.engine.compression.knobs import any_method, method_model, schemas
 from winnow.engine.compression.read_policy import LaneShape, Profile, ReadParams
 from winnow.engine.compression.registry import READ, eviction_policy, read_policy
 from winnow.engine.compression.signals import Signal
@@ -63,19 +61,15 @@ class Read(ReadParams):
 @cache
 def read_model(name: str) -> type[Read]:
     """The model of `read` for one policy."""
-    policy = read_policy(name)
-    doc = (type(policy).__doc__ or name).strip()
-    fields: dict[str, Any] = {"policy": (Literal[name], Field(description=doc))}
-    bases: Any = (policy.Params, Read)
-    return cast(type[Read], create_model(f"Read_{name}", __base__=bases, __doc__=doc, **fields))
+    return method_model(Read, name, read_policy(name))
 
 
 if TYPE_CHECKING:
     AnyRead = Read
 else:
-    AnyRead = Annotated[reduce(or_, (read_model(name) for name in READ)), Field(discriminator="policy")]
+    AnyRead = any_method(read_model, READ)
 
 
 def read_schema() -> dict[str, dict[str, Any]]:
     """JSON schema of `kv.read` for each policy, by name."""
-    return {name: read_model(name).model_json_schema() for name in READ}
+    return schemas(read_model, READ)

@@ -8,12 +8,12 @@ Nothing here changes an answer, only how fast it comes.
 
 from __future__ import annotations
 
-from functools import cache, reduce
-from operator import or_
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, TypeAdapter, ValidationError, create_model
+from pydantic import TypeAdapter, ValidationError
 
+from winnow.engine.compression.knobs import any_method, method_model, schemas
 from winnow.engine.compression.plan import Plan
 from winnow.engine.compression.plan_errors import explain
 from winnow.engine.errors import PlanNotSupported, RequestError
@@ -30,19 +30,13 @@ class Speculation(MethodParams):
 @cache
 def speculation_model(name: str) -> type[Speculation]:
     """The model of "speculative" for one method."""
-    drafter = drafter_class(name)
-    doc = (drafter.__doc__ or name).strip()
-    fields: dict[str, Any] = {"method": (Literal[name], Field(description=doc))}
-    bases: Any = (Speculation, drafter.Params)
-    return cast(type[Speculation], create_model(f"Speculative_{name}", __base__=bases, __doc__=doc, **fields))
+    return method_model(Speculation, name, drafter_class(name), tag="method")
 
 
 if TYPE_CHECKING:
     AnySpeculation = Speculation
 else:
-    AnySpeculation = Annotated[
-        reduce(or_, (speculation_model(name) for name in METHODS)), Field(discriminator="method")
-    ]
+    AnySpeculation = any_method(speculation_model, METHODS, tag="method")
 
 SPECULATION: TypeAdapter[Speculation] = TypeAdapter(AnySpeculation)
 
@@ -89,4 +83,4 @@ def obstacle(plan: Plan) -> str | None:
 
 def speculation_schema() -> dict[str, dict[str, Any]]:
     """JSON schema of "speculative" for each method, by name."""
-    return {name: speculation_model(name).model_json_schema() for name in METHODS}
+    return schemas(speculation_model, METHODS)

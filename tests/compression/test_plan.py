@@ -130,7 +130,7 @@ NO_BUDGET = "must be a fraction in (0, 1] or a count of tokens from 1 to 1000000
         (shorten(keep=0), ".prompt.keep", f"{NO_BUDGET}, not 0"),
         (shorten(keep=2.0), ".prompt.keep", f"{NO_BUDGET}, not 2.0"),
         (shorten(unit="word"), ".prompt.unit", "must be 'token', 'phrase' or 'sentence', not 'word'"),
-        (shorten(window=3), ".prompt.window", "is not a knob of 'selective'; known here: unit, policy, keep"),
+        (shorten(window=3), ".prompt.window", "is not a knob of 'selective'; known here: policy, keep, unit"),
         (shorten(policy="extractive", threshold=1.5), ".prompt.threshold", "must be at most 1.0, not 1.5"),
         (shorten(policy="spec_pc", pool=0), ".prompt.pool", "must be at least 1, not 0"),
     ],

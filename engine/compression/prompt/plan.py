@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache, reduce
-from operator import or_
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, create_model
+from pydantic import Field
 
 from winnow.engine.compression.budget import Budget, is_everything, tokens_of
+from winnow.engine.compression.knobs import any_method, method_model, schemas
 from winnow.engine.compression.prompt.policy import PromptParams
 from winnow.engine.compression.registry import PROMPT, prompt_policy
 
@@ -31,19 +31,15 @@ class Prompt(PromptParams):
 @cache
 def prompt_model(name: str) -> type[Prompt]:
     """The model of `prompt` for one policy: common knobs and its own, which therefore may not share a name."""
-    policy = prompt_policy(name)
-    doc = (type(policy).__doc__ or name).strip()
-    fields: dict[str, Any] = {"policy": (Literal[name], Field(description=doc))}
-    bases: Any = (Prompt, policy.Params)
-    return cast(type[Prompt], create_model(f"Prompt_{name}", __base__=bases, __doc__=doc, **fields))
+    return method_model(Prompt, name, prompt_policy(name))
 
 
 if TYPE_CHECKING:
     AnyPrompt = Prompt
 else:
-    AnyPrompt = Annotated[reduce(or_, (prompt_model(name) for name in PROMPT)), Field(discriminator="policy")]
+    AnyPrompt = any_method(prompt_model, PROMPT)
 
 
 def prompt_schema() -> dict[str, dict[str, Any]]:
     """JSON schema of `prompt` for each policy, by name."""
-    return {name: prompt_model(name).model_json_schema() for name in PROMPT}
+    return schemas(prompt_model, PROMPT)
