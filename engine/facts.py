@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from winnow.engine.messages import EngineInfo, EngineStats
 
 if TYPE_CHECKING:
     from winnow.engine.engine import Engine
+
+
+@dataclass
+class Totals:
+    """What it has done since it started."""
+
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    steps: int = 0
+    step_seconds: float = 0.0
 
 
 def info_of(engine: Engine) -> EngineInfo:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +17,10 @@ from torch import Tensor
 from winnow.engine.messages import Output, TokenLogprob
 from winnow.engine.pages import Ints
 from winnow.engine.sampler import token_logprobs
-from winnow.engine.scheduler import ScheduledBatch
 from winnow.engine.sequence import Sequence as Seq
+
+if TYPE_CHECKING:
+    from winnow.engine.scheduler import ScheduledBatch
 
 Observer = Callable[[str, Tensor], None]
 """Is shown the logits [tokens, vocab] before the next forced tokens of a request, by its id"""

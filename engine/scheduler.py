@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from winnow.engine.compression.side_state import SideState
 from winnow.engine.compression.timeline import NEVER
+from winnow.engine.forced import Span, forced_rows, forced_spans
 from winnow.engine.messages import CompressionReport
 from winnow.engine.pages import Ints, OutOfPages, PageArena
 from winnow.engine.prefix_cache import PrefixCache
@@ -35,6 +36,8 @@ class ScheduledBatch:
     """[B] how many of them, the last ones, were guessed"""
     more_rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     """[M] rows of the step, beside the sequences' last ones, whose logits are wanted"""
+    forced: list[Span] = field(default_factory=list)
+    """What those are wanted for"""
 
     @property
     def is_speculative(self) -> NDArray[np.bool_]:
@@ -75,11 +78,13 @@ class Scheduler:
         max_step_tokens: int,
         side: SideState,
         squeeze: Callable[[Iterable[Sequence]], bool],
+        propose: Callable[[list[Sequence]], None],
     ):
         """
         Args
             side: has room made for what sequences note of the tokens that they are about to compute
             squeeze: compresses one of these sequences further; false if that frees no page
+            propose: guesses what sequences will say next
         """
         self._arena = arena
         self._cache = cache
@@ -87,6 +92,7 @@ class Scheduler:
         self._max_step_tokens = max_step_tokens
         self._side = side
         self._squeeze = squeeze
+        self._propose = propose
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         """In order of arrival"""
@@ -103,6 +109,7 @@ class Scheduler:
 
     def schedule(self) -> ScheduledBatch:
         """Takes the pages of the next step's tokens; an empty batch means that nobody can run."""
+        self._propose(self.running)
         self._admit()
         chosen = self._choose()
         while chosen:
@@ -123,7 +130,10 @@ class Scheduler:
         for seq, count in chosen:
             self._side.prepare(seq, count)
         drafts = np.array([seq.drafted for seq, _ in chosen], np.int32)
-        return ScheduledBatch([seq for seq, _ in chosen], counts, drafts)
+        batch = ScheduledBatch([seq for seq, _ in chosen], counts, drafts)
+        batch.forced = forced_spans(batch)
+        batch.more_rows = forced_rows(batch.forced)
+        return batch
 
     def _choose(self) -> list[tuple[Sequence, int]]:
         """(sequence, tokens) of the next step: no chunk crosses an event of its sequence's timeline."""

@@ -91,7 +91,9 @@ class EngineTarget:
         from winnow.engine.messages import Output, Rejected, SamplingParams, Submit
 
         shown: dict[str, list[NDArray[np.float32]]] = defaultdict(list)
-        self.engine.on_forced = lambda request_id, logits: shown[request_id].append(log_softmax(logits.cpu().numpy()))
+        self.engine.progress.on_forced = lambda request_id, logits: shown[request_id].append(
+            log_softmax(logits.cpu().numpy())
+        )
         outputs: dict[str, list[Output]] = defaultdict(list)
         refused: dict[str, RequestError] = {}
         for i, ask in enumerate(asks):

@@ -60,10 +60,11 @@ class SpeculationCounters:
 class Speculator:
     """Guesses before a step, verifies after it."""
 
-    def __init__(self, arena: PageArena, side: SideState, table: SamplingTable):
+    def __init__(self, arena: PageArena, side: SideState, table: SamplingTable, sampler: Sampler):
         self._arena = arena
         self._side = side
         self._table = table
+        self._sampler = sampler
         self._drafters: dict[str, Drafter] = {}
         self.counters = SpeculationCounters()
 
@@ -76,7 +77,7 @@ class Speculator:
                 seq.drafted = len(draft)
                 seq.tokens[seq.length : seq.length + seq.drafted] = draft
 
-    def verify(self, batch: ScheduledBatch, logits: Tensor, sampler: Sampler) -> dict[Sequence, Draw]:
+    def verify(self, batch: ScheduledBatch, logits: Tensor) -> dict[Sequence, Draw]:
         """What the sequences with guesses say. Their other rows leave the lanes and `batch.counts`."""
         where = np.flatnonzero(batch.is_speculative)
         if not len(where):
@@ -89,7 +90,9 @@ class Speculator:
         logits = logits[to_device(rows, logits.device)]
         read = [seq.tokens[seq.computed : seq.computed + size] for seq, size in zip(seqs, sizes, strict=True)]
         slots = np.array([seq.slot for seq in seqs], np.int32)
-        sampled = sampler.sample(logits, self._table.batch(slots.astype(np.int64), [tokens[1:] for tokens in read]))
+        sampled = self._sampler.sample(
+            logits, self._table.batch(slots.astype(np.int64), [tokens[1:] for tokens in read])
+        )
 
         # The row after each row is that of the token which was guessed; after a sequence's last row nothing was.
         guess = np.roll(np.concatenate(read), -1)

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from winnow.engine.answers import StepOutput
 from winnow.engine.calibration.store import Profile
 from winnow.engine.compression.plan import Plan
 from winnow.engine.config import EngineSettings
-from winnow.engine.engine import Engine, StepOutput
+from winnow.engine.engine import Engine
 from winnow.engine.messages import Output, Rejected, SamplingParams, Shorten, Shortened, Submit
 from winnow.engine.models.decoder import Decoder
 from winnow.engine.scheduler import ScheduledBatch

@@ -87,7 +87,7 @@ def test_forced_tokens_are_not_compressed_with_the_prompt(tiny: Decoder) -> None
 def test_the_observer_sees_whole_distributions(tiny: Decoder) -> None:
     bench = Bench(tiny)
     shown: list[Tensor] = []
-    bench.engine.on_forced = lambda request_id, logits: shown.append(logits)
+    bench.engine.progress.on_forced = lambda request_id, logits: shown.append(logits)
     seen = bench.alone(prompt_of(50), 12, forced=prompt_of(10, 5), logprobs=0)
     every = torch.cat(shown).log_softmax(-1)
     assert every.shape == (10, tiny.config.vocab_size)

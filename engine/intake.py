@@ -1,0 +1,133 @@
+"""What comes in: requests are checked, and become sequences. Bounds that the server has checked are checked again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence as Many
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from winnow.engine.calibration.frontier import resolve_quality
+from winnow.engine.calibration.registry import check_profiles
+from winnow.engine.compression.plan import Plan
+from winnow.engine.compression.reach import longest_text
+from winnow.engine.compression.timeline import Timeline
+from winnow.engine.errors import PlanNotSupported, PromptTooLong, RequestError
+from winnow.engine.messages import Shorten, Submit
+from winnow.engine.recital import Recital, parts_of
+from winnow.engine.sampling import check_sampling, choice_seed
+from winnow.engine.sequence import Sequence, probing, room_for
+from winnow.engine.speculation.speculation import check_combination, parse_speculation
+
+if TYPE_CHECKING:
+    from winnow.engine.engine import Engine
+
+
+class Intake:
+    """Makes the sequences of one engine."""
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self._arrivals = 0
+
+    def sequence(self, request: Submit) -> Sequence:
+        """The first choice of a request, with the others on it. RequestError where it cannot be served."""
+        engine, sampling, length = self._engine, request.sampling, len(request.prompt)
+        self._check(request)
+        plan, speculation = self._plan(request), parse_speculation(request.speculative)
+        check_combination(speculation, plan)
+        check_profiles(plan, engine.profiles, engine.name)
+        stage_bounds = self._stage_bounds(plan)
+        room = engine.max_model_len - length
+        parts = parts_of(plan.evict, np.array(request.prompt, np.int32), request.lead_ins, room)
+        timeline = Timeline.of(plan, length, engine.arena.layout)
+        engine.side.check_room(timeline, length + max([sampling.max_tokens, *map(len, parts)]))
+        seed = int.from_bytes(os.urandom(8), "little") if sampling.seed is None else sampling.seed
+        self._arrivals += 1
+        first, *siblings = [
+            Sequence(
+                request_id=request.request_id,
+                index=index,
+                arrival=self._arrivals,
+                sampling=sampling,
+                plan=plan,
+                timeline=timeline,
+                tokens=room_for(request.prompt, sampling.max_tokens, request.forced),
+                length=length + len(request.forced),
+                prompt_tokens=length,
+                seed=choice_seed(seed, index),
+                plan_seed=seed & (1 << 64) - 1,
+                salt=request.cache_salt,
+                speculation=speculation,
+                forced=len(request.forced),
+                stage_bounds=stage_bounds,
+                recital=Recital(parts) if parts else None,
+            )
+            for index in range(sampling.n)
+        ]
+        if engine.cache is not None:
+            keys = engine.cache.keys(first.tokens[:length], first.salt)
+            for seq in (first, *siblings):
+                seq.block_keys = keys
+        first.siblings = siblings
+        return first
+
+    def reader(self, request: Shorten) -> Sequence | None:
+        """A sequence that reads a prompt which is to be shortened; None where none has to. RequestError as above."""
+        engine = self._engine
+        self._check_tokens("prompt", request.prompt)
+        job = engine.shortener.open(request)
+        if job.probe is None:
+            return None
+        length = job.probe.tokens_to_read
+        if length > engine.max_model_len:
+            engine.shortener.forget(request.request_id)
+            raise PromptTooLong(
+                "prompt", f"{length} prompt tokens exceed the {engine.max_model_len} of the model that is to rank them"
+            )
+        self._arrivals += 1
+        seq = probing(request.request_id, request.prompt[:length], job.probe, self._arrivals, engine.arena.layout)
+        if engine.cache is not None:
+            seq.block_keys = engine.cache.keys(seq.tokens, request.cache_salt)
+        return seq
+
+    def _check(self, request: Submit) -> None:
+        """What must hold whatever the plan is."""
+        engine, sampling = self._engine, request.sampling
+        self._check_tokens("prompt", request.prompt)
+        self._check_tokens("forced", request.forced)
+        self._check_tokens("lead_ins", [token for part in request.lead_ins for token in part])
+        check_sampling(sampling, engine.config.vocab_size)
+        if sampling.max_tokens < 1 + len(request.forced):
+            least = 1 + len(request.forced)
+            raise RequestError("max_tokens", f"max_tokens must be at least {least}, one more than tokens are forced")
+        if request.forced and sampling.n > 1:
+            raise RequestError("n", "n must be 1 where tokens are forced")
+        if not 1 <= sampling.n <= engine.settings.max_seqs:
+            raise RequestError("n", f"n must be from 1 to {engine.settings.max_seqs}")
+
+    def _check_tokens(self, name: str, tokens: Many[int]) -> None:
+        vocab_size = self._engine.config.vocab_size
+        if name == "prompt" and not tokens:
+            raise RequestError(name, "the prompt has no tokens")
+        if not all(0 <= token < vocab_size for token in tokens):
+            raise RequestError(name, f"token ids must be below {vocab_size}")
+
+    def _plan(self, request: Submit) -> Plan:
+        engine, length, new = self._engine, len(request.prompt), request.sampling.max_tokens
+        plan = resolve_quality(Plan.parse(request.plan), engine.frontier, engine.name)
+        plan.check_windows(engine.has_windows)
+        longest = longest_text(plan, engine.info)
+        if length + new > longest:
+            raise PromptTooLong("max_tokens", f"{length} prompt tokens and {new} new ones exceed the model's {longest}")
+        if plan.shortens is not None:
+            raise PlanNotSupported("compression.prompt", "compression.prompt: shorten a prompt before it is submitted")
+        return plan
+
+    def _stage_bounds(self, plan: Plan) -> tuple[int, ...]:
+        bounds = () if plan.evict is None else plan.evict.stage_bounds(self._engine.config.layers)
+        if bounds and self._engine.has_windows:
+            path = "compression.kv.evict.policy"
+            raise PlanNotSupported(path, f"{path}: prompts of a model with sliding windows are not read in stages")
+        return bounds
