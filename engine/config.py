@@ -11,6 +11,8 @@ from winnow.kernels.layout import PageFormat
 WEIGHTS = {"cpu": ("f32", "int8"), "cuda": ("f32", "bf16", "fp8")}
 """How a device can hold weights"""
 
+NO_DRAFT = "needs a draft model; start the server with --draft-model"
+
 ON_CUDA: dict[str, Any] = {
     "weights": "bf16",
     "kv_memory_gib": None,
@@ -53,6 +55,13 @@ class EngineSettings(BaseModel):
     embedding_model: str | None = Field(
         None, description="directory of the sentence encoder for extractive prompts; the installed package's if unset"
     )
+    draft_model: str | None = Field(
+        None, description="a smaller model with the vocabulary of `model`, named like it: guesses, and looks ahead"
+    )
+    draft_weights: Literal["f32", "int8", "bf16", "fp8"] | None = Field(
+        None, description="how the draft model's weights are held; like the model's if unset"
+    )
+    draft_memory_gib: float = Field(1.0, gt=0, le=4096, description="size of the draft model's own page arena")
     llmlingua2_model: str | None = Field(None, description="directory of the token classifier for llmlingua2 prompts")
 
     @model_validator(mode="before")
@@ -64,11 +73,32 @@ class EngineSettings(BaseModel):
 
     @model_validator(mode="after")
     def _fits_device(self) -> EngineSettings:
-        if self.weights not in (able := WEIGHTS[self.device]):
-            raise ValueError(f"weights: {self.weights} is not for device {self.device}, which has {', '.join(able)}")
+        for name in ("weights", "draft_weights"):
+            held, able = getattr(self, name), WEIGHTS[self.device]
+            if held is not None and held not in able:
+                raise ValueError(f"{name}: {held} is not for device {self.device}, which has {', '.join(able)}")
+        if self.draft_weights is not None and self.draft_model is None:
+            raise ValueError("draft_weights has no effect without draft_model")
         if self.device == "cpu" and self.kv_memory_gib is None:
             raise ValueError("kv_memory_gib must be given on the CPU, whose memory others use too")
         return self
+
+    @property
+    def of_draft(self) -> EngineSettings | None:
+        """Those of the draft model's engine, if there is one: it runs as many sequences of its own, and follows all of
+        this one's."""
+        if self.draft_model is None:
+            return None
+        changes = {
+            "model": self.draft_model,
+            "weights": self.draft_weights or self.weights,
+            "kv_memory_gib": self.draft_memory_gib,
+            "max_model_len": None,
+            "max_seqs": 2 * self.max_seqs,
+            "draft_model": None,
+            "draft_weights": None,
+        }
+        return self.model_copy(update=changes)
 
     @property
     def compute_format(self) -> PageFormat:

@@ -16,6 +16,7 @@ from winnow.engine.compression.read_policy import LaneShape
 from winnow.engine.compression.reader import Reader
 from winnow.engine.compression.side_state import SideState
 from winnow.engine.config import EngineSettings
+from winnow.engine.draft import Draft
 from winnow.engine.drawing import Drawing
 from winnow.engine.errors import ModelError
 from winnow.engine.facts import Totals, info_of, stats_of
@@ -32,6 +33,7 @@ from winnow.engine.sampler import Sampler
 from winnow.engine.sampling import SamplingTable
 from winnow.engine.scheduler import Scheduler
 from winnow.engine.shortener import Shortener
+from winnow.engine.speculation.method import Tools
 from winnow.engine.speculation.speculator import Speculator
 from winnow.kernels.dispatch import Backend
 from winnow.kernels.layout import PageLayout
@@ -50,7 +52,12 @@ class Engine:
         name: str = "default",
         profiles: Mapping[str, Profile] = NO_PROFILES,
         frontier: tuple[FrontierPoint, ...] = (),
+        draft: Engine | None = None,
     ):
+        """
+        Args
+            draft: of a smaller model with the same vocabulary
+        """
         config = model.config
         layout = PageLayout(config.head_dim, settings.compute_format, settings.page_tokens)
         lanes = config.layers * config.kv_heads
@@ -72,7 +79,8 @@ class Engine:
         self.table = SamplingTable(settings.max_seqs, config.vocab_size)
         self.pressure = Pressure(self.compressor, self.side, self.arena)
         sampler = Sampler()
-        self.speculator = Speculator(self.arena, self.side, self.table, sampler)
+        self.draft = None if draft is None else Draft(draft)
+        self.speculator = Speculator(self.arena, self.side, Tools(self.table, sampler, self.draft))
         self.scheduler = Scheduler(
             self.arena,
             self.cache,
@@ -160,7 +168,7 @@ class Engine:
 
     @property
     def is_idle(self) -> bool:
-        return not self.can_step and self.shortener.is_idle
+        return not self.can_step and self.shortener.is_idle and (self.draft is None or self.draft.is_idle)
 
     # What it looks like ----------------------------------------------------------------------------------------------
 
@@ -175,3 +183,5 @@ class Engine:
     def check_integrity(self) -> None:
         """AssertionError if a page is lost, counted wrongly or in two places."""
         self.arena.check_integrity(np.empty(0, np.int32) if self.cache is None else self.cache.pages())
+        if self.draft is not None:
+            self.draft.engine.check_integrity()

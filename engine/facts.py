@@ -41,6 +41,7 @@ def info_of(engine: Engine) -> EngineInfo:
         missing_policies=engine.shortener.missing,
         max_stream_len=max(engine.max_model_len, engine.settings.max_stream_len),
         has_windows=engine.has_windows,
+        draft_max_len=None if engine.draft is None else engine.draft.max_len,
     )
 
 
@@ -48,6 +49,7 @@ def stats_of(engine: Engine) -> EngineStats:
     """What it has done, and what it holds now."""
     counters, freed, drafts = engine.scheduler.counters, engine.compressor.freed, engine.speculator.counters
     cached = 0 if engine.cache is None else engine.cache.reclaimable()
+    draft = None if engine.draft is None else stats_of(engine.draft.engine)
     return EngineStats(
         running=len(engine.scheduler.running),
         waiting=len(engine.scheduler.waiting),
@@ -67,6 +69,8 @@ def stats_of(engine: Engine) -> EngineStats:
         draft_tokens_total=drafts.draft_tokens,
         accepted_tokens_total=drafts.accepted_tokens,
         accepted_tokens_by_place=drafts.accepted_at,
+        draft_pages_free=0 if draft is None else draft.pages_free + draft.pages_cached,
+        draft_pages_total=0 if draft is None else draft.pages_total,
         steps_total=engine.totals.steps,
         step_seconds_total=engine.totals.step_seconds,
     )

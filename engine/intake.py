@@ -17,8 +17,8 @@ from winnow.engine.errors import PlanNotSupported, PromptTooLong, RequestError
 from winnow.engine.messages import Shorten, Submit
 from winnow.engine.recital import Recital, parts_of
 from winnow.engine.sampling import check_sampling, choice_seed
-from winnow.engine.sequence import Sequence, probing, room_for
-from winnow.engine.speculation.speculation import check_combination, parse_speculation
+from winnow.engine.sequence import Sequence, reading, room_for
+from winnow.engine.speculation.speculation import check_combination, check_draft, parse_speculation
 
 if TYPE_CHECKING:
     from winnow.engine.engine import Engine
@@ -36,6 +36,7 @@ class Intake:
         engine, sampling, length = self._engine, request.sampling, len(request.prompt)
         self._check(request)
         plan, speculation = self._plan(request), parse_speculation(request.speculative)
+        check_draft(speculation, engine.draft is not None)
         check_combination(speculation, plan)
         check_profiles(plan, engine.profiles, engine.name)
         stage_bounds = self._stage_bounds(plan)
@@ -87,7 +88,8 @@ class Intake:
                 "prompt", f"{length} prompt tokens exceed the {engine.max_model_len} of the model that is to rank them"
             )
         self._arrivals += 1
-        seq = probing(request.request_id, request.prompt[:length], job.probe, self._arrivals, engine.arena.layout)
+        tokens = np.array(request.prompt[:length], np.int32)
+        seq = reading(request.request_id, tokens, length, self._arrivals, engine.arena.layout, job.probe)
         if engine.cache is not None:
             seq.block_keys = engine.cache.keys(seq.tokens, request.cache_salt)
         return seq

@@ -194,6 +194,8 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
     """Some layers attend to a window of the newest positions only"""
     device: str = "cpu"
     """Where the model runs: cpu or cuda"""
+    draft_max_len: int | None = None
+    """Longest text that the draft model reads; None where there is none"""
 
 
 class EngineStats(msgspec.Struct, frozen=True, tag="stats"):
@@ -222,6 +224,9 @@ class EngineStats(msgspec.Struct, frozen=True, tag="stats"):
     accepted_tokens_total: int = 0
     accepted_tokens_by_place: list[int] = []
     """How often the first, second, ... token of a guess was right"""
+    draft_pages_free: int = 0
+    """Of the draft model's arena, those of its prefix cache included"""
+    draft_pages_total: int = 0
     steps_total: int = 0
     step_seconds_total: float = 0.0
 

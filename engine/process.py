@@ -24,7 +24,9 @@ from winnow.engine.config import EngineSettings
 from winnow.engine.engine import Engine
 from winnow.engine.errors import ModelError, RequestError
 from winnow.engine.messages import Abort, Finish, FromEngine, Rejected, Shorten, Shutdown, Submit, ToEngine
+from winnow.engine.models.decoder import Decoder
 from winnow.engine.models.loader import load_model, resolve_model
+from winnow.engine.models.tokenizer import load_tokenizer
 from winnow.engine.wire import EXIT_MODEL_ERROR, LENGTH, MAX_FRAME, decode_to_engine, frame
 from winnow.kernels.dispatch import Backend, backend
 
@@ -119,11 +121,30 @@ def build_engine(settings: EngineSettings) -> Engine:
     torch.set_num_threads(threads)
     ops = _gpu(settings) if settings.device == "cuda" else _cpu(threads)
     model = load_model(settings.model, ops, settings.weights)
+    draft = _draft_engine(settings, ops, model)
     path = resolve_model(settings.model)
-    engine = Engine(settings, model, ops, settings.model, load_profiles(path), load_frontier(path))
-    if engine.graphs is not None:
-        engine.graphs.warm_up(WARM_UP_S)
+    engine = Engine(settings, model, ops, settings.model, load_profiles(path), load_frontier(path), draft)
+    for each in (engine, draft):
+        if each is not None and each.graphs is not None:
+            each.graphs.warm_up(WARM_UP_S)
     return engine
+
+
+def _draft_engine(settings: EngineSettings, ops: Backend, target: Decoder) -> Engine | None:
+    """The draft model's engine; it has its memory before the target's arena takes what is left. ModelError where the
+    two models do not have the same tokens."""
+    if (own := settings.of_draft) is None:
+        return None
+    try:
+        model = load_model(own.model, ops, own.weights)
+        if model.config.vocab_size != target.config.vocab_size:
+            sizes = f"{model.config.vocab_size} tokens, and {settings.model} {target.config.vocab_size}"
+            raise ModelError(f"its vocabulary has {sizes}")
+        if not load_tokenizer(own.model).has_tokens_of(load_tokenizer(settings.model)):
+            raise ModelError(f"its tokenizer has other tokens than that of {settings.model}")
+        return Engine(own, model, ops, own.model)
+    except ModelError as error:
+        raise ModelError(f"draft model {own.model}: {error}") from error
 
 
 def _cpu(threads: int) -> Backend:

@@ -208,11 +208,15 @@ class SamplingTable:
             elif not len(extra.bias) and self._step[slot] >= extra.min_tokens:
                 self._has_extra[slot] = False  # end tokens were its only edit
 
-    def batch(self, slots: NDArray[np.int64], drafts: Sequence[NDArray[np.int32]] | None = None) -> SamplingBatch:
+    def batch(
+        self, slots: NDArray[np.int64], drafts: Sequence[NDArray[np.int32]] | None = None, last_only: bool = False
+    ) -> SamplingBatch:
         """How to sample rows for these distinct slots: one for each, or, where there are drafts, one after each
-        beginning of a slot's draft: the empty one first, the whole draft last."""
+        beginning of a slot's draft: the empty one first, the whole draft last, or that one only."""
         if drafts is None:
             rows, ahead = np.arange(len(slots)), np.zeros(len(slots), dtype=np.int64)
+        elif last_only:
+            rows, ahead = np.arange(len(slots)), np.array([len(draft) for draft in drafts], dtype=np.int64)
         else:
             sizes = np.array([len(draft) + 1 for draft in drafts])
             rows = np.repeat(np.arange(len(slots)), sizes)

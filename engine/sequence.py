@@ -235,9 +235,11 @@ class Sequence:
         self.rejected_tokens += draw.guessed - draw.accepted
 
 
-def probing(request_id: str, tokens: list[int], probe: Probe, arrival: int, layout: PageLayout) -> Sequence:
-    """A sequence that reads tokens for a probe and generates none."""
-    plan, length = Plan(), len(tokens)
+def reading(
+    request_id: str, tokens: Ints, length: int, arrival: int, layout: PageLayout, probe: Probe | None = None
+) -> Sequence:
+    """A sequence that reads the first `length` of some tokens, for a probe if there is one, and generates none."""
+    plan = Plan()
     return Sequence(
         request_id=request_id,
         index=0,
@@ -245,7 +247,7 @@ def probing(request_id: str, tokens: list[int], probe: Probe, arrival: int, layo
         sampling=SamplingParams(),
         plan=plan,
         timeline=Timeline.of(plan, length, layout),
-        tokens=room_for(tokens, 0, []),
+        tokens=tokens,
         length=length,
         prompt_tokens=length,
         seed=0,

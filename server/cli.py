@@ -65,6 +65,15 @@ def serve(
     llmlingua2_model: Annotated[
         str | None, typer.Option(help="Directory of the token classifier for llmlingua2 prompts.")
     ] = None,
+    draft_model: Annotated[
+        str | None, typer.Option(help="Smaller model with the same vocabulary, that guesses and looks ahead.")
+    ] = None,
+    draft_weights: Annotated[
+        str | None, typer.Option(help="How its weights are held; like the model's if unset.")
+    ] = None,
+    draft_memory_gib: Annotated[
+        float | None, typer.Option(help="Memory for the draft model's keys and values.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of the engine.")] = None,
     api_key: Annotated[
         list[str] | None, typer.Option(help="Key that requests must bring; repeatable. Better: WINNOW_API_KEY.")

@@ -115,6 +115,7 @@ class EngineCollector(Collector):
         stats: EngineStats = self.client.stats
         info: EngineInfo | None = self.client.info
         used = stats.pages_total - stats.pages_free - stats.pages_cached
+        drafting = 1 - stats.draft_pages_free / stats.draft_pages_total if stats.draft_pages_total else 0.0
         gauges: list[tuple[str, str, float]] = [
             ("num_requests_running", "Sequences that run", stats.running),
             ("num_requests_waiting", "Sequences that wait", stats.waiting),
@@ -123,6 +124,7 @@ class EngineCollector(Collector):
             ("kv_pages_total", "Pages of the arena", stats.pages_total),
             ("kv_pages_cached", "Pages that only the prefix cache holds", stats.pages_cached),
             ("kv_page_bytes", "Bytes of a page", info.page_bytes if info else 0),
+            ("draft_kv_cache_usage_perc", "Share of the draft model's pages in use; 1 is all", drafting),
             ("engine_ready", "1 when the engine takes requests", float(self.client.is_ready)),
             ("engine_heartbeat_age_seconds", "Since the engine was last heard", self.client.heartbeat_age_s),
         ]

@@ -10,6 +10,7 @@ from winnow.engine.errors import RequestError
 from winnow.engine.speculation.speculation import (
     Speculation,
     check_combination,
+    check_draft,
     obstacle,
     parse_speculation,
     speculation_schema,
@@ -24,9 +25,10 @@ class Speculations:
     """
 
     def __init__(self, settings: Settings):
-        default = settings.speculative or {}
+        default, self._has_draft = settings.speculative or {}, settings.draft_model is not None
         try:
             self.default = parse_speculation({"method": default} if isinstance(default, str) else default)
+            check_draft(self.default, self._has_draft)
         except RequestError as error:
             raise SettingsError(error.message) from error
 
@@ -39,6 +41,7 @@ class Speculations:
         if asked is None:
             return self.default if obstacle(plan) is None else None
         speculation = parse_speculation(asked)
+        check_draft(speculation, self._has_draft)
         check_combination(speculation, plan)
         return speculation
 

@@ -6,7 +6,7 @@ position is kept, so that a sequence that is preempted later and read anew is sq
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -26,9 +26,14 @@ class Pressure:
         self._arena = arena
         self.squeezes = 0
         """Sequences squeezed since the engine started"""
+        self.spare: Callable[[], bool] = lambda: False
+        """Gives back pages of the arena that none of the engine's sequences hold; false if there are none"""
 
     def relieve(self, seqs: Iterable[Sequence]) -> bool:
-        """Squeezes the sequence to which that gives back most pages, the last of several; false if there is none."""
+        """Squeezes the sequence to which that gives back most pages, the last of several; false if there is none. What
+        can be spared comes first."""
+        if self.spare():
+            return True
         gains = [(self._gain(seq), place, seq) for place, seq in enumerate(seqs) if seq.can_be_squeezed]
         for gain, _, seq in sorted(gains, key=lambda entry: entry[:2], reverse=True):
             if gain <= 0:

@@ -51,6 +51,11 @@ class Tokenizer:
         self._decoder_kinds = _kinds(json.loads(decoder.__getstate__())) if decoder else frozenset()
         self._special = frozenset(token for token, added in hf.added_tokens_decoder.items() if added.special)
 
+    def has_tokens_of(self, other: Tokenizer) -> bool:
+        """Whether the same ids stand for the same tokens."""
+        vocabulary: bool = self.hf.get_vocab() == other.hf.get_vocab()
+        return vocabulary
+
     @property
     def chat_template(self) -> str | None:
         """The model's chat template; of several, the default one."""

@@ -13,6 +13,7 @@ from winnow.engine.speculation.method import Drafter
 
 METHODS: dict[str, str] = {
     "prompt_lookup": "winnow.engine.speculation.methods.prompt_lookup:PromptLookup",
+    "draft": "winnow.engine.speculation.methods.draft:DraftModel",
     "token_recycling": "winnow.engine.speculation.methods.token_recycling:TokenRecycling",
 }
 

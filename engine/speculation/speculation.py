@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from winnow.engine.compression.knobs import any_method, method_model, schemas
 from winnow.engine.compression.plan import Plan
 from winnow.engine.compression.plan_errors import explain
+from winnow.engine.config import NO_DRAFT
 from winnow.engine.errors import PlanNotSupported, RequestError
 from winnow.engine.speculation.method import MethodParams
 from winnow.engine.speculation.registry import METHODS, drafter_class
@@ -56,6 +57,13 @@ def parse_speculation(data: Any, at: str = "speculative") -> Speculation | None:
         return model.model_validate(data)
     except ValidationError as error:
         raise explain(error, at, lambda path, policy: list(model.model_fields)) from None
+
+
+def check_draft(speculation: Speculation | None, has_draft: bool, at: str = "speculative") -> None:
+    """PlanNotSupported where the method needs a draft model and the server has none."""
+    if speculation is not None and drafter_class(speculation.method).needs_draft and not has_draft:
+        path = f"{at}.method"
+        raise PlanNotSupported(path, f"{path}: '{speculation.method}' {NO_DRAFT}")
 
 
 def check_combination(speculation: Speculation | None, plan: Plan, at: str = "speculative") -> None:

@@ -28,11 +28,10 @@ from torch import Tensor
 
 from winnow.engine.compression.side_state import SideState
 from winnow.engine.pages import Ints, PageArena
-from winnow.engine.sampler import Draw, Sampled, Sampler
-from winnow.engine.sampling import SamplingTable
+from winnow.engine.sampler import Draw, Sampled
 from winnow.engine.scheduler import ScheduledBatch
 from winnow.engine.sequence import Sequence
-from winnow.engine.speculation.method import Drafter
+from winnow.engine.speculation.method import Drafter, Tools
 from winnow.engine.speculation.registry import drafter_class
 from winnow.kernels.host import to_device
 
@@ -60,16 +59,18 @@ class SpeculationCounters:
 class Speculator:
     """Guesses before a step, verifies after it."""
 
-    def __init__(self, arena: PageArena, side: SideState, table: SamplingTable, sampler: Sampler):
+    def __init__(self, arena: PageArena, side: SideState, tools: Tools):
         self._arena = arena
         self._side = side
-        self._table = table
-        self._sampler = sampler
+        self._tools = tools
+        self._table, self._sampler = tools.table, tools.sampler
         self._drafters: dict[str, Drafter] = {}
         self.counters = SpeculationCounters()
 
     def propose(self, running: list[Sequence]) -> None:
         """Writes guesses behind the texts of those that asked for them and have but one token to read."""
+        if self._tools.draft is not None:
+            self._tools.draft.settle()
         eager = [seq for seq in running if seq.speculation is not None and seq.is_decoding]
         for method, group in _by_method(eager):
             most = [_room(seq) for seq in group]
@@ -129,7 +130,7 @@ class Speculator:
 
     def _drafter(self, method: str) -> Drafter:
         if method not in self._drafters:
-            self._drafters[method] = drafter_class(method)(self._table.vocab_size)
+            self._drafters[method] = drafter_class(method)(self._tools)
         return self._drafters[method]
 
 

@@ -33,6 +33,7 @@ def _card(service: Service, name: str) -> dict[str, Any]:
         "parent": None,
         "max_model_len": info.max_model_len if info else None,
         "max_stream_len": info.max_stream_len if info else None,
+        "draft_max_len": info.draft_max_len if info else None,
         "device": service.settings.device,
         "weights": service.settings.weights,
         "kv": info

@@ -74,6 +74,8 @@ class Bench:
         pages: int = 1 << 15,
         ops: Backend | None = None,
         profiles: Mapping[str, Profile] | None = None,
+        draft: Decoder | None = None,
+        draft_pages: int = 1 << 13,
         **settings: Any,
     ):
         """
@@ -81,13 +83,20 @@ class Bench:
             pages: size of the arena
             ops: which the model is loaded for; that of the CPU by default
             profiles: of the model, calibrated if not given
+            draft: a draft model, and the size of its arena
         """
         settings = dict[str, Any]({"weights": "f32", "max_seqs": 64}) | settings
-        layout = PageLayout(model.config.head_dim, PageFormat.F32, settings.get("page_tokens", 16))
-        gib = (pages + 0.5) * layout.page_bytes / 2**30
+        page_tokens = settings.get("page_tokens", 16)
+        gib = _gib_of(pages, model, page_tokens)
         profiles = profiles_of(model) if profiles is None else profiles
         ops = backend("cpu") if ops is None else ops
-        self.engine = Engine(EngineSettings(kv_memory_gib=gib, **settings), model, ops, profiles=profiles)
+        helper: Engine | None = None
+        if draft is not None:
+            settings |= {"draft_model": "draft", "draft_memory_gib": _gib_of(draft_pages, draft, page_tokens)}
+        own = EngineSettings(kv_memory_gib=gib, **settings)
+        if draft is not None and own.of_draft is not None:
+            helper = Engine(own.of_draft, draft, ops)
+        self.engine = Engine(own, model, ops, profiles=profiles, draft=helper)
         self.seen: dict[Choice, Seen] = defaultdict(Seen)
         self.shortened: dict[str, Shortened] = {}
         self.batches: list[list[tuple[Choice, int]]] = []
@@ -226,6 +235,11 @@ class Bench:
             settle(seq)
 
         self.engine.side.settle = watched  # type: ignore[method-assign]
+
+
+def _gib_of(pages: int, model: Decoder, page_tokens: int) -> float:
+    layout = PageLayout(model.config.head_dim, PageFormat.F32, page_tokens)
+    return (pages + 0.5) * layout.page_bytes / 2**30
 
 
 def pages_for(model: Decoder, tokens: int, page_tokens: int = 16) -> int:

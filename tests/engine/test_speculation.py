@@ -153,7 +153,7 @@ def test_with_the_real_methods_on_the_default_model(default_model: Decoder) -> N
     prompt = tokens_of_text(50) * 2
     wanted = Bench(default_model).alone(prompt, 16)
     for method in METHODS:
-        bench = Bench(default_model)
+        bench = Bench(default_model, draft=default_model)
         for _ in range(1 + (method == "token_recycling")):  # then it knows what the first answer was read from
             seen = bench.alone(prompt, 16, speculative={"method": method, "tokens": 6})
             assert_same_ends(seen, wanted)

@@ -73,8 +73,16 @@ async def test_the_servers_default(connect: Connect, engine: FakeEngine) -> None
             assert card["default"]["method"] == "prompt_lookup"
 
 
+async def test_with_a_draft_model(connect: Connect, engine: FakeEngine) -> None:
+    async with connect(draft_model="org/small", speculative="draft") as http:
+        for fields in ({}, {"speculative": {"method": "draft", "tokens": 7}}):
+            assert (await http.post(CHAT, json={"messages": HELLO, **fields})).status_code == 200
+            assert engine.submits[-1].speculative["method"] == "draft"
+        assert engine.submits[-1].speculative["tokens"] == 7
+
+
 async def test_a_wrong_default_is_said_at_the_start(connect: Connect) -> None:
-    for wrong in ("magic", {"method": "prompt_lookup", "tokens": 0}):
+    for wrong in ("magic", "draft", {"method": "prompt_lookup", "tokens": 0}):
         with pytest.raises(SettingsError, match="speculative"):
             async with connect(speculative=wrong):
                 pass
@@ -90,6 +98,7 @@ async def test_a_wrong_default_is_said_at_the_start(connect: Connect) -> None:
         ({"speculative": {**LOOKUP, "tokens": 1e9}}, "speculative.tokens"),
         ({"speculative": {**LOOKUP, "ngram_min": 4}}, "speculative"),
         ({"speculative": {**LOOKUP, "depth": 4}}, "speculative.depth"),
+        ({"speculative": {"method": "draft"}}, "speculative.method"),  # no draft model
         ({"speculative": LOOKUP, "compression": VOTES}, "speculative"),
     ],
 )

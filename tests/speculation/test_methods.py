@@ -14,7 +14,9 @@ import pytest
 from winnow.engine.compression.plan import Plan
 from winnow.engine.errors import PlanNotSupported, RequestError
 from winnow.engine.pages import Ints
-from winnow.engine.speculation.method import MethodParams
+from winnow.engine.sampler import Sampler
+from winnow.engine.sampling import SamplingTable
+from winnow.engine.speculation.method import MethodParams, Tools
 from winnow.engine.speculation.methods.prompt_lookup import Continuations
 from winnow.engine.speculation.methods.token_recycling import SALTS, TokenRecycling
 from winnow.engine.speculation.registry import METHODS, drafter_class
@@ -176,7 +178,7 @@ def learn(method: TokenRecycling, read: list[int], likeliest: list[int], salt: s
 
 
 def test_token_recycling_follows_what_was_likeliest_last() -> None:
-    method = TokenRecycling(VOCAB)
+    method = TokenRecycling(Tools(SamplingTable(1, VOCAB), Sampler(), None))
     assert chain(method, 5, 4) == []
     learn(method, [5, 6, 7], [6, 7, 0])
     assert chain(method, 5, 4) == [6, 7, 0]
@@ -187,7 +189,7 @@ def test_token_recycling_follows_what_was_likeliest_last() -> None:
 
 
 def test_token_recycling_keeps_salts_apart_and_few() -> None:
-    method = TokenRecycling(VOCAB)
+    method = TokenRecycling(Tools(SamplingTable(1, VOCAB), Sampler(), None))
     learn(method, [5], [6], "a")
     assert chain(method, 5, 1, "b") == []
     for other in range(SALTS - 2):

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from winnow.engine.speculation.method import MethodParams
+from winnow.engine.speculation.method import MethodParams, Tools
 
 if TYPE_CHECKING:
     from winnow.engine.pages import Ints
@@ -40,6 +40,7 @@ class PromptLookup:
     """Guess what followed the last time that the text ended like this: for answers that repeat their prompt."""
 
     learns = False
+    needs_draft = False
 
     class Params(MethodParams):
         ngram_max: int = Field(4, ge=1, le=LONGEST, description="tokens at the text's end that are looked up first")
@@ -51,7 +52,7 @@ class PromptLookup:
                 raise PydanticCustomError("order", "ngram_min must be at most ngram_max")
             return self
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, tools: Tools) -> None:
         self._texts: WeakKeyDictionary[Sequence, Continuations] = WeakKeyDictionary()
 
     def propose(self, seqs: list[Sequence], most: list[int]) -> list[Ints]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from winnow.engine.speculation.method import MethodParams
+from winnow.engine.speculation.method import MethodParams, Tools
 
 if TYPE_CHECKING:
     from winnow.engine.pages import Ints
@@ -34,12 +34,13 @@ class TokenRecycling:
     """Guess what the model itself held for likeliest when it last read the same token: for any text."""
 
     learns = True
+    needs_draft = False
 
     class Params(MethodParams):
         pass
 
-    def __init__(self, vocab_size: int) -> None:
-        self._vocab_size = vocab_size
+    def __init__(self, tools: Tools) -> None:
+        self._vocab_size = tools.table.vocab_size
         self._memories: OrderedDict[str, Ints] = OrderedDict()
         """salt -> [vocab] the token after each"""
 
