@@ -104,8 +104,6 @@ class CompressionReport(msgspec.Struct, frozen=True):
     """Bytes of the pages that the sequence's lanes refer to, and of those that stand for what it holds beside them"""
     tokens_by_format: dict[str, float] = {}
     """Page format -> tokens that a lane holds in it, the mean over lanes"""
-    bytes_beside: int = 0
-    """Bytes kept beside the pages to choose what is read: plans that read a part free none"""
     tokens_read: int = 0
     """Generated tokens that read a part of the lanes"""
     bytes_read: int = 0

@@ -3,7 +3,7 @@
     lane:  [ shared prefix | sealed | rest | open ]     one row of `table` for each sequence, layer and KV head
 
 A page is free, or referenced by lanes and by the prefix cache; it returns to the free list when the last reference is
-dropped. What a sequence holds outside the arena (positions, attention mass, ...: `PagedKV.sides`) counts as its memory
+dropped. What a sequence holds outside the arena (positions, bounds of pages, ...: `PagedKV`) counts as its memory
 too: for as many bytes the slot holds pages that hold nothing, its ballast. Every operation is vectorised over lanes;
 nothing here reads or writes page contents except copy-on-write.
 """
@@ -142,7 +142,7 @@ class PageArena:
 
     def pages_to_extend(self, slots: Ints, counts: Ints) -> NDArray[np.int64]:
         """[B] pages that each sequence must get to take `counts` [B] more tokens in every lane, or [B, layers]."""
-        missing = (self._columns_for(slots, counts) - self.columns[slots]).clip(0).reshape(len(slots), -1)
+        missing = (self.columns_for(slots, counts) - self.columns[slots]).clip(0).reshape(len(slots), -1)
         copies = np.where(self._tail_shared[slots], self.lanes, 0)
         return missing.sum(1, dtype=np.int64) + copies
 
@@ -151,7 +151,7 @@ class PageArena:
         counts them as kept."""
         for slot in slots[self._tail_shared[slots]]:
             self._unshare_tail(int(slot))
-        wanted = self._columns_for(slots, counts)
+        wanted = self.columns_for(slots, counts)
         self._reserve_width(int(wanted.max()))
         have = self.columns[slots]
         missing = (wanted - have).clip(0)
@@ -175,7 +175,7 @@ class PageArena:
         if (open_tokens < 0).any() or (counts < 0).any():
             raise ValueError("only tokens in a lane's open pages can be dropped")
         self.kept[slots] = kept
-        have, wanted = self.columns[slots], self._columns_for(slots, np.zeros_like(counts))
+        have, wanted = self.columns[slots], self.columns_for(slots, np.zeros_like(counts))
         table = self.table.reshape(-1, self.table.shape[-1])
         surplus = have - wanted
         if surplus.any():
@@ -207,7 +207,8 @@ class PageArena:
         rows = np.repeat(slots.astype(np.int64), self.lanes)[lane] * self.lanes + lane % self.lanes
         return rows, first.reshape(-1)[lane] + within
 
-    def _columns_for(self, slots: Ints, counts: Ints) -> Ints:
+    def columns_for(self, slots: Ints, counts: Ints) -> Ints:
+        """[B, layers, kv_heads] pages that lanes need to take `counts` [B] or [B, layers] more tokens."""
         open_tokens = self.kept[slots] - self.sealed_tokens(slots) + _by_lane(counts)
         columns: Ints = self.sealed[slots] + self.rest[slots] + -(-open_tokens // np.int32(self.layout.page_tokens))
         return columns
@@ -304,7 +305,6 @@ class PageArena:
             bytes_uncompressed=self.layout.pages(seen) * self.lanes * self.layout.page_bytes,
             bytes_held=(int(self.columns[slot].sum()) + self.ballast(slot)) * self.layout.page_bytes,
             tokens_by_format=self._by_format(slot),
-            bytes_beside=0 if reading is None else reading.nbytes,
             tokens_read=rows,
             bytes_read=bytes_read,
             bytes_read_dense=bytes_read_dense,
@@ -331,6 +331,7 @@ class PageArena:
             assert pages.min(initial=0) >= 0 and pages.max(initial=0) < self.total, f"slot {slot} names no page"
             np.add.at(counted, pages, 1)
             side_bytes = sum(side[slot].nbytes for side in self.kv.sides if slot in side)
+            side_bytes += self.kv.reading[slot].nbytes if slot in self.kv.reading else 0
             assert side_bytes <= self.ballast(slot) * self.layout.page_bytes, f"no page stands for what {slot} notes"
         np.add.at(counted, cached, 1)
         assert np.array_equal(counted, self.refs), "reference counts differ from the tables"
@@ -339,10 +340,16 @@ class PageArena:
         assert len(free) + np.count_nonzero(self.refs) == self.total, "pages are lost"
         slots = np.array(used, np.int32)
         if len(used):
-            wanted = self._columns_for(slots, np.zeros(len(used), np.int32))
+            wanted = self.columns_for(slots, np.zeros(len(used), np.int32))
             assert np.array_equal(wanted, self.columns[slots]), "a lane has pages it does not need"
         idle = np.array(self._slots, np.int64)
         assert not self.columns[idle].any() and not self.kept[idle].any(), "a closed slot holds tokens"
+
+
+def room(count: int) -> int:
+    """How many there is room for where there are `count`: at most an eighth more, or 15, so that growth is rare."""
+    step = max(16, 1 << max(0, count.bit_length() - 4))
+    return -(-count // step) * step
 
 
 def _by_lane(counts: Ints) -> Ints:

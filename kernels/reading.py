@@ -128,15 +128,22 @@ class ReadState:
 
     @property
     def nbytes(self) -> int:
+        """Counters aside."""
         kept = (self.bounds, self.anchors, self.anchor_choice)
         return sum(part.nbytes for part in kept if part is not None)
 
-    def reserve(self, tokens: int, pages: int) -> None:
-        """Room for lanes of so many tokens, and pages to be bounded; grows by a quarter, so that growth is rare."""
-        if self.bounds is not None and self.bounds.shape[2] < pages:
-            self.bounds = _grown(self.bounds, 2, pages)
-        if self.anchor_choice is not None and self.anchor_choice.shape[1] < tokens:
-            self.anchor_choice = _grown(self.anchor_choice, 1, tokens)
+    @staticmethod
+    def size(rule: ReadRule, layers: int, kv_heads: int, q_heads: int, head_dim: int, tokens: int, pages: int) -> int:
+        """`nbytes` of a state that has been resized to so many tokens and pages."""
+        bounds = layers * kv_heads * pages * 2 * head_dim * 2 if rule.by_bounds else 0
+        return bounds + (layers * (q_heads * head_dim * 4 + tokens) if rule.reuses else 0)
+
+    def resize(self, tokens: int, pages: int) -> None:
+        """Room for lanes of so many tokens, and pages to be bounded."""
+        if self.bounds is not None:
+            self.bounds = _resized(self.bounds, 2, pages)
+        if self.anchor_choice is not None:
+            self.anchor_choice = _resized(self.anchor_choice, 1, tokens)
 
     def forget_pages(self) -> None:
         """The lanes' pages hold other tokens now: their bounds say nothing any more."""
@@ -147,9 +154,11 @@ class ReadState:
         torch.minimum(self.bounded, to_device(pages.clamp_min(0), self.bounded.device), out=self.bounded)
 
 
-def _grown(part: Tensor, dim: int, size: int) -> Tensor:
-    shape = list(part.shape)
-    shape[dim] = max(size, shape[dim] * 5 // 4)
-    grown = part.new_zeros(shape)
-    grown.narrow(dim, 0, part.shape[dim]).copy_(part)
-    return grown
+def _resized(part: Tensor, dim: int, size: int) -> Tensor:
+    if part.shape[dim] == size:
+        return part
+    shape, known = list(part.shape), min(part.shape[dim], size)
+    shape[dim] = size
+    resized = part.new_zeros(shape)
+    resized.narrow(dim, 0, known).copy_(part.narrow(dim, 0, known))
+    return resized

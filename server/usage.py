@@ -16,7 +16,7 @@ class Usage:
     tokens_kept.mean / tokens_seen is the share of the context that was kept and bytes_held / bytes_uncompressed that of
     the memory. A page that several sequences share counts once for each of them. `read` is there under a plan that lets
     generated tokens read a part: bytes that one reads on average, and would with no such plan. Such a plan frees
-    nothing: bytes_held does not fall for it, and `bytes_beside` comes on top.
+    nothing: bytes_held does not fall for it, and grows by what is kept to choose by.
 
     `prompt_tokens` is what the model read: of a prompt that was shortened, what was left of it.
     """
@@ -88,6 +88,5 @@ def _kept(plan: dict[str, Any] | None, reports: list[CompressionReport]) -> dict
             "tokens": tokens,
             "bytes_per_token": round(sum(report.bytes_read for report in reports) / tokens),
             "bytes_per_token_dense": round(sum(report.bytes_read_dense for report in reports) / tokens),
-            "bytes_beside": sum(report.bytes_beside for report in reports),
         }
     return said

@@ -1,4 +1,4 @@
-"""What an evicting plan holds of a sequence beside its pages, token by token of each lane, and what it costs.
+"""What plans hold of a sequence beside its pages, and what it costs. Of those that evict, token by token of each lane:
 
     positions   where lane tokens stand in the text
     mass        what the attention of voting queries gave them; noise is what it is disturbed by (see kernels/vote.py)
@@ -6,8 +6,9 @@
     log weights of tokens that stand for several
     hidden      states of a prompt that is read in stages; the sequence has them, here they are counted
 
-It lies outside the arena and counts as its memory: the arena's ballast. Kernels read and add to it in place, so it has
-room for a step's tokens before the step begins. Its size follows from the plan and the lanes' lengths alone.
+Of those that read a part, what `Reader` keeps of pages and choices. It lies outside the arena and counts as its memory:
+the arena's ballast. Kernels read and add to it in place, so it has room for a step's tokens before the step begins. Its
+size follows from the plan and the lanes' lengths alone.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ import torch
 from torch import Tensor
 
 from winnow.engine.compression.hashing import uniform
-from winnow.engine.compression.plan import Evict
+from winnow.engine.compression.plan import Evict, Plan
 from winnow.engine.compression.policy import QueryMoments
-from winnow.engine.compression.reader import Reader
+from winnow.engine.compression.reader import NO_GROWTH, Reader
 from winnow.engine.compression.signals import Signal
 from winnow.engine.compression.timeline import NEVER, Timeline
 from winnow.engine.errors import PromptTooLong
 from winnow.engine.models.config import ModelConfig
-from winnow.engine.pages import Ints, PageArena
+from winnow.engine.pages import Ints, PageArena, room
 from winnow.engine.sequence import Sequence
 from winnow.kernels.host import to_device
 
@@ -50,19 +51,27 @@ class SideState:
     def pages_to_extend(self, seq: Sequence, rows: int, growth: Ints | None = None) -> int:
         """Pages that must be free before `prepare` when as many rows come, which lanes do not count yet; `growth` [1]
         or [layers] is what lanes gain if not these rows."""
-        if seq.plan.evict is None:
+        if not _notes(seq.plan):
             return 0
-        gained = seq.growth(rows) if growth is None else growth
-        tokens = int((self._arena.kept[seq.slot] + gained[:, None]).max())
-        size = self._bytes(seq, tokens, seq.rows_read + rows)
+        size = self._bytes(seq, seq.rows_read + rows, seq.growth(rows) if growth is None else growth)
         return max(0, -(-size // self._arena.layout.page_bytes) - self._arena.ballast(seq.slot))
 
     def prepare(self, seq: Sequence, rows: int) -> None:
         """Before a step whose `rows` the lanes count already: room for what they add."""
+        if not _notes(seq.plan):
+            return
         self._reader.prepare(seq)
+        upto = seq.rows_read + rows
+        self._make_room(seq, upto)
+        self._arena.hold(seq.slot, self._bytes(seq, upto))
+        # Kernels look positions up where a window meets evicted lanes.
+        if seq.plan.evict is not None and (self._has_windows or seq.slot in self._arena.kv.noise):
+            self.note_positions(seq, upto)
+
+    def _make_room(self, seq: Sequence, upto: int) -> None:
         if seq.plan.evict is None:
             return
-        slot, kv, upto = seq.slot, self._arena.kv, seq.rows_read + rows
+        slot, kv = seq.slot, self._arena.kv
         tokens = int(self._arena.kept[slot].max())
         for name, dtype in self._parts(seq, upto).items():
             side = getattr(kv, name)
@@ -74,46 +83,52 @@ class SideState:
             kv.votes[slot] = seq.plan.evict.vote(seq.prompt_tokens)
         if self._counts_queries(seq, upto) and slot not in kv.moments:
             kv.moments[slot] = torch.zeros(self._moments, dtype=torch.float64, device=self._device)
-        self._arena.hold(slot, self._bytes(seq, tokens, upto))
-        if self._has_windows or slot in kv.noise:  # kernels look positions up where a window meets evicted lanes
-            self.note_positions(seq, upto)
 
     def truncated(self, seq: Sequence, upto: int) -> None:
         """After the newest rows were taken out of its lanes again, so that they have read up to `upto`."""
         seq.positions_known = min(seq.positions_known, upto)
-        if seq.plan.evict is None:
+        if not _notes(seq.plan):
             return
+        self._reader.fit(seq)
         slot, kv = seq.slot, self._arena.kv
         tokens = int(self._arena.kept[slot].max())
         for side in (kv.positions, kv.mass, kv.noise, kv.log_weights):
             if slot in side:
                 side[slot] = self._resized(side[slot], tokens, side[slot].dtype)
-        self._arena.hold(slot, self._bytes(seq, tokens, upto))
+        self._arena.hold(slot, self._bytes(seq, upto))
 
-    def most_pages(self, evict: Evict, prompt_tokens: int, tokens: int) -> int:
+    def most_pages(self, plan: Plan, prompt_tokens: int, tokens: int) -> int:
         """Pages that a request's side state may come to by the time that `tokens` have been read."""
+        size = 0 if plan.read is None else self._reader.most_bytes(plan.read, tokens)
+        size += 0 if plan.evict is None else self._most_bytes(plan.evict, prompt_tokens, tokens)
+        return -(-size // self._arena.layout.page_bytes)
+
+    def _most_bytes(self, evict: Evict, prompt_tokens: int, tokens: int) -> int:
         is_noisy, hears_newest = evict.vote(prompt_tokens).is_noisy, evict.newest_voters(tokens) > 0
         parts = 1 + sum((Signal.ATTENTION in evict.signals, is_noisy, hears_newest, evict.merge is not None))
         fixed = 8 * prod(self._moments) if Signal.QUERIES in evict.signals else 0
         if evict.stage_bounds(self._lanes[0]):
             fixed += 4 * self._hidden_size * prompt_tokens
-        return -(-(4 * parts * prod(self._lanes) * room(tokens) + fixed) // self._arena.layout.page_bytes)
+        return 4 * parts * prod(self._lanes) * room(tokens) + fixed
 
     def check_room(self, timeline: Timeline, text_tokens: int) -> None:
         """PromptTooLong where the arena cannot hold a sequence, even alone, and what its policy notes of it."""
-        arena, evict = self._arena, timeline.plan.evict
-        if evict is None:
+        arena, plan = self._arena, timeline.plan
+        if not _notes(plan):
             return
         tokens = timeline.most_tokens(text_tokens)
-        beside = self.most_pages(evict, timeline.prompt_tokens, tokens)
+        beside = self.most_pages(plan, timeline.prompt_tokens, tokens)
         if arena.lanes * (arena.layout.pages(tokens) + 1) + beside > arena.total:
+            names = " and ".join(f"'{part.policy}'" for part in (plan.evict, plan.read) if part is not None)
             raise PromptTooLong(
-                "max_tokens", f"{tokens} tokens, and what '{evict.policy}' notes of them, exceed the KV memory"
+                "max_tokens", f"{tokens} tokens, and what {names} must know of them, exceed the KV memory"
             )
 
-    def _bytes(self, seq: Sequence, tokens: int, upto: int) -> int:
-        """What is held, or promised, while the fullest lane has `tokens` and they are read up to `upto`."""
-        size = 4 * len(self._parts(seq, upto)) * prod(self._lanes) * room(tokens)
+    def _bytes(self, seq: Sequence, upto: int, growth: Ints = NO_GROWTH) -> int:
+        """What is held, or promised, when lanes have gained `growth` [1] or [layers] tokens, read up to `upto`."""
+        tokens = int((self._arena.kept[seq.slot] + growth[:, None]).max())
+        size = self._reader.size(seq, upto, growth)
+        size += 4 * len(self._parts(seq, upto)) * prod(self._lanes) * room(tokens)
         if self._counts_queries(seq, upto):
             size += 8 * prod(self._moments)
         if seq.staging is not None:  # no stage hands on, or is handed, more
@@ -222,7 +237,8 @@ class SideState:
                 part.pop(slot, None)
         if not self._keeps_positions(seq) and kv.positions.pop(slot, None) is not None and seq.plan.evict is None:
             seq.positions_known = 0  # lanes that nothing was evicted from: they may be noted again
-        self._arena.hold(slot, self._bytes(seq, int(self._arena.kept[slot].max()), seq.rows_read))
+        self._reader.fit(seq)
+        self._arena.hold(slot, self._bytes(seq, seq.rows_read))
 
     def _resized(self, side: Tensor | None, tokens: int, dtype: torch.dtype) -> Tensor:
         """`side` with room for `tokens` tokens a lane, zeros where it is new."""
@@ -235,10 +251,9 @@ class SideState:
         return resized
 
 
-def room(tokens: int) -> int:
-    """Tokens that there is room for where there are `tokens`: at most an eighth more, or 15, so that growth is rare."""
-    step = max(16, 1 << max(0, tokens.bit_length() - 4))
-    return -(-tokens // step) * step
+def _notes(plan: Plan) -> bool:
+    """Whether its sequences have anything beside their pages."""
+    return plan.evict is not None or plan.read is not None
 
 
 def gumbel(seed: int, positions: Tensor) -> Tensor:

@@ -90,10 +90,9 @@ class ServerTarget:
                 tuple(logprobs["top_logprobs"][told]), np.array(logprobs["token_logprobs"][told], np.float32)
             )
         text = choice["text"].removeprefix(self._texts.get(tuple(ask.forced), ""))
-        reading = report.get("read", {"bytes_beside": 0})
-        held = report["bytes_held"] + reading["bytes_beside"]
-        read = reading["bytes_per_token"] / reading["bytes_per_token_dense"] if "tokens" in reading else None
-        return Answer(text, foretold, held, report["bytes_uncompressed"], read)
+        reading = report.get("read")
+        read = None if reading is None else reading["bytes_per_token"] / reading["bytes_per_token_dense"]
+        return Answer(text, foretold, report["bytes_held"], report["bytes_uncompressed"], read)
 
     def _client(self) -> httpx.AsyncClient:
         return httpx.AsyncClient(base_url=self._url, timeout=TIMEOUT, headers=self._headers, transport=self._transport)

@@ -126,8 +126,9 @@ class EngineTarget:
             foretold = None
             if ask.foretells:
                 foretold = Whole(np.concatenate(shown[str(i)])[1:], np.array(ask.forced[1:]))
-            held = report.bytes_held + report.bytes_beside
             read = report.bytes_read / report.bytes_read_dense if report.bytes_read_dense else None
-            return Answer(self._tokenizer.decode(tokens, False), foretold, held, report.bytes_uncompressed, read)
+            return Answer(
+                self._tokenizer.decode(tokens, False), foretold, report.bytes_held, report.bytes_uncompressed, read
+            )
 
         return [answer(i, ask) for i, ask in enumerate(asks)]

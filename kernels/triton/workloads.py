@@ -107,7 +107,7 @@ class Step:
             kv.log_weights[slot] = torch.zeros(shape)
         if self.rule is not None:
             state = ReadState.empty(self.rule, LAYERS, model.kv_heads, model.q_heads, model.head_dim)
-            state.reserve(shape[2], kv.table.shape[3])
+            state.resize(shape[2], kv.table.shape[3])
             kv.reading[slot] = state
 
 

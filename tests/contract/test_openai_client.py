@@ -145,12 +145,12 @@ def test_generated_tokens_read_a_part(client: OpenAI) -> None:
     for read, answer in zip(READS, answers, strict=True):
         report = compression_of(answer.usage)
         assert report["plan"]["kv"]["read"]["policy"] == read["policy"]
-        assert report["bytes_held"] == report["bytes_uncompressed"]
+        beside = report["bytes_held"] - report["bytes_uncompressed"]
+        assert (beside > 0) is (read["policy"] in ("quest", "token_select"))  # bounds of pages, or choices
         said = report["read"]
         assert said["tokens"] == answer.usage.completion_tokens - 1  # the first comes from the prompt
         assert 0.05 < said["bytes_per_token"] / said["bytes_per_token_dense"] < 1
         assert said["bytes_per_token_dense"] == pytest.approx(report["bytes_uncompressed"], rel=0.02)
-    assert compression_of(answers[0].usage)["read"]["bytes_beside"] > 0  # bounds of pages
 
 
 def test_compression_frees_memory(client: OpenAI) -> None:

@@ -249,5 +249,4 @@ def pages_for(model: Decoder, tokens: int, page_tokens: int = 16) -> int:
 
 def pages_beside(model: Decoder, plan: dict[str, Any], prompt: int, tokens: int) -> int:
     """Pages that stand for what a plan notes of as many tokens, at most."""
-    bench, evict = Bench(model), Plan.parse(plan).evict
-    return 0 if evict is None else bench.engine.side.most_pages(evict, prompt, tokens)
+    return Bench(model).engine.side.most_pages(Plan.parse(plan), prompt, tokens)

@@ -11,14 +11,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from winnow.engine.compression.registry import READ, read_policy
-from winnow.engine.errors import PlanNotSupported
+from winnow.engine.errors import PlanNotSupported, PromptTooLong
 from winnow.engine.messages import CompressionReport
 from winnow.engine.models.decoder import Decoder
 
 from ..compression.read_oracles import READ_ORACLES, Look
 from ..models.checkpoints import prompt_of, random_model
 from ..models.reference import default_reference
-from .bench import Bench, assert_same
+from .bench import Bench, assert_same, pages_beside, pages_for
 from .masked import causal, run_masked
 from .texts import tokens_of_text
 
@@ -75,6 +75,9 @@ def test_reads_what_the_oracle_reads_on_the_default_model(default_model: Decoder
     check_against_oracle(Bench(default_model), default_reference(), tokens_of_text(140, start=300), policy, new=6)
 
 
+CHARGED = ("quest", "token_select")
+"""Keep bounds of pages, or choices, from token to token"""
+
 WHOLE: list[dict[str, Any]] = [
     *(read(policy, tokens=1.0) for policy in READ),
     *(read(policy, tokens=10_000, dense_layers=0) for policy in READ),
@@ -98,20 +101,22 @@ def reported(bench: Bench, prompt: list[int], plan: dict[str, Any]) -> Compressi
 
 @pytest.mark.parametrize("policy", READ)
 def test_says_what_was_read(tiny: Decoder, policy: str) -> None:
-    """Every byte is counted: keys and values of 6 lanes, and what was looked at to choose. Nothing is freed."""
+    """Every byte is counted: keys and values of 6 lanes, and what was looked at to choose. Nothing is freed; pages
+    stand for what is kept to choose by."""
     bench, prompt = Bench(tiny), prompt_of(330)
     knobs = {"tokens": 32, "sinks": 0, "recent": 1, "dense_layers": 0}
     plain, report = reported(bench, prompt, {}), reported(bench, prompt, read(policy, **knobs))
-    assert (plain.tokens_read, plain.bytes_read, plain.bytes_read_dense, plain.bytes_beside) == (0, 0, 0, 0)
+    assert (plain.tokens_read, plain.bytes_read, plain.bytes_read_dense) == (0, 0, 0)
     assert report.tokens_read == NEW - 1, "the first token comes from the prompt, which is read densely"
-    assert report.bytes_held == report.bytes_uncompressed == plain.bytes_held
+    assert report.bytes_uncompressed == plain.bytes_held
+    beside = report.bytes_held - plain.bytes_held
+    assert beside < 0.1 * plain.bytes_held and (beside > 0) is (policy in CHARGED)
     dim = bench.engine.config.head_dim
     dense = sum((-(-n // 16) * 16 + n) * dim * 4 for n in range(331, 330 + NEW)) * 6
     assert report.bytes_read_dense == dense
     # Of three layers tidal_decode reads two whole, and their keys twice; token_select scores all keys now and then.
     least, most = {"tidal_decode": (0.9, 1.3), "token_select": (0.3, 1.0)}.get(policy, (0.1, 0.8))
     assert least * dense < report.bytes_read < most * dense
-    assert (report.bytes_beside > 0) is (policy in ("quest", "token_select"))
 
 
 @pytest.mark.parametrize("policy", [policy for policy in READ if not read_policy(policy).keeps_choices])
@@ -124,7 +129,7 @@ def test_guesses_change_nothing(tiny: Decoder, policy: str, fmt: str | None) -> 
     wanted = bench.alone(prompt, 60, plan)
     bench.submit("a", prompt, 60, plan, speculative={"method": "prompt_lookup", "tokens": 6})
     guess_wrongly(bench)
-    bench.run()
+    bench.run(bench.engine.check_integrity)
     seen = bench.seen["a", 0]
     assert seen.tokens == wanted.tokens
     assert seen.last.rejected_tokens > 50
@@ -157,3 +162,49 @@ def test_what_a_part_was_read_for_is_not_cached(tiny: Decoder) -> None:
     again = bench.alone([*prompt, *answer.tokens, 5, 6], 10)
     assert again.last.cached_tokens == 96
     assert_same(again, Bench(tiny, prefix_caching=False).alone([*prompt, *answer.tokens, 5, 6], 10))
+
+
+@pytest.mark.parametrize("fmt", [{}, {"format": "int8", "residual": 8}], ids=["f32", "int8"])
+@pytest.mark.parametrize("policy", CHARGED)
+def test_pages_stand_for_what_is_kept_to_choose_by(tiny: Decoder, policy: str, fmt: dict[str, Any]) -> None:
+    """To the byte, from the prompt's last row on: there is no step at which they might be missing."""
+    bench = Bench(tiny, max_step_tokens=64)
+    arena, plan = bench.engine.arena, read(policy, tokens=32)
+    plan["kv"] |= fmt
+    bench.submit("a", prompt_of(150), 150, plan)
+    held = []
+    while not bench.engine.is_idle:
+        bench.step()
+        bench.engine.check_integrity()
+        if not bench.engine.is_idle and (seq := bench.sequence("a")).generated:
+            state = arena.kv.reading.get(seq.slot)
+            held.append(arena.ballast(seq.slot))
+            if state is not None:
+                assert held[-1] == -(-state.nbytes // arena.layout.page_bytes)
+    assert 0 < held[0] <= held[-1]
+    assert (held[0] < held[-1]) is (policy == "quest" and not fmt), "pages in int8 have no bounds"
+    assert bench.engine.stats.pages_free + bench.engine.stats.pages_cached == arena.total
+
+
+@pytest.mark.parametrize("policy", CHARGED)
+def test_many_who_choose_share_a_small_arena(tiny: Decoder, policy: str) -> None:
+    """Choices of one request, and requests that preempt each other: all say what they say alone."""
+    plan, prompts = read(policy, tokens=32), [prompt_of(100 + 20 * i, i) for i in range(4)]
+    wanted = [Bench(tiny).alone(prompt, 60, plan, n=2) for prompt in prompts]
+    bench = Bench(tiny, pages_for(tiny, 220) + pages_beside(tiny, plan, 160, 220), prefix_caching=False)
+    for i, prompt in enumerate(prompts):
+        bench.submit(str(i), prompt, 60, plan, n=2)
+    bench.run(bench.engine.check_integrity)
+    assert bench.engine.stats.preemptions_total > 0
+    for i, one in enumerate(wanted):
+        assert bench.seen[str(i), 0].tokens == bench.seen[str(i), 1].tokens == one.tokens
+
+
+@pytest.mark.parametrize("policy", READ)
+def test_a_text_must_fit_with_what_is_kept_of_it(tiny: Decoder, policy: str) -> None:
+    bench = Bench(tiny, pages_for(tiny, 160))
+    bench.submit("plain", prompt_of(150), 10)
+    if policy not in CHARGED:
+        return bench.submit("a", prompt_of(150), 10, read(policy))
+    with pytest.raises(PromptTooLong, match=f"what '{policy}' must know of them"):
+        bench.submit("a", prompt_of(150), 10, read(policy))

@@ -72,7 +72,7 @@ def read_by(state: State, rule: ReadRule, *, but: tuple[int, ...] = ()) -> State
     for b, slot in enumerate(state.batch.slots.tolist()):
         if b not in but:
             kv.reading[slot] = ReadState.empty(rule, layers, heads, heads * GROUP, kv.layout.head_dim)
-            kv.reading[slot].reserve(int(kv.kept[slot].max()), int((kv.table[slot] >= 0).sum(-1).max()))
+            kv.reading[slot].resize(int(kv.kept[slot].max()), int((kv.table[slot] >= 0).sum(-1).max()))
     return state
 
 

@@ -70,7 +70,7 @@ def reading(ops: Backend, state: State) -> None:
     rule = ReadRule(torch.full((1,), int(ReadMode.CHOSEN), dtype=torch.uint8), tokens=40)
     for slot in state.batch.slots[:2].tolist():
         kv.reading[slot] = ReadState.empty(rule, 1, 2, Q_HEADS, 32)
-        kv.reading[slot].reserve(int(kv.kept[slot].max()), kv.table.shape[3])
+        kv.reading[slot].resize(int(kv.kept[slot].max()), kv.table.shape[3])
     ops.choose_reads(q, state.batch, kv, 0, 0.125, 0)
     ops.attention(q, state.batch, kv, 0, 0.125, 0)
 
