@@ -145,8 +145,12 @@ def evaluate(
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="All cores if unset.")] = None,
     kv_memory_gib: Annotated[float, typer.Option(min=0.05, help="Memory for keys and values.")] = 2.0,
-    extend: Annotated[
-        bool, typer.Option(help="Add the plans that NAME.json lacks, which must have been measured alike.")
+    resume: Annotated[
+        bool,
+        typer.Option(
+            help="Go on with NAME.json where it is there: only what it lacks is measured, be it plans, lengths or "
+            "contexts; model, weights and text must be the same."
+        ),
     ] = False,
     name: Annotated[str, typer.Option(help="Of the files that are written.")] = "eval",
     out: Annotated[Path, typer.Option(help="Folder of NAME.json and NAME.html.")] = Path(),

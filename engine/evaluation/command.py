@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,7 +18,7 @@ from winnow.engine.errors import EvalError
 from winnow.engine.evaluation.facts import facts
 from winnow.engine.evaluation.harness import PROTOCOLS, Harness, Protocol, Scope
 from winnow.engine.evaluation.page import page
-from winnow.engine.evaluation.plans import Plans, check, read_plans
+from winnow.engine.evaluation.plans import check, read_plans
 from winnow.engine.evaluation.result import Result, write_text
 from winnow.engine.evaluation.server import ServerTarget
 from winnow.engine.evaluation.tables import show
@@ -46,7 +46,7 @@ class Options:
     device: str
     weights: str | None
     against_f32: bool
-    extend: bool
+    resume: bool
     url: str | None
     kvpress: Path | None
     threads: int | None
@@ -85,10 +85,11 @@ def run_plans(options: Options, console: Console) -> list[Path]:
     with console.status("loading the model") if console.is_terminal else nullcontext():
         target = _target(options)
     about: dict[str, Any] = {"model": options.url or options.model, "weights": target.weights, "text": digest(text)}
-    about["scope"] = json.loads(json.dumps(asdict(scope)))
+    if scope.text_prompts:
+        about["text_new"] = scope.text_new
     result = Result(options.name, facts() | about, plans)
-    if options.extend:
-        result, plans = _extended(options.out / f"{options.name}.json", about, plans)
+    if options.resume and (path := options.out / f"{options.name}.json").exists():
+        result = _resumed(path, result, about)
 
     def save() -> None:
         result.write(options.out)
@@ -113,19 +114,21 @@ def run_plans(options: Options, console: Console) -> list[Path]:
     return [result.write(options.out), write_text(options.out / f"{options.name}.html", page(result))]
 
 
-def _extended(path: Path, about: dict[str, Any], plans: Plans) -> tuple[Result, Plans]:
-    """The result at `path` if it was measured alike, and which of the plans it lacks."""
+def _resumed(path: Path, new: Result, about: dict[str, Any]) -> Result:
+    """The result at `path`, to go on with if it was measured alike."""
     try:
         result = Result.from_dict(json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, LookupError) as error:
-        raise EvalError(f"--extend: {path} cannot be read: {error}") from error
+        raise EvalError(f"--resume: {path} cannot be read: {error}") from error
     for name, value in about.items():
-        if result.facts.get(name) != value:
-            raise EvalError(f"--extend: {path} was measured with another {name}: {result.facts.get(name)}, not {value}")
-    known = set(result.measured_plans)
-    plans = {name: plan for name, plan in plans.items() if name not in known}
-    result.plans |= plans
-    return result, plans
+        if (known := result.facts.setdefault(name, value)) != value:
+            raise EvalError(f"--resume: {path} was measured with another {name}: {known}, not {value}")
+    commits = dict.fromkeys([*result.facts["commit"].split(", "), new.facts["commit"]])
+    result.facts["commit"] = ", ".join(commits)
+    result.plans |= new.plans
+    for name in new.plans:
+        result.refused.pop(name, None)
+    return result
 
 
 def run_parity(options: Options, python: Path, console: Console) -> list[Path]:

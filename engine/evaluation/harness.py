@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from winnow.engine.errors import EvalError, RequestError
 from winnow.engine.evaluation.haystack import Haystack
-from winnow.engine.evaluation.measures import distance
+from winnow.engine.evaluation.measures import distance, loss_of_last
 from winnow.engine.evaluation.plans import OFF, WEIGHTS, Plans
-from winnow.engine.evaluation.result import Result
+from winnow.engine.evaluation.result import Cell, Result
 from winnow.engine.evaluation.targets import Answer, Ask, Target
 from winnow.engine.evaluation.tasks import TASKS, sample
 from winnow.engine.evaluation.text import PromptBook
@@ -23,9 +23,9 @@ TEXT = "text"
 RESERVE = 64
 """Tokens of a task's length that are kept for its question"""
 Key = tuple[str, str]
-"""A plan's name, and what it is asked about"""
+"""A plan's name, and the protocol under which it was asked; empty for real text"""
 GROUP = 8
-"""Plans that are asked together: whole distributions of all of them are held at once"""
+"""Requests that are asked together: what they hold, and whole distributions of all of them, are in memory at once"""
 
 
 @dataclass(frozen=True)
@@ -44,112 +44,142 @@ class Scope:
     protocols: tuple[Protocol, ...] = PROTOCOLS
 
     @property
-    def cells(self) -> list[tuple[str, int]]:
-        return [(task, length) for length in self.lengths for task in self.tasks]
+    def contexts(self) -> list[tuple[int, int, str]]:
+        """Length, number and name of each task that will be set: of a run that is cut every task has its part."""
+        numbers = range(self.samples)
+        return [(length, index, task) for length in self.lengths for index in numbers for task in self.tasks]
 
     @property
     def units(self) -> int:
         """Contexts that will be asked about."""
-        return self.text_prompts + len(self.cells) * self.samples
+        return self.text_prompts + len(self.contexts)
 
 
 class Harness:
-    """Measures plans on one target. The uncompressed model is asked first: it leaves its prefix to the others, and is
-    noted in a result that has nothing of it yet."""
+    """Measures plans on one target, as far as the result does not have them. The uncompressed model is asked first: it
+    leaves its prefix to the others."""
 
     def __init__(self, target: Target, text: str, plans: Plans, result: Result):
         self._target = target
-        self._plans = {name: plan for name, plan in plans.items() if name != OFF}
-        self._notes_off = OFF not in {cell.plan for cell in result.values}
+        self._plans: Plans = {OFF: {}} | plans
+        self._refused: set[Key] = set()
         self._result = result
         self._book = PromptBook(target.encode, text)
         self._haystack = Haystack(text, target.encode)
 
     def run(self, scope: Scope, say: Callable[[str], None], save: Callable[[], None] = lambda: None) -> None:
-        """`say` is told what is next, once for each context; `save` is called when a part is complete."""
+        """`say` is told what is next, once for each context; `save` is called when something was measured."""
         longest = max((*scope.lengths, scope.text_context + scope.text_new + 1 if scope.text_prompts else 0))
         if longest > self._target.max_model_len:
             raise EvalError(f"{longest} tokens are more than the {self._target.max_model_len} of the model's context")
-        for prompt in self._prompts(scope):
+        for index, prompt in enumerate(self._prompts(scope)):
             say(f"text after {scope.text_context} tokens")
-            self._measure_text(prompt[: scope.text_context], prompt[scope.text_context :])
-        if scope.text_prompts:
-            save()
-        for task, length in scope.cells:
-            for index in range(scope.samples):
-                say(f"{task}, {length} tokens")
-                self._measure_task(task, length, index, scope.protocols)
-            save()
+            if lacking := self._lacking(TEXT, scope.text_context, "", index):
+                self._measure_text(lacking, prompt[: scope.text_context], prompt[scope.text_context :])
+                save()
+        for length, index, task in scope.contexts:
+            say(f"{task}, {length} tokens")
+            lacks = {protocol: self._lacking(task, length, protocol, index) for protocol in scope.protocols}
+            if any(lacks.values()):
+                self._measure_task(lacks, task, length, index)
+                save()
 
     def compare_weights(self, exact: Target, scope: Scope, say: Callable[[str], None]) -> None:
         """How far the target's weights alone bring it from those of `exact`, on the same real text."""
-        for prompt in self._prompts(scope):
+        for index, prompt in enumerate(self._prompts(scope)):
             say("weights")
+            if self._result.contexts(Cell(WEIGHTS, TEXT, scope.text_context, "")) > index:
+                continue
             ask = Ask(prompt[: scope.text_context], {}, prompt[scope.text_context :], foretells=True)
             (one,), (other,) = exact.ask([ask]), self._target.ask([ask])
             if isinstance(one, RequestError) or isinstance(other, RequestError):
                 raise EvalError("the uncompressed model refuses to answer")
             self._note_text(WEIGHTS, scope.text_context, one, other)
 
+    def _lacking(self, part: str, length: int, protocol: str, index: int) -> list[str]:
+        """Plans that were not measured on so many contexts."""
+        return [
+            name
+            for name in self._plans
+            if (name, protocol) not in self._refused
+            and self._result.contexts(Cell(name, part, length, protocol)) <= index
+        ]
+
     def _prompts(self, scope: Scope) -> list[list[int]]:
         """[prompts][text_context + text_new] tokens of real text"""
         return self._book.prompts("eval/text", scope.text_prompts, scope.text_context + scope.text_new)
 
-    def _measure_text(self, context: list[int], text: list[int]) -> None:
-        def ask(plan: dict[str, Any]) -> Ask:
-            return Ask(context, plan, text, foretells=True)
-
-        exact = self._uncompressed(ask({}))
-        assert exact.foretold is not None
-        for (name, _), answer in self._compressed([((name, TEXT), ask(plan)) for name, plan in self._plans.items()]):
-            assert answer.foretold is not None
+    def _measure_text(self, names: list[str], context: list[int], text: list[int]) -> None:
+        ask = Ask(context, {}, text, foretells=True)
+        (exact,) = self._uncompressed([ask])
+        for name, _, (answer,) in self._compressed([(name, "", [ask]) for name in names if name != OFF]):
             self._note_text(name, len(context), exact, answer)
-        if self._notes_off:
+        if OFF in names:
             self._note_text(OFF, len(context), exact, exact)
 
     def _note_text(self, name: str, length: int, exact: Answer, answer: Answer) -> None:
         assert exact.foretold is not None and answer.foretold is not None
         far = distance(exact.foretold, answer.foretold)
-        self._result.add(name, TEXT, length, "", kl=far.kl, agreement=far.agreement, loss=far.loss, **_memory(answer))
+        memory = _memory(answer, exact)
+        self._result.add(name, TEXT, length, "", kl=far.kl, agreement=far.agreement, loss=far.loss, **memory)
 
-    def _measure_task(self, task: str, length: int, index: int, protocols: tuple[Protocol, ...]) -> None:
+    def _measure_task(self, lacks: dict[Protocol, list[str]], task: str, length: int, index: int) -> None:
+        """Each plan is asked twice: what it says, and how likely it finds the right answer."""
         new = TASKS[task].new
         one = sample(task, self._haystack, length - RESERVE - new, index)
-        context, question = self._target.encode(one.context), self._target.encode(one.question)
-        asks: dict[Protocol, Callable[[dict[str, Any]], Ask]] = {
-            "query-agnostic": lambda plan: Ask(context, plan, question, new),
+        context, question, right = map(self._target.encode, (one.context, one.question, one.right))
+        free = {
+            "query-agnostic": Ask(context, {}, question, new),
             # The token after a prompt is foretold before its memory is compressed: the last one of the question must
             # follow, or an answer of one token would cost nothing.
-            "query-aware": lambda plan: Ask(context + question[:-1], plan, question[-1:], new),
+            "query-aware": Ask(context + question[:-1], {}, question[-1:], new),
         }
-        exact = self._uncompressed(asks["query-agnostic"]({}))
-        for protocol in protocols if self._notes_off else ():
-            self._result.add(OFF, task, length, protocol, score=one.score(exact.text), **_memory(exact))
-        for protocol in protocols:
-            wanted: list[tuple[Key, Ask]] = [
-                ((name, protocol), asks[protocol](plan)) for name, plan in self._plans.items()
-            ]
-            for (name, _), answer in self._compressed(wanted):
-                self._result.add(name, task, length, protocol, score=one.score(answer.text), **_memory(answer))
+        asks = {
+            protocol: [ask, replace(ask, forced=ask.forced + right, new=1, foretells=True)]
+            for protocol, ask in free.items()
+        }
+        exact, told = self._uncompressed(asks["query-agnostic"])
 
-    def _uncompressed(self, ask: Ask) -> Answer:
-        (answer,) = self._target.ask([ask])
-        if isinstance(answer, RequestError):
-            raise EvalError(f"the uncompressed model refuses to answer: {answer.message}")
-        return answer
+        def note(name: str, protocol: str, said: Answer, told: Answer) -> None:
+            assert told.foretold is not None
+            loss = loss_of_last(told.foretold, len(right))
+            memory = _memory(said, exact)
+            self._result.add(name, task, length, protocol, score=one.score(said.text), loss=loss, **memory)
 
-    def _compressed(self, asks: list[tuple[Key, Ask]]) -> Iterator[tuple[Key, Answer]]:
-        """Answers under plans. What is refused is noted, and not asked for again."""
-        for start in range(0, len(asks), GROUP):
-            group = asks[start : start + GROUP]
-            for (key, _), answer in zip(group, self._target.ask([ask for _, ask in group]), strict=True):
-                if isinstance(answer, RequestError):
-                    self._result.refused[key[0]] = answer.message
-                    self._plans.pop(key[0], None)
+        wanted = []
+        for protocol, names in lacks.items():
+            if OFF in names:
+                note(OFF, protocol, exact, told)
+            wanted += [(name, protocol, asks[protocol]) for name in names if name != OFF]
+        for name, kind, (said, told) in self._compressed(wanted):
+            note(name, kind, said, told)
+
+    def _uncompressed(self, asks: list[Ask]) -> list[Answer]:
+        answers = []
+        for answer in self._target.ask(asks):
+            if isinstance(answer, RequestError):
+                raise EvalError(f"the uncompressed model refuses to answer: {answer.message}")
+            answers.append(answer)
+        return answers
+
+    def _compressed(self, wanted: Sequence[tuple[str, str, list[Ask]]]) -> Iterator[tuple[str, str, list[Answer]]]:
+        """Answers of plans to what they are asked, by plan and protocol. What is refused is noted, and not asked again
+        under that protocol."""
+        while wanted:
+            count = max(1, GROUP // len(wanted[0][2]))
+            group, wanted = wanted[:count], wanted[count:]
+            asks = [replace(ask, plan=self._plans[name]) for name, _, asks in group for ask in asks]
+            answers = iter(self._target.ask(asks))
+            for name, protocol, asks in group:
+                mine = [next(answers) for _ in asks]
+                refusal = next((answer for answer in mine if isinstance(answer, RequestError)), None)
+                if refusal is None:
+                    yield name, protocol, [answer for answer in mine if isinstance(answer, Answer)]
                 else:
-                    yield key, answer
+                    self._result.refused[name] = refusal.message
+                    self._refused.add((name, protocol))
 
 
-def _memory(answer: Answer) -> dict[str, float]:
+def _memory(answer: Answer, exact: Answer) -> dict[str, float]:
     read = {} if answer.read is None else {"read": answer.read}
-    return {"held_mib": answer.held / 2**20, "held": answer.share, **read}
+    return {"held_mib": answer.held / 2**20, "held": answer.held / exact.uncompressed, **read}

@@ -57,6 +57,12 @@ def distance(exact: Foretold, other: Foretold) -> Distance:
     raise TypeError("probabilities of two kinds cannot be compared")
 
 
+def loss_of_last(told: Foretold, tokens: int) -> float:
+    """Nats for each of the text's last tokens."""
+    true = told.logprobs[np.arange(len(told.text)), told.text] if isinstance(told, Whole) else told.true
+    return float(-true[-tokens:].mean(dtype=np.float64))
+
+
 def _of_whole(exact: Whole, other: Whole) -> Distance:
     p, q = exact.logprobs, other.logprobs
     kl = np.sum(np.exp(p) * (p - q), axis=1, dtype=np.float64)

@@ -7,11 +7,13 @@ from itertools import count
 
 from winnow.engine.evaluation.chart import Line, Point, log_axis, percent_axis, plot, swatch
 from winnow.engine.evaluation.harness import TEXT
-from winnow.engine.evaluation.measures import Mean
 from winnow.engine.evaluation.plans import OFF, WEIGHTS, family, is_control
 from winnow.engine.evaluation.result import Result
-from winnow.engine.evaluation.tables import number, percent, with_error
+from winnow.engine.evaluation.tables import number, percent, task_cells, task_titles, with_error
 from winnow.engine.evaluation.tasks import TASKS
+
+FEW = 0.2
+"""Of the answers: where the uncompressed model finds fewer, they say little of plans"""
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #1c1c1e; --soft: #6b7280; --rule: #d8dbe0; --back: #fff; --control: #8a8f98; }
@@ -20,7 +22,7 @@ _STYLE = """
 }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back); max-width: 1320px;
   margin: 2rem auto; padding: 0 1.2rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; } h3 { font-size: 1rem; margin: 1.4rem 0 0; }
 p, figcaption { color: var(--soft); max-width: 75ch; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: 1.2rem; }
 figure { margin: 0; } svg { width: 100%; height: auto; } svg text { font-size: 12px; fill: var(--soft); }
@@ -50,7 +52,7 @@ def page(result: Result) -> str:
         *_text_table(result),
     ]
     for protocol in result.protocols:
-        lines += _task_table(result, protocol)
+        lines += _tasks(result, protocol)
     if result.refused:
         lines += ["<h2>Not measured</h2><ul>"]
         lines += [f"<li>{escape(name)}: {escape(why)}</li>" for name, why in result.refused.items()]
@@ -59,20 +61,25 @@ def page(result: Result) -> str:
 
 
 def _plots(result: Result) -> list[str]:
-    wanted = [
-        ("kl", None, "KL divergence, nats (less is better)"),
-        ("agreement", None, "same likeliest token"),
-        *(("score", protocol, f"answers found, {protocol}") for protocol in result.protocols),
+    wanted: list[tuple[str, str | None, int | None, str]] = [
+        ("kl", None, None, "KL divergence, nats (less is better)"),
+        ("agreement", None, None, "same likeliest token"),
     ]
+    for protocol in result.protocols:
+        for length in result.tasks(protocol):
+            wanted += [
+                ("score", protocol, length, f"answers found at {length} tokens, {protocol}"),
+                ("loss", protocol, length, f"loss of the right answer at {length} tokens, {protocol} (less is better)"),
+            ]
     figures: list[str] = []
     legend: dict[str, Line] = {}
-    for measure, protocol, title in wanted:
-        lines = _lines(result, measure, protocol)
+    for measure, protocol, length, title in wanted:
+        lines = _lines(result, measure, protocol, length)
         if not lines:
             continue
         legend |= {line.name: line for line in lines}
         xs, ys = ([getattr(p, axis) for line in lines for p in line.points] for axis in "xy")
-        up = log_axis(title, ys) if measure == "kl" else percent_axis(title, ys)
+        up = log_axis(title, ys) if measure in ("kl", "loss") else percent_axis(title, ys)
         if measure == "score":
             up = percent_axis(title, [0.0])
         figures.append(
@@ -82,7 +89,7 @@ def _plots(result: Result) -> list[str]:
     return ["<h2>Frontier</h2>", f'<ul class="legend">{"".join(marks)}</ul>', '<div class="plots">', *figures, "</div>"]
 
 
-def _lines(result: Result, measure: str, protocol: str | None) -> list[Line]:
+def _lines(result: Result, measure: str, protocol: str | None, length: int | None) -> list[Line]:
     """One for each family of plans; where all that is measured is alike, colours are too."""
     families: dict[str, list[str]] = {}
     for name in result.measured_plans:
@@ -97,7 +104,7 @@ def _lines(result: Result, measure: str, protocol: str | None) -> list[Line]:
         is_grey = is_control(plans[0])
         place = next(numbers[is_grey])
         for plan in plans:
-            value, held = (result.mean(plan, of, part, protocol=protocol) for of in (measure, "held"))
+            value, held = (result.mean(plan, of, part, length, protocol) for of in (measure, "held"))
             if value is not None and held is not None and not (measure == "kl" and plan == OFF):
                 label = f"{plan}: {with_error(value)} at {percent(held)}"
                 points.append(Point(held.value, value.value, value.error, label))
@@ -136,22 +143,31 @@ def _text_table(result: Result) -> list[str]:
     return ["<h2>Real text</h2>", f"<p>{note}</p>", *_table(head, rows)]
 
 
-def _task_table(result: Result, protocol: str) -> list[str]:
-    parts = result.parts
-    rows = []
-    for name in result.measured_plans:
-        scores: list[Mean | None] = [result.mean(name, "score", *part, protocol) for part in parts]
-        if any(score is not None for score in scores):
-            every = result.mean(name, "score", protocol=protocol)
-            held = percent(result.mean(name, "held", protocol=protocol))
-            rows.append(_row(name, [held, with_error(every, 100, 0), *(number(score, 0, 100) for score in scores)]))
+def _tasks(result: Result, protocol: str) -> list[str]:
+    tasks = result.tasks(protocol)
     when = "before the question was read" if protocol == "query-agnostic" else "with the question in it"
-    chances = "; ".join(
-        f"{task}: {TASKS[task].title} (guessing: {TASKS[task].chance})" for task in dict(parts) if task in TASKS
+    named = dict.fromkeys(task for names in tasks.values() for task in names if task in TASKS)
+    chances = "; ".join(f"{task}: {TASKS[task].title} (guessing: {TASKS[task].chance})" for task in named)
+    note = (
+        f"The context was compressed {when}. Per cent of the answers found; loss is of the right answer, in nats a "
+        f"token, and ranks the plans. {chances}."
     )
-    note = f"The context was compressed {when}. Per cent of the answers found. {chances}."
-    head = ["held", "all", *(f"{part} {length}" for part, length in parts)]
-    return [f"<h2>Tasks, {escape(protocol)}</h2>", f"<p>{escape(note)}</p>", *_table(head, rows)]
+    lines = [f"<h2>Tasks, {escape(protocol)}</h2>", f"<p>{escape(note)}</p>"]
+    for length in tasks:
+        rows = [_row(name, task_cells(result, name, protocol, length)) for name in result.ranked(protocol, length)]
+        lines += [f"<h3>{length} tokens</h3>", f"<p>{_worth(result, protocol, length)}</p>"]
+        lines += _table(task_titles(result, protocol, length), rows)
+    return lines
+
+
+def _worth(result: Result, protocol: str, length: int) -> str:
+    """What the uncompressed model can do, which bounds what its answers can tell of plans."""
+    score, loss = (result.mean(OFF, measure, length=length, protocol=protocol) for measure in ("score", "loss"))
+    if score is None or loss is None:
+        return "The uncompressed model was not asked."
+    said = f"The uncompressed model finds {100 * score.value:.0f} % of the answers, at {loss.value:.2f} nats a token."
+    few = " That is too few to tell plans apart by their answers: go by the loss." if score.value < FEW else ""
+    return said + few
 
 
 def _row(name: str, cells: list[str]) -> str:

@@ -38,6 +38,10 @@ class Result:
         for measure, value in measured.items():
             cell.setdefault(measure, []).append(value)
 
+    def contexts(self, cell: Cell) -> int:
+        """On how many contexts a cell was measured."""
+        return len(self.values.get(cell, {}).get("held", ()))
+
     @property
     def measured_plans(self) -> list[str]:
         """Uncompressed, the controls, then the others, as they were named."""
@@ -45,10 +49,22 @@ class Result:
         names = [name for name in (*self.plans, WEIGHTS) if name in seen]
         return sorted(names, key=lambda name: (name not in (OFF, WEIGHTS), not is_control(name)))
 
-    @property
-    def parts(self) -> list[tuple[str, int]]:
-        """Tasks with their lengths."""
-        return list(dict.fromkeys((cell.part, cell.length) for cell in self.values if cell.protocol))
+    def tasks(self, protocol: str) -> dict[int, list[str]]:
+        """Of each length, ascending."""
+        cells = [cell for cell in self.values if cell.protocol == protocol]
+        lengths = sorted({cell.length for cell in cells})
+        return {at: list(dict.fromkeys(cell.part for cell in cells if cell.length == at)) for at in lengths}
+
+    def ranked(self, protocol: str, length: int) -> list[str]:
+        """The uncompressed model, and the plans that tasks of a length were measured under: those first that find the
+        right answers likeliest."""
+
+        def place(name: str) -> tuple[bool, float]:
+            loss = self.mean(name, "loss", length=length, protocol=protocol)
+            return name != OFF, loss.value if loss is not None else 0.0
+
+        seen = {cell.plan for cell in self.values if (cell.protocol, cell.length) == (protocol, length)}
+        return sorted((name for name in self.plans if name in seen), key=place)
 
     @property
     def protocols(self) -> list[str]:

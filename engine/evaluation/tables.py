@@ -8,14 +8,15 @@ from rich.table import Table
 from winnow.engine.evaluation.harness import TEXT
 from winnow.engine.evaluation.measures import Mean
 from winnow.engine.evaluation.plans import OFF, is_control
-from winnow.engine.evaluation.result import Result
+from winnow.engine.evaluation.result import Cell, Result
 
 
 def show(result: Result, console: Console) -> None:
     if result.mean(OFF, "kl") is not None:
         console.print(_text(result))
     for protocol in result.protocols:
-        console.print(_tasks(result, protocol))
+        for length in result.tasks(protocol):
+            console.print(_tasks(result, protocol, length))
     for name, why in result.refused.items():
         console.print(f"[yellow]not measured[/]  {name}: {why}", highlight=False)
 
@@ -43,20 +44,29 @@ def _text(result: Result) -> Table:
     return table
 
 
-def _tasks(result: Result, protocol: str) -> Table:
-    parts = list(dict.fromkeys(part for part, _ in result.parts))
-    lengths = sorted({length for _, length in result.parts})
-    table = _table(f"Tasks, {protocol}: % of answers, over {', '.join(map(str, lengths))} tokens")
-    for title in ("held", *parts, "all"):
+def _tasks(result: Result, protocol: str, length: int) -> Table:
+    table = _table(f"Tasks, {protocol}: % of answers at {length} tokens, and nats a token of the right answer")
+    for title in task_titles(result, protocol, length):
         table.add_column(title, justify="right")
-    for name in result.measured_plans:
-        scores = [result.mean(name, "score", part, protocol=protocol) for part in parts]
-        every = result.mean(name, "score", protocol=protocol)
-        if every is not None:
-            held = result.mean(name, "held", protocol=protocol)
-            cells = (number(score, 0, 100) for score in scores)
-            table.add_row(name, percent(held), *cells, with_error(every, 100, 0), style=_style(name))
+    for name in result.ranked(protocol, length):
+        table.add_row(name, *task_cells(result, name, protocol, length), style=_style(name))
     return table
+
+
+def task_titles(result: Result, protocol: str, length: int) -> list[str]:
+    return ["held", "loss", "all", *result.tasks(protocol)[length], "contexts"]
+
+
+def task_cells(result: Result, name: str, protocol: str, length: int) -> list[str]:
+    """One for each of `task_titles`."""
+
+    def mean(measure: str, task: str | None = None) -> Mean | None:
+        return result.mean(name, measure, task, length, protocol)
+
+    tasks = result.tasks(protocol)[length]
+    contexts = sum(result.contexts(Cell(name, task, length, protocol)) for task in tasks)
+    every = [percent(mean("held")), with_error(mean("loss"), digits=2), with_error(mean("score"), 100, 0)]
+    return [*every, *(number(mean("score", task), 0, 100) for task in tasks), str(contexts)]
 
 
 def _table(title: str) -> Table:

@@ -48,10 +48,6 @@ class Answer:
     read: float | None = None
     """Share of the bytes that generated tokens would read under no plan; None where they read all that is held"""
 
-    @property
-    def share(self) -> float:
-        return self.held / self.uncompressed
-
 
 class Target(Protocol):
     """A model that can be asked."""

@@ -21,6 +21,8 @@ class Sample:
     context: str
     question: str
     answers: tuple[str, ...]
+    right: str
+    """How the question's text goes on where all of them are said"""
 
     def score(self, said: str) -> float:
         """Share of the answers that are among the words of what was said."""
@@ -66,7 +68,7 @@ def _needles(keys: int) -> Make:
         numbers = {key: _number(rng) for key in rng.sample(WORDS, keys)}
         asked = rng.choice(list(numbers))
         context = haystack.around([_needle(*pair) for pair in numbers.items()], tokens, rng)
-        return Sample(context, _ask(asked), (numbers[asked],))
+        return Sample(context, _ask(asked), (numbers[asked],), f" {numbers[asked]}")
 
     return make
 
@@ -78,7 +80,8 @@ def _values(haystack: Haystack, tokens: int, rng: Random) -> Sample:
         f"\n\nQuestion: What are all the special magic numbers for {key}?\n"
         f"Answer: The special magic numbers for {key} are"
     )
-    return Sample(haystack.around(needles, tokens, rng), question, tuple(values))
+    right = f" {values[0]}, {values[1]} and {values[2]}"
+    return Sample(haystack.around(needles, tokens, rng), question, tuple(values), right)
 
 
 def _variables(haystack: Haystack, tokens: int, rng: Random) -> Sample:
@@ -90,7 +93,8 @@ def _variables(haystack: Haystack, tokens: int, rng: Random) -> Sample:
         f"\n\nQuestion: Which three variables are assigned the value {value}?\n"
         f"Answer: The variables that are assigned {value} are VAR"
     )
-    return Sample(haystack.around(needles, tokens, rng), question, (first, second, third))
+    right = f" {first}, VAR {second}, VAR {third}"
+    return Sample(haystack.around(needles, tokens, rng), question, (first, second, third), right)
 
 
 def _common_words(haystack: Haystack, tokens: int, rng: Random) -> Sample:
@@ -100,7 +104,7 @@ def _common_words(haystack: Haystack, tokens: int, rng: Random) -> Sample:
     chosen = [rng.choice(common) if rng.random() < 0.5 else rng.choice(rare) for _ in range(tokens // 2)]
     context = haystack.fit([f"{i}. {word}" for i, word in enumerate(chosen, 1)], tokens)
     question = "\n\nQuestion: What are the three most common words in the list above?\nAnswer: They are:\n1."
-    return Sample(context, question, tuple(common))
+    return Sample(context, question, tuple(common), f" {common[0]}\n2. {common[1]}\n3. {common[2]}")
 
 
 def _facts(haystack: Haystack, tokens: int, rng: Random) -> Sample:
@@ -112,7 +116,7 @@ def _facts(haystack: Haystack, tokens: int, rng: Random) -> Sample:
     ]
     asked = rng.randrange(4)
     question = f"\n\nQuestion: In which city does {people[asked]} live?\nAnswer: {people[asked]} lives in"
-    return Sample(haystack.around(facts, tokens, rng), question, (cities[asked],))
+    return Sample(haystack.around(facts, tokens, rng), question, (cities[asked],), f" {cities[asked]}")
 
 
 TASKS: dict[str, Task] = {

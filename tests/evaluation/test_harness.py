@@ -16,7 +16,9 @@ from typer.testing import CliRunner
 
 from winnow.engine.compression.registry import eviction_policy
 from winnow.engine.errors import EvalError, RequestError
-from winnow.engine.evaluation.harness import PROTOCOLS, TEXT, Harness, Scope
+from winnow.engine.evaluation.harness import PROTOCOLS, RESERVE, TEXT, Harness, Scope
+from winnow.engine.evaluation.haystack import Haystack
+from winnow.engine.evaluation.measures import Whole
 from winnow.engine.evaluation.page import page
 from winnow.engine.evaluation.parity import KeptTarget
 from winnow.engine.evaluation.plans import OFF, WEIGHTS, Plans, read_plans
@@ -24,6 +26,7 @@ from winnow.engine.evaluation.result import Cell, Result
 from winnow.engine.evaluation.server import ServerTarget
 from winnow.engine.evaluation.tables import show
 from winnow.engine.evaluation.targets import Answer, Ask
+from winnow.engine.evaluation.tasks import TASKS, sample
 from winnow.server.cli import app
 
 from ..contract.serving import KEY, serving
@@ -117,7 +120,7 @@ def test_refused_plans_are_noted_and_asked_once(target: KeptTarget) -> None:
 
     result = measure(Refusing())
     assert result.refused == {"h2o:0.25+int4": "needs a profile"}
-    assert sum("h2o" in plan for plan in asked) == 1
+    assert sum("h2o" in plan for plan in asked) == 1 + 2 * len(PROTOCOLS)  # once after text, twice about a task
     assert "h2o:0.25+int4" not in result.measured_plans
     assert "needs a profile" in page(result)
 
@@ -158,6 +161,45 @@ def test_results_are_written_and_read(result: Result, tmp_path: Path) -> None:
     assert cell["means"]["kl"]["mean"] == pytest.approx(np.mean(cell["values"]["kl"]), rel=1e-3)
 
 
+def test_what_is_there_is_not_measured_again(result: Result, target: KeptTarget) -> None:
+    """Cut anywhere, a run goes on where it was, with the figures that it would have had."""
+    asked: list[Ask] = []
+
+    class Listening(KeptTarget):
+        def __init__(self) -> None:
+            self.__dict__.update(target.__dict__)
+
+        def ask(self, asks: Sequence[Ask]) -> list[Answer | RequestError]:
+            asked.extend(asks)
+            return super().ask(asks)
+
+    half = Result.from_dict(result.as_dict())
+    cut = Cell("snapkv:0.5", "qa", 400, "query-aware")
+    half.values[cut] = {measure: values[:1] for measure, values in half.values[cut].items()}
+    harness = Harness(Listening(), TEXT_OF_ALL, PLANS, half)
+    harness.run(SCOPE, lambda _: None)
+    for measure, values in result.values[cut].items():
+        assert half.values[cut][measure] == pytest.approx(values, rel=1e-4)
+    assert len(asked) == 4, "the uncompressed model and one plan, each for what it says and for the right answer"
+    assert half.values.keys() == result.values.keys()
+
+    asked.clear()
+    harness.run(replace(SCOPE, samples=3, tasks=("qa",)), lambda _: None)
+    assert all(half.contexts(Cell(plan, "qa", 400, protocol)) == 3 for plan in PLANS for protocol in PROTOCOLS)
+    assert {len(ask.prompt) for ask in asked} == {len(asked[0].prompt), len(asked[-1].prompt)}, "one new context"
+
+
+def test_the_loss_of_an_answer_is_its_own(result: Result, target: KeptTarget) -> None:
+    """Of the right answer's tokens, when the question has been read: as if it were the text of a request without it."""
+    one = sample("qa", Haystack(TEXT_OF_ALL, target.encode), 400 - RESERVE - TASKS["qa"].new, 0)
+    context, question, right = map(target.encode, (one.context, one.question, one.right))
+    (whole,) = target.ask([Ask(context + question[:-1], {}, question[-1:] + right, foretells=True)])
+    assert isinstance(whole, Answer) and isinstance(whole.foretold, Whole)
+    assert whole.foretold.text.tolist() == right
+    loss = -whole.foretold.logprobs[np.arange(len(right)), right].mean()
+    assert result.values[Cell(OFF, "qa", 400, "query-aware")]["loss"][0] == pytest.approx(loss, rel=1e-4)
+
+
 class Links(HTMLParser):
     """Open elements, and everything that would be fetched."""
 
@@ -189,7 +231,7 @@ def test_the_page_stands_alone(result: Result) -> None:
     parser.close()
     assert not parser.open
     assert not parser.fetched
-    assert html.count("<figure>") == 4
+    assert html.count("<figure>") == 2 + 2 * len(PROTOCOLS)
     for name in PLANS:
         assert name in parser.text
     assert "nan" not in html.lower().replace("finance", "")
@@ -198,8 +240,26 @@ def test_the_page_stands_alone(result: Result) -> None:
 def test_the_terminal(result: Result) -> None:
     out = StringIO()
     show(result, Console(file=out, width=140))
-    for name in (*PLANS, "query-agnostic", "query-aware", "niah_single"):
+    for name in (*PLANS, "query-agnostic", "query-aware", "niah_single", "400 tokens"):
         assert name in out.getvalue()
+
+
+def test_tasks_of_another_length_have_a_table_of_their_own() -> None:
+    """Best first by what the right answer costs, the uncompressed model before all; how many contexts stands beside."""
+    result = Result("unit", {}, {name: {} for name in (OFF, "tova:0.5", "h2o:0.5")})
+    for length, plans in ((512, (OFF, "tova:0.5", "h2o:0.5")), (4096, (OFF, "h2o:0.5"))):
+        for loss, plan in enumerate(plans):
+            for score in (0.0, 0.25):
+                result.add(plan, "qa", length, PROTOCOLS[0], score=score, loss=abs(1.5 - loss), held=0.5, held_mib=1.0)
+    assert result.tasks(PROTOCOLS[0]) == {512: ["qa"], 4096: ["qa"]}
+    assert result.ranked(PROTOCOLS[0], 512) == [OFF, "tova:0.5", "h2o:0.5"]
+    html = page(result)
+    assert html.count("<h3>") == 2
+    short, long = html.split("<h3>")[1:]
+    assert "tova:0.5" in short and "tova:0.5" not in long
+    assert short.index("tova:0.5") < short.index("h2o:0.5")
+    assert "The uncompressed model finds 12 % of the answers" in short
+    assert "go by the loss" in short
 
 
 def test_the_command(tiny_folder: Path, tmp_path: Path) -> None:
@@ -214,16 +274,20 @@ def test_the_command(tiny_folder: Path, tmp_path: Path) -> None:
     assert set(data["plans"]) == {OFF, "knorm:0.5", "random:0.5", "streaming_llm:0.5"}
     assert data["cells"] and data["seconds"] >= 0
 
-    arguments = ["eval", "--tasks=variables", *sizes, *model, f"--out={tmp_path}", "--name=mine"]
-    done = CliRunner().invoke(app, [*arguments, "--plans=knorm:0.5,int8", "--extend"])
+    arguments = ["eval", "--tasks=variables", *sizes, *model, f"--out={tmp_path}", "--name=mine", "--resume"]
+    done = CliRunner().invoke(app, [*arguments, "--plans=knorm:0.5,int8"])
     assert done.exit_code == 0, done.output
     more = json.loads((tmp_path / "mine.json").read_text("utf-8"))
     assert more["cells"][: len(data["cells"])] == data["cells"]
     assert {cell["plan"] for cell in more["cells"][len(data["cells"]) :]} == {"int8"}
     assert (tmp_path / "mine.html").read_text("utf-8").count("int8") > 1
-    other = CliRunner().invoke(app, [*arguments, "--plans=int4", "--extend", "--text-new=9"])
+    other = CliRunner().invoke(app, [*arguments, "--plans=int4", "--text-new=9"])
     assert other.exit_code == 2
-    assert "another scope" in other.output
+    assert "another text_new: 8, not 9" in other.output
+    (tmp_path / "mine.json").write_text("{}")
+    other = CliRunner().invoke(app, [*arguments, "--plans=int4"])
+    assert other.exit_code == 2
+    assert "mine.json cannot be read" in other.output
 
 
 @pytest.mark.parametrize(

@@ -33,11 +33,13 @@ def test_samples(haystack: Haystack, name: str, tokens: int) -> None:
         assert answer in one.context
         assert answer not in one.question
     assert one.score(f"They are {', '.join(one.answers)}.") == 1
+    assert one.score(one.right) == 1
+    assert one.right[0] == " "
     assert one.score("nothing of that") == 0
 
 
 def test_scores_are_shares_of_whole_words() -> None:
-    one = Sample("", "", ("12345", "Oslo"))
+    one = Sample("", "", ("12345", "Oslo"), "")
     assert one.score(" 12345, and 777") == 0.5
     assert one.score(" 123456 in oslo.") == 0.5
     assert one.score("Oslo 12345") == 1
