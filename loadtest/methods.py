@@ -25,11 +25,14 @@ from winnow.engine.compression.registry import (
     prompt_policy,
     read_policy,
 )
+from winnow.engine.evaluation.harness import PROTOCOLS
 from winnow.engine.evaluation.plans import FORMATS, MERGED, OFF
 from winnow.engine.evaluation.result import Result, write_text
 
 BUDGETS = (0.5, 0.25)
-HEAD = ("method", "what it does", "sees", "keeps half", "keeps a quarter")
+HEAD = ("method", "what it does", "sees", "keeps half", "keeps a quarter", "answers, keeping half")
+ANSWERS_AT = 1024
+"""Tokens of the tasks whose answers are counted"""
 
 
 def methods(result: Result) -> str:
@@ -42,15 +45,19 @@ def methods(result: Result) -> str:
         "",
         f"Measured on {facts.get('model')} with {facts.get('weights')} weights, on real text. A cell has the share of "
         "tokens before which the plan and the uncompressed model find the same one likeliest, the KL divergence "
-        "between the two, and the bytes held, of those under no plan.",
+        "between the two, and the bytes held, of those under no plan. Answers are those found in generated tasks of "
+        f"{ANSWERS_AT} tokens, where the context was compressed before the question was read / with the question in "
+        f"it; the uncompressed model finds {_answers(result, OFF)}.",
         *_table("Eviction: `kv.evict`, frees pages", HEAD, _evictions(result)),
         *_table("Merging what was evicted: `kv.evict.merge`", (*HEAD[:3], f"with {MERGED}"), _merges(result)),
         *_table(
-            "Reading a part: `kv.read`, frees nothing", (*HEAD[:2], "a quarter of the tokens", "reads"), _reads(result)
+            "Reading a part: `kv.read`, frees nothing",
+            (*HEAD[:2], "a quarter of the tokens", "reads", "answers"),
+            _reads(result),
         ),
-        *_table("Page formats: `kv.format`", ("format", "measured"), _formats(result)),
-        *_table("Two formats in a lane: `kv.mix`", (*HEAD[:2], "measured"), _mixes(result)),
-        *_table("Prompts: `prompt`, shortens what is marked as context", HEAD[:2], _prompts()),
+        *_table("Page formats: `kv.format`", ("format", "measured", "answers"), _formats(result)),
+        *_table("Two formats in a lane: `kv.mix`", (*HEAD[:2], "measured", "answers"), _mixes(result)),
+        *_table("Prompts: `prompt`, shortens what is marked as context", (*HEAD[:2], *HEAD[3:]), _prompts(result)),
     ]
     return "\n".join(lines) + "\n"
 
@@ -59,7 +66,7 @@ def _evictions(result: Result) -> Iterator[tuple[str, ...]]:
     for name in EVICTION:
         policy = eviction_policy(name)
         cells = (_measured(result, f"{name}:{budget}") for budget in BUDGETS)
-        yield f"`{name}`", _first_line(policy), _signals(policy), *cells
+        yield f"`{name}`", _first_line(policy), _signals(policy), *cells, _answers(result, f"{name}:{BUDGETS[0]}")
 
 
 def _merges(result: Result) -> Iterator[tuple[str, ...]]:
@@ -73,23 +80,24 @@ def _reads(result: Result) -> Iterator[tuple[str, ...]]:
         plan = f"{name}:tokens={BUDGETS[-1]}"
         read = result.mean(plan, "read", "text")
         share = "not measured" if read is None else f"{read.value:.0%} of the bytes"
-        yield f"`{name}`", _first_line(read_policy(name)), _measured(result, plan), share
+        yield f"`{name}`", _first_line(read_policy(name)), _measured(result, plan), share, _answers(result, plan)
 
 
 def _formats(result: Result) -> Iterator[tuple[str, ...]]:
     for name in FORMATS:
-        yield f"`{name}`", _measured(result, name)
+        yield f"`{name}`", _measured(result, name), _answers(result, name)
 
 
 def _mixes(result: Result) -> Iterator[tuple[str, ...]]:
     for name in MIX:
         plan = f"{MERGED}+{name}" if mix_model(name)(policy=name).choice is None else name
-        yield f"`{name}`", _first_line(mix_method(name)), f"{plan}: {_measured(result, plan)}"
+        yield f"`{name}`", _first_line(mix_method(name)), f"{plan}: {_measured(result, plan)}", _answers(result, plan)
 
 
-def _prompts() -> Iterator[tuple[str, ...]]:
+def _prompts(result: Result) -> Iterator[tuple[str, ...]]:
     for name in PROMPT:
-        yield f"`{name}`", _first_line(prompt_policy(name))
+        cells = (_measured(result, f"{name}:{budget}") for budget in BUDGETS)
+        yield f"`{name}`", _first_line(prompt_policy(name)), *cells, _answers(result, f"{name}:{BUDGETS[0]}")
 
 
 def _measured(result: Result, plan: str) -> str:
@@ -97,6 +105,14 @@ def _measured(result: Result, plan: str) -> str:
     if agreement is None or kl is None or held is None:
         return result.refused.get(plan, "not measured")
     return f"{agreement.value:.0%}, {kl.value:.2g} nats, {held.value:.0%} held"
+
+
+def _answers(result: Result, plan: str) -> str:
+    """Shares by protocol; over the contexts that were asked under the plan, which are fewer where a run was cut."""
+    found = [result.mean(plan, "score", length=ANSWERS_AT, protocol=protocol) for protocol in PROTOCOLS]
+    if not any(found):
+        return "not measured"
+    return " / ".join("-" if share is None else f"{share.value:.0%}" for share in found)
 
 
 def _signals(method: Any) -> str:

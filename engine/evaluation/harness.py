@@ -110,7 +110,7 @@ class Harness:
         return self._book.prompts("eval/text", scope.text_prompts, scope.text_context + scope.text_new)
 
     def _measure_text(self, names: list[str], context: list[int], text: list[int]) -> None:
-        ask = Ask(context, {}, text, foretells=True)
+        ask = Ask(context, {}, text, foretells=True, context=self._target.decode(context))
         (exact,) = self._uncompressed([ask])
         for name, _, (answer,) in self._compressed([(name, "", [ask]) for name in names if name != OFF]):
             self._note_text(name, len(context), exact, answer)
@@ -129,10 +129,17 @@ class Harness:
         one = sample(task, self._haystack, length - RESERVE - new, index)
         context, question, right = map(self._target.encode, (one.context, one.question, one.right))
         free = {
-            "query-agnostic": Ask(context, {}, question, new),
+            "query-agnostic": Ask(context, {}, question, new, context=one.context),
             # The token after a prompt is foretold before its memory is compressed: the last one of the question must
             # follow, or an answer of one token would cost nothing.
-            "query-aware": Ask(context + question[:-1], {}, question[-1:], new),
+            "query-aware": Ask(
+                context + question[:-1],
+                {},
+                question[-1:],
+                new,
+                context=one.context,
+                question=self._target.decode(question[:-1]),
+            ),
         }
         asks = {
             protocol: [ask, replace(ask, forced=ask.forced + right, new=1, foretells=True)]

@@ -73,8 +73,8 @@ def _plots(result: Result) -> list[str]:
             ]
     figures: list[str] = []
     legend: dict[str, Line] = {}
-    for measure, protocol, length, title in wanted:
-        lines = _lines(result, measure, protocol, length)
+    for measure, kind, at, title in wanted:
+        lines = _lines(result, measure, kind, at)
         if not lines:
             continue
         legend |= {line.name: line for line in lines}

@@ -1,7 +1,8 @@
 """The plans that are compared, written briefly: `snapkv:0.25:adaptive+int4`.
 
 plan    part+part…
-part    a page format (int4), an eviction policy with its budget (h2o:0.5), or another policy of `kv` (quest:tokens=256)
+part    a page format (int4), an eviction or prompt policy with its budget (h2o:0.5), or another policy of `kv`
+        (quest:tokens=256)
 budget  as in a request: 0.25 is a fraction of the tokens, 512 a count
 option  adaptive, pyramid, decode, both, merge=method, or knob=value (window=32)
 """
@@ -16,7 +17,7 @@ import yaml
 
 from winnow.engine.compression.mix import mix_model
 from winnow.engine.compression.plan import FormatName, Plan
-from winnow.engine.compression.registry import EVICTION, MERGE, MIX, READ
+from winnow.engine.compression.registry import EVICTION, MERGE, MIX, PROMPT, READ
 from winnow.engine.errors import EvalError, RequestError
 
 Plans = dict[str, dict[str, Any]]
@@ -30,7 +31,7 @@ CONTROLS = ("random", "streaming_llm")
 """What any other eviction has to beat; they stand beside it at its budget"""
 BUDGETS = (0.5, 0.25)
 MERGED = "h2o:0.25"
-FORMATS = ("int8", "int4", "int2", "fp8")
+FORMATS = tuple(name for name in get_args(FormatName) if name not in ("f32", "bf16"))
 OTHERS = dict.fromkeys(READ, "read") | dict.fromkeys(MIX, "mix")
 """The part of `kv` that a policy belongs to"""
 COMPOSED = ("snapkv:0.25:adaptive", "snapkv:0.25:pyramid", "snapkv:0.5+int8", "snapkv:0.25+int4")
@@ -44,13 +45,14 @@ _OPTIONS = {
 
 
 def default_plans(budgets: Iterable[float] = BUDGETS) -> list[str]:
-    """Every policy of eviction and of reading at these budgets, the formats, the merging of what was evicted, and some
-    of these together."""
+    """Every policy of eviction, of reading and of prompts at these budgets, the formats, the merging of what was
+    evicted, and some of these together."""
     evictions = [f"{policy}:{budget}" for policy in EVICTION for budget in budgets]
     merges = [f"{MERGED}:merge={method}" for method in MERGE]
     reads = [f"{policy}:tokens={budget}" for policy in READ for budget in budgets]
     mixes = [f"{MERGED}+{name}" if _needs_eviction(name) else name for name in MIX]
-    return [*FORMATS, *evictions, *reads, *mixes, *merges, *COMPOSED]
+    prompts = [f"{policy}:{budget}" for policy in PROMPT for budget in budgets]
+    return [*FORMATS, *evictions, *reads, *mixes, *merges, *COMPOSED, *prompts]
 
 
 def read_plans(text: str, budgets: Iterable[float] = BUDGETS) -> Plans:
@@ -72,6 +74,7 @@ def read_plans(text: str, budgets: Iterable[float] = BUDGETS) -> Plans:
 
 
 def read_plan(text: str) -> dict[str, Any]:
+    plan: dict[str, Any] = {}
     kv: dict[str, Any] = {}
     for part in text.split("+"):
         name, *options = part.split(":")
@@ -79,20 +82,22 @@ def read_plan(text: str) -> dict[str, Any]:
             _set(kv, "format", name, text)
         elif name in EVICTION and options:
             _set(kv, "evict", {"policy": name, "budget": _number(options[0]), **dict(map(_option, options[1:]))}, text)
-        elif name in EVICTION:
+        elif name in PROMPT and options:
+            _set(plan, "prompt", {"policy": name, "keep": _number(options[0]), **dict(map(_option, options[1:]))}, text)
+        elif name in EVICTION or name in PROMPT:
             raise EvalError(f"{text}: {name} needs a budget, as in {name}:0.5")
         elif name in OTHERS:
             _set(kv, OTHERS[name], {"policy": name, **dict(map(_option, options))}, text)
         else:
             raise EvalError(f"{text}: {part!r} is no page format and no policy")
-    return {"kv": kv}
+    return ({"kv": kv} if kv else {}) | plan
 
 
 def with_controls(plans: Plans) -> Plans:
     """The plans, and for each budget among them the controls."""
-    budgets = dict.fromkeys(
-        plan["kv"]["evict"]["budget"] for plan in plans.values() if (plan.get("kv") or {}).get("evict")
-    )
+    evicts = [evict["budget"] for plan in plans.values() if (evict := (plan.get("kv") or {}).get("evict"))]
+    shortens = [prompt["keep"] for plan in plans.values() if (prompt := plan.get("prompt"))]
+    budgets = dict.fromkeys(evicts + shortens)
     controls = [f"{policy}:{budget}" for policy in CONTROLS for budget in budgets]
     return plans | {name: read_plan(name) for name in controls if name not in plans}
 

@@ -48,6 +48,9 @@ class ServerTarget:
         self._texts[tuple(tokens)] = text
         return tokens
 
+    def decode(self, tokens: list[int]) -> str:
+        return str(self._run(self._post("/detokenize", {"tokens": tokens}))["prompt"])
+
     def ask(self, asks: Sequence[Ask]) -> list[Answer | RequestError]:
         async def all_of_them() -> list[Answer | RequestError]:
             gate = asyncio.Semaphore(TOGETHER)
@@ -72,6 +75,8 @@ class ServerTarget:
             "skip_special_tokens": False,
             "compression": ask.plan,
         }
+        if "prompt" in ask.plan:
+            body |= {"prompt": ask.context + ask.question, "context": ask.context, "add_special_tokens": False}
         if ask.forced:
             body["forced"] = ask.forced
         if ask.foretells:

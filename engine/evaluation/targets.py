@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,10 @@ class Ask:
     """Tokens to generate after that"""
     foretells: bool = False
     """Whether the probabilities of the forced tokens are wanted"""
+    context: str = ""
+    """Text of the prompt's beginning, which a plan may shorten"""
+    question: str = ""
+    """Text of the rest of it"""
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,8 @@ class Target(Protocol):
     max_model_len: int
 
     def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, tokens: list[int]) -> str: ...
 
     def ask(self, asks: Sequence[Ask]) -> list[Answer | RequestError]:
         """All of them at once; a RequestError stands for each that is refused or fails."""
@@ -83,6 +90,44 @@ class EngineTarget:
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False)
 
+    def decode(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens, False)
+
+    def _prompts(self, asks: Sequence[Ask]) -> list[list[int] | RequestError]:
+        """What the model reads, before any of it is submitted."""
+        known: dict[str, list[int] | RequestError] = {}
+        prompts = []
+        for ask in asks:
+            key = json.dumps([ask.plan.get("prompt"), ask.context, ask.question])
+            if "prompt" in ask.plan and key not in known:
+                try:
+                    known[key] = self._shortened(ask)
+                except RequestError as error:
+                    known[key] = error
+            prompts.append(known[key] if "prompt" in ask.plan else ask.prompt)
+        return prompts
+
+    def _shortened(self, ask: Ask) -> list[int]:
+        """What the plan leaves of the prompt. RequestError if it cannot be had."""
+        from winnow.engine.compression.prompt.policy import PromptSignal
+        from winnow.engine.compression.registry import prompt_policy
+        from winnow.engine.messages import ContextPart, Rejected, Shorten, Shortened
+
+        policy = ask.plan["prompt"]["policy"]
+        if why := self.engine.shortener.missing.get(policy):
+            raise RequestError("compression.prompt.policy", why)
+        if prompt_policy(policy).signal is PromptSignal.EMBEDDINGS and not ask.question.strip():
+            raise RequestError("compression.prompt.policy", f"'{policy}' ranks by the question, and there is none")
+        tokens, bounds = self._tokenizer.encode_with_bounds(ask.context + ask.question, False)
+        part = ContextPart(ask.context, 0, [end for _, end in bounds if end <= len(ask.context)])
+        self.engine.shorten(Shorten("shorten", tokens, [part], ask.plan["prompt"], ask.question.strip()))
+        while True:
+            for output in self.engine.step():
+                if isinstance(output, Rejected):
+                    raise RequestError(output.param, output.message)
+                if isinstance(output, Shortened):
+                    return output.prompt
+
     def ask(self, asks: Sequence[Ask]) -> list[Answer | RequestError]:
         from winnow.engine.messages import Output, Rejected, SamplingParams, Submit
 
@@ -92,6 +137,7 @@ class EngineTarget:
         )
         outputs: dict[str, list[Output]] = defaultdict(list)
         refused: dict[str, RequestError] = {}
+        left = self._prompts(asks)
         for i, ask in enumerate(asks):
             sampling = SamplingParams(
                 temperature=0.0,
@@ -101,7 +147,11 @@ class EngineTarget:
                 logprobs=0 if ask.foretells else None,
             )
             try:
-                submit = Submit(str(i), ask.prompt, sampling, ask.plan, forced=ask.forced, lead_ins=self._lead_ins)
+                prompt = left[i]
+                if isinstance(prompt, RequestError):
+                    raise prompt
+                plan = {part: of for part, of in ask.plan.items() if part != "prompt"}
+                submit = Submit(str(i), prompt, sampling, plan, forced=ask.forced, lead_ins=self._lead_ins)
                 self.engine.submit(submit)
             except RequestError as error:
                 refused[str(i)] = error

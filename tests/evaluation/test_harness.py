@@ -27,11 +27,14 @@ from winnow.engine.evaluation.server import ServerTarget
 from winnow.engine.evaluation.tables import show
 from winnow.engine.evaluation.targets import Answer, Ask
 from winnow.engine.evaluation.tasks import TASKS, sample
+from winnow.engine.models.encoders import embedding_folder
+from winnow.engine.process import build_engine
 from winnow.server.cli import app
 
 from ..contract.serving import KEY, serving
+from ..prompt.encoders import random_sentence_encoder
 
-PLANS = read_plans("snapkv:0.5,h2o:0.25+int4,streaming_llm:1.0,quest:tokens=64:dense_layers=0")
+PLANS = read_plans("snapkv:0.5,h2o:0.25+int4,streaming_llm:1.0,quest:tokens=64:dense_layers=0,selective:0.5:unit=token")
 TEXT_OF_ALL = " ".join(f"The {i}th sentence says a little of this and that, as others do." for i in range(300))
 SCOPE = Scope(("niah_single", "qa"), (400,), 2, text_prompts=2, text_context=200, text_new=20)
 
@@ -77,6 +80,33 @@ def test_what_reads_a_part_holds_all(result: Result) -> None:
     cell = result.values[Cell("quest:tokens=64:dense_layers=0", TEXT, 200, "")]
     assert max(cell["read"]) < 0.9
     assert min(cell["held"]) >= 1
+
+
+def test_what_shortens_the_prompt_holds_less_of_it(result: Result) -> None:
+    cell = result.values[Cell("selective:0.5:unit=token", TEXT, 200, "")]
+    assert 0.5 < min(cell["held"]) <= max(cell["held"]) < 0.65
+    assert min(cell["kl"]) > 0
+
+
+def test_what_ranks_by_a_question_needs_one(target: KeptTarget, tiny_folder: Path, tmp_path: Path) -> None:
+    """Nothing ranks before the question was read, nor without a model that reads both."""
+    plan = read_plans("extractive:0.5")["extractive:0.5"]
+    context, question = TEXT_OF_ALL[:200], " What is the matter of the third sentence?"
+
+    def asked(of: KeptTarget, question: str) -> Answer | RequestError:
+        (answer,) = of.ask([Ask(of.encode(context + question), plan, [1], context=context, question=question)])
+        return answer
+
+    assert "no embedding model" in str(asked(target, question)) or embedding_folder(None) is not None
+    able = KeptTarget(str(tiny_folder), "f32", threads=1, kv_memory_gib=0.1)
+    changes = {"embedding_model": str(random_sentence_encoder(tmp_path / "encoder"))}
+    able.engine = build_engine(able.engine.settings.model_copy(update=changes))
+    assert "there is none" in str(asked(able, ""))
+    answer = asked(able, question)
+    assert isinstance(answer, Answer)
+    (whole,) = able.ask([Ask(able.encode(context + question), {}, [1])])
+    assert isinstance(whole, Answer)
+    assert answer.held < whole.held
 
 
 def test_the_same_numbers_again(result: Result, target: KeptTarget) -> None:

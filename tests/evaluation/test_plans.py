@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from winnow.engine.compression.plan import Plan
-from winnow.engine.compression.registry import EVICTION
+from winnow.engine.compression.registry import EVICTION, PROMPT
 from winnow.engine.errors import EvalError
 from winnow.engine.evaluation.plans import (
     OFF,
@@ -56,6 +56,7 @@ def test_brief_plans(text: str, kv: dict[str, Any]) -> None:
     [
         ("int3", "no page format"),
         ("snapkv", "needs a budget"),
+        ("selective", "needs a budget"),
         ("snapkv:half", "no budget"),
         ("snapkv:0.5:often", "no option"),
         ("int4+int8", "two parts"),
@@ -67,6 +68,15 @@ def test_brief_plans(text: str, kv: dict[str, Any]) -> None:
 def test_what_cannot_be_read(text: str, why: str) -> None:
     with pytest.raises(EvalError, match=why):
         read_plans(text)
+
+
+def test_plans_that_shorten_prompts() -> None:
+    assert read_plan("selective:0.5:unit=sentence+int4") == {
+        "kv": {"format": "int4"},
+        "prompt": {"policy": "selective", "keep": 0.5, "unit": "sentence"},
+    }
+    assert list(read_plans("spec_pc:0.3")) == [OFF, "spec_pc:0.3", "random:0.3", "streaming_llm:0.3"]
+    assert check(read_plans("spec_pc:0.3,extractive:200:threshold=0.2")) == {}
 
 
 def test_plans_that_no_request_could_name_are_found() -> None:
@@ -93,6 +103,7 @@ def test_controls_stand_beside_each_budget() -> None:
 def test_the_default_names_every_policy() -> None:
     plans = read_plans("default", [0.5])
     assert {plan["kv"]["evict"]["policy"] for plan in plans.values() if "evict" in plan.get("kv", {})} == set(EVICTION)
+    assert {plan["prompt"]["policy"] for plan in plans.values() if "prompt" in plan} == set(PROMPT)
     assert check(plans) == {}
     assert Plan.parse(plans[OFF]).is_off
     assert len(set(default_plans([0.5]))) == len(default_plans([0.5]))
