@@ -96,6 +96,7 @@ class Engine:
         self.runner = Runner(model, self.arena, self.graphs)
         self.shortener = Shortener(settings, config, self.arena.kv, ops)
         self.has_windows = any(config.windows)
+        self.formats = tuple(fmt.label for fmt in ops.formats())
         self.intake = Intake(self)
         self.totals = Totals()
         self.answers = Answers(

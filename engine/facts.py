@@ -42,6 +42,7 @@ def info_of(engine: Engine) -> EngineInfo:
         max_stream_len=max(engine.max_model_len, engine.settings.max_stream_len),
         has_windows=engine.has_windows,
         draft_max_len=None if engine.draft is None else engine.draft.max_len,
+        formats=engine.formats,
     )
 
 

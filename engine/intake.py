@@ -120,6 +120,7 @@ class Intake:
         engine, length, new = self._engine, len(request.prompt), request.sampling.max_tokens
         plan = resolve_quality(Plan.parse(request.plan), engine.frontier, engine.name)
         plan.check_windows(engine.has_windows)
+        plan.check_formats(engine.formats)
         longest = longest_text(plan, engine.info)
         if length + new > longest:
             raise PromptTooLong("max_tokens", f"{length} prompt tokens and {new} new ones exceed the model's {longest}")

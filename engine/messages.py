@@ -6,6 +6,8 @@ from typing import Any
 
 import msgspec
 
+from winnow.kernels.formats import PageFormat
+
 
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     """How tokens are chosen. Bounds are those of the OpenAI API where it has them, vLLM's elsewhere."""
@@ -188,6 +190,8 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
     """Prompt policies whose model this engine lacks, and what to do about it"""
     max_stream_len: int = 0
     """Longest prompt plus output under a plan with compact positions"""
+    formats: tuple[str, ...] = tuple(fmt.label for fmt in PageFormat)
+    """Page formats that its backend reads"""
     has_windows: bool = False
     """Some layers attend to a window of the newest positions only"""
     device: str = "cpu"

@@ -45,14 +45,17 @@ def attention(
 ) -> None: ...
 def choose_reads(kv: KV, batch: Batch, layer: int, q: int, q_heads: int, scale: float, window: int) -> None: ...
 def query_moments(kv: KV, batch: Batch, layer: int, qkv: int, q_heads: int, q_norm: int, eps: float) -> None: ...
-def read_lanes(kv: KV, slot: int, layer: int, count: int, keys: int, values: int) -> None: ...
+def read_lanes(
+    kv: KV, slot: int, layer: int, positions: int, capacity: int, count: int, keys: int, values: int
+) -> None: ...
 def write_lanes(
-    kv: KV, slot: int, layer: int, count: int, keys: int, values: int, counts: int, start: int, dst_table: int,
-    dst_width: int, dst_sealed: int, fmt: int,
+    kv: KV, slot: int, layer: int, count: int, keys: int, values: int, positions: int, counts: int, start: int,
+    dst_table: int, dst_width: int, dst_sealed: int, fmt: int,
 ) -> None: ...  # fmt: skip
 def repack(
     kv: KV, slot: int, keep: int, keep_width: int, counts: int, start: int, dst_table: int, dst_width: int,
-    dst_sealed: int, fmt: int, rest_start: int, rest_pages: int, rest_fmt: int,
+    dst_sealed: int, fmt: int, rest_start: int, rest_pages: int, rest_fmt: int, positions: int,
+    capacity: int,
 ) -> None: ...  # fmt: skip
 def nearest_rows(
     x: int, x_counts: int, y: int, y_counts: int, lanes: int, n: int, m: int, dim: int, index: int, cosine: int

@@ -48,6 +48,9 @@ class Backend(Protocol):
     def device(self) -> torch.device:
         """Where pages, weights and activations are."""
 
+    def formats(self) -> tuple[PageFormat, ...]:
+        """Page formats that it reads and writes, in the order of their values."""
+
     def pack(self, weight: Tensor, kind: WeightKind, bias: Tensor | None = None) -> Weight:
         """Packs `weight` [N, K], f32 or, for that kind, bf16, and `bias` [N] f32, for `linear` and `embed`.
 
@@ -109,8 +112,12 @@ class Backend(Protocol):
         dst_table: Tensor,
         dst_sealed: Tensor,
         fmt: PageFormat,
+        positions: Tensor | None = None,
     ) -> None:
         """Writes keys and values [Hkv, n, D] f32 to a sequence's layer from page `start` on, laid out as by `repack`.
+
+        `positions` [Hkv, n] int32, in host memory, say where these tokens stand in the text, for formats that go by it;
+        None: where they stand in the lane.
 
         The first `counts` tokens of each lane are written; `counts`, `start`, `dst_sealed` [Hkv] and `dst_table`
         [Hkv, W] int32 say what they say there. The tables of `kv` are not changed.

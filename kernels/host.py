@@ -1,13 +1,20 @@
-"""Where backends of this machine's own processors keep what they compute on, and the way from there to a GPU."""
+"""Backends of this machine's own processors: where their tensors are, and in which page formats; the way to a GPU."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from winnow.kernels.formats import PageFormat
+
 
 def device() -> torch.device:
     return torch.device("cpu")
+
+
+def formats() -> tuple[PageFormat, ...]:
+    """All there are."""
+    return tuple(PageFormat)
 
 
 def to_device(host: Tensor, to: torch.device) -> Tensor:

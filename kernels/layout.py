@@ -24,14 +24,19 @@ Two-bit codes lie four a byte in their order, the first in the lowest bits.
 fp8 is e4m3 (four bits of exponent, three of fraction) with one scale a page and side, float16, and no zero: an exponent
 of its own lets each number span what a page's channels and tokens span, so finer scales would buy nothing. Pages are
 sealed whole, so their largest number is known and becomes 448: nothing is calibrated, nothing clipped.
+
+The pages of other formats are opened before they are read; what lies in them says kernels/formats.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
-from enum import IntEnum
 from functools import cache
+from itertools import accumulate
 from typing import ClassVar
+
+from winnow.kernels.formats import PageFormat as PageFormat
 
 VECTOR = 8
 """Capacities are multiples of this, so that a key row is whole vectors on every target."""
@@ -40,44 +45,10 @@ BLOCK = 32
 """Tokens, or channels where they divide so, of a block of int2"""
 
 
-class PageFormat(IntEnum):
-    """How a page stores tokens. The values are those of `Format` in kernels/cpu/kernels.h."""
-
-    F32 = 0
-    BF16 = 1
-    INT8 = 2
-    INT4 = 3
-    INT2 = 4
-    FP8 = 5
-
-    @property
-    def label(self) -> str:
-        return self.name.lower()
-
-    @property
-    def bits(self) -> int:
-        """Bits of one stored number, scales aside."""
-        return (32, 16, 8, 4, 2, 8)[self]
-
-    @property
-    def is_integer(self) -> bool:
-        """Codes with a scale and a zero."""
-        return self in (PageFormat.INT8, PageFormat.INT4, PageFormat.INT2)
-
-    @property
-    def is_quantized(self) -> bool:
-        """Numbers share scales, so that a page is written whole or not at all."""
-        return self.is_integer or self is PageFormat.FP8
-
-    @classmethod
-    def parse(cls, label: str) -> PageFormat:
-        return cls[label.upper()]
-
-
 @dataclass(frozen=True)
 class Offsets:
     """Byte offsets of the parts of a page of `tokens` tokens with `dim` channels; those of scales and zeros are
-    meaningful for quantized formats, and a zero is empty where there is none."""
+    meaningful for formats with codes, and a zero is empty where there is none."""
 
     fmt: PageFormat
     dim: int
@@ -86,6 +57,8 @@ class Offsets:
 
     @property
     def values(self) -> int:
+        if self.fmt.is_opened:
+            return sum(self.fmt.opened.key_parts(self.dim, self.tokens))
         return self.tokens * self.dim * self.fmt.bits // 8
 
     @property
@@ -106,7 +79,15 @@ class Offsets:
 
     @property
     def end(self) -> int:
+        if self.fmt.is_opened:
+            return self.parts[-1]
         return self.v_zero + (2 * self._value_scales if self.fmt.is_integer else 0)
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Where each part of a page begins that is opened, and where the last one ends."""
+        sizes, size = self.fmt.opened, (self.dim, self.tokens)
+        return tuple(accumulate((*sizes.key_parts(*size), *sizes.value_parts(*size)), initial=0))
 
     @property
     def value_block(self) -> int:
@@ -152,7 +133,10 @@ class PageLayout:
         return self.page_tokens * self.token_bytes(self.compute)
 
     def token_bytes(self, fmt: PageFormat) -> int:
-        """Bytes that one more token costs in a page: its key, its value and its own scales."""
+        """Bytes that one more token costs in a page: its key, its value and its own scales; rounded up, its share of
+        a page that is opened."""
+        if fmt.is_opened:
+            return -(-self.offsets(fmt).end // self.capacity(fmt))
         codes = 2 * self.head_dim * fmt.bits // 8
         if fmt is PageFormat.INT2:
             return codes + 4 * self.head_dim // BLOCK + 4 * self.head_dim // self.value_block(fmt)
@@ -169,6 +153,10 @@ class PageLayout:
     @cache  # noqa: B019 - layouts are few and live as long as the process
     def capacity(self, fmt: PageFormat) -> int:
         """Tokens that fit a page of this format."""
+        if fmt.is_opened:
+            most = range(0, 4 * self.page_bytes // self.head_dim, VECTOR)  # each number takes a bit or more
+            fits = bisect_right(most, self.page_bytes, key=lambda tokens: Offsets(fmt, self.head_dim, tokens).end)
+            return most[fits - 1]
         per_page = {PageFormat.INT8: 4 * self.head_dim, PageFormat.INT4: 4 * self.head_dim, PageFormat.FP8: 4}
         # Four-bit key rows split into halves of whole vectors.
         multiple = {PageFormat.INT4: 2 * VECTOR, PageFormat.INT2: BLOCK}.get(fmt, VECTOR)

@@ -28,6 +28,7 @@ from winnow.engine.compression.registry import (
 from winnow.engine.evaluation.harness import PROTOCOLS
 from winnow.engine.evaluation.plans import FORMATS, MERGED, OFF
 from winnow.engine.evaluation.result import Result, write_text
+from winnow.kernels.formats import PageFormat
 
 BUDGETS = (0.5, 0.25)
 HEAD = ("method", "what it does", "sees", "keeps half", "keeps a quarter", "answers, keeping half")
@@ -55,7 +56,7 @@ def methods(result: Result) -> str:
             (*HEAD[:2], "a quarter of the tokens", "reads", "answers"),
             _reads(result),
         ),
-        *_table("Page formats: `kv.format`", ("format", "measured", "answers"), _formats(result)),
+        *_table("Page formats: `kv.format`", ("format", "what it does", "measured", "answers"), _formats(result)),
         *_table("Two formats in a lane: `kv.mix`", (*HEAD[:2], "measured", "answers"), _mixes(result)),
         *_table("Prompts: `prompt`, shortens what is marked as context", (*HEAD[:2], *HEAD[3:]), _prompts(result)),
     ]
@@ -85,7 +86,7 @@ def _reads(result: Result) -> Iterator[tuple[str, ...]]:
 
 def _formats(result: Result) -> Iterator[tuple[str, ...]]:
     for name in FORMATS:
-        yield f"`{name}`", _measured(result, name), _answers(result, name)
+        yield f"`{name}`", PageFormat.parse(name).what, _measured(result, name), _answers(result, name)
 
 
 def _mixes(result: Result) -> Iterator[tuple[str, ...]]:

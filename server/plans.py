@@ -10,7 +10,8 @@ from winnow.engine.calibration.registry import check_profiles
 from winnow.engine.compression.maximum import Maximum
 from winnow.engine.compression.merge_plan import merge_schema
 from winnow.engine.compression.mix import mix_schema
-from winnow.engine.compression.plan import FormatName, Plan, evict_schema, plan_schema
+from winnow.engine.compression.part import FORMATS
+from winnow.engine.compression.plan import Plan, evict_schema, plan_schema
 from winnow.engine.compression.profiles import PROFILES, load_profiles
 from winnow.engine.compression.prompt.plan import prompt_schema
 from winnow.engine.compression.read import read_schema
@@ -49,6 +50,7 @@ class Plans:
             self.maximum.check(plan)
         plan.sealed_format(PageFormat.parse(info.compute_format))
         plan.check_windows(info.has_windows)
+        plan.check_formats(info.formats)
         check_profiles(plan, info.profiles, model)
         return plan
 
@@ -61,7 +63,7 @@ class Plans:
             "mixes": mix_schema(),
             "prompt": prompt_schema(),
             "read": read_schema(),
-            "formats": list(FormatName.__args__),  # type: ignore[attr-defined]
+            "formats": FORMATS,
             "profiles": {name: described(plan) for name, plan in self.profiles.items()},
             "default": described(self.default),
             "maximum": self.maximum.model_dump(mode="json", exclude_none=True) if self.maximum else None,

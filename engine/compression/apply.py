@@ -306,7 +306,10 @@ class Compressor:
             stay = change.survivors(self._ops, layer, *self._ops.read_lanes(kv, slot, layer))
             moved = from_place(stay, first[layer], int(counts[layer].max()))
             to = counts[layer], start[layer], table[layer], sealed[layer]
-            self._ops.write_lanes(kv, slot, layer, *moved, *to, fmt)
+            positions = None
+            if fmt.is_opened:
+                positions = change.positions(layer, kv.positions[slot][layer], first[layer], moved[0].shape[1])
+            self._ops.write_lanes(kv, slot, layer, *moved, *to, fmt, positions)
             if stay.log_weights is not None:
                 weights.append(stay.log_weights.masked_fill(~held[layer], 0.0))
         return torch.stack(weights) if weights else None

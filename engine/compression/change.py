@@ -43,6 +43,15 @@ class Change:
             stay = replace(stay, keys=self.turn.back(stay.keys))
         return stay
 
+    def positions(self, layer: int, held: Tensor, first: Tensor, most: int) -> Tensor:
+        """[kv_heads, most] int32: where survivors stand in the text from now on, from place `first` [kv_heads] on, of a
+        layer whose tokens stand at `held` [kv_heads, tokens]."""
+        places = first.unsqueeze(-1) + first.new_ones(most).cumsum(0) - 1
+        if self.turn is not None:
+            return places.int()
+        keep = self.keep[layer].clamp_min(0)
+        return held.gather(1, keep.gather(1, places.clamp_max(keep.shape[1] - 1)))
+
     def _merged(self, ops: Backend, layer: int, keys: Tensor, values: Tensor) -> Survivors:
         if self.merge is None:
             return Survivors(rows(keys, self.keep[layer]), rows(values, self.keep[layer]))

@@ -41,6 +41,6 @@ class Maximum(Part):
                 raise RequestError(path, f"{path} must be given, as a {unit} of at most {self.budget}, on this server")
         if self.format is not None:
             held = plan.format if plan.format is not None else PageFormat.F32
-            if held.bits > PageFormat.parse(self.format).bits:
+            if held.mean_bits > PageFormat.parse(self.format).mean_bits:
                 path = f"{at}.kv.{'format' if plan.mix is None else 'mix.format'}"
                 raise RequestError(path, f"{path} must be given, as '{self.format}' or smaller, on this server")

@@ -18,8 +18,15 @@ from winnow.engine.compression.policy import PolicyParams, StagedPolicy
 from winnow.engine.compression.registry import MIX, eviction_policy, mix_method
 from winnow.kernels.layout import PageFormat
 
-HighFormat = Literal["f32", "bf16", "int8", "fp8", "int4"]
-LowFormat = Literal["int8", "fp8", "int4", "int2"]
+LOW = sorted((fmt for fmt in PageFormat if fmt.is_quantized), key=lambda fmt: -fmt.mean_bits)
+"""Formats of unimportant tokens"""
+
+if TYPE_CHECKING:
+    HighFormat = str
+    LowFormat = str
+else:
+    HighFormat = Literal[tuple(fmt.label for fmt in PageFormat if fmt.mean_bits > LOW[-1].mean_bits)]
+    LowFormat = Literal[tuple(fmt.label for fmt in LOW)]
 
 
 class MixMethod(Protocol):
@@ -48,7 +55,9 @@ class Mix(PolicyParams):
 
     @model_validator(mode="after")
     def _rest_is_smaller(self) -> Self:
-        if self.format is not None and PageFormat.parse(self.rest).bits >= PageFormat.parse(self.format).bits:
+        if self.format is not None and (
+            PageFormat.parse(self.rest).mean_bits >= PageFormat.parse(self.format).mean_bits
+        ):
             raise PydanticCustomError("unused", "has no fewer bits than `format`", {"at": "rest"})
         return self
 

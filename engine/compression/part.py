@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-FormatName = Literal["f32", "bf16", "int8", "int4", "int2", "fp8"]
-"""Labels of `PageFormat`"""
+from winnow.kernels.formats import PageFormat
+
+FORMATS = {fmt.label: fmt.what for fmt in PageFormat}
+"""What each page format does, by the name that a request writes"""
+
+
+def described(formats: Mapping[str, str]) -> str:
+    """One line of text on some of them."""
+    return "; ".join(f"{label}: {what}" for label, what in formats.items())
+
+
+if TYPE_CHECKING:
+    FormatName = str
+else:
+    FormatName = Literal[tuple(FORMATS)]
 
 
 class Part(BaseModel):

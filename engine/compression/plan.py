@@ -14,7 +14,7 @@ with the JSON path of the field. `{}` is the plan that compresses nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from winnow.engine.compression.evict_plan import AnyEvict, Evict, evict_model
 from winnow.engine.compression.knobs import schemas
 from winnow.engine.compression.merge_plan import merge_model
 from winnow.engine.compression.mix import AnyMix, Mix, check_mix, mix_model
-from winnow.engine.compression.part import FormatName, Part
+from winnow.engine.compression.part import FORMATS, FormatName, Part, described
 from winnow.engine.compression.plan_errors import explain
 from winnow.engine.compression.pressure_plan import OnPressure
 from winnow.engine.compression.prompt.plan import AnyPrompt, Prompt, prompt_model
@@ -43,7 +43,9 @@ class KV(Part):
     """Compression of keys and values."""
 
     evict: AnyEvict | None = None
-    format: FormatName | None = Field(None, description="page format of full pages; the engine's own if unset")
+    format: FormatName | None = Field(
+        None, description=f"page format of full pages; the engine's own if unset. {described(FORMATS)}"
+    )
     mix: AnyMix | None = Field(None, description="how unimportant tokens are held at fewer bits, instead of evicted")
     residual: int = Field(32, ge=0, le=65536, description="newest tokens that stay unquantized")
     read: AnyRead | None = None
@@ -54,6 +56,9 @@ class KV(Part):
             raise PydanticCustomError("unused", "has no effect without `format` or `mix`", {"at": "residual"})
         if self.mix is not None:
             check_mix(self.mix, self.format, self.evict, self.read)
+        if self.read is not None and self.format is not None and PageFormat.parse(self.format).is_opened:
+            why = "`kv.read` reads parts of pages, and those of '{format}' are opened whole"
+            raise PydanticCustomError("combination", why, {"at": "read", "format": self.format})
         return self
 
 
@@ -153,10 +158,25 @@ class Plan(Part):
         """Format of sealed pages on an engine that computes in `compute`; PlanNotSupported if it has more bits."""
         if self.format is None:
             return compute
-        if self.format.bits > compute.bits:
+        if self.format.mean_bits > compute.mean_bits:
             path = f"compression.kv.{'format' if self.mix is None else 'mix.format'}"
             raise PlanNotSupported(path, f"'{self.format.label}' is larger than '{compute.label}', the engine's format")
         return self.format
+
+    def check_formats(self, known: Collection[str]) -> None:
+        """PlanNotSupported for a page format that is not among those that the engine's backend reads."""
+        further = self.on_pressure
+        named = {
+            "kv.format": self.kv.format,
+            "kv.mix.format": None if self.mix is None else self.mix.format,
+            "kv.mix.rest": None if self.mix is None else self.mix.rest,
+            "on_pressure.format": None if further is None else further.format,
+        }
+        for name, label in named.items():
+            if label is not None and label not in known:
+                path = f"compression.{name}"
+                why = f"{path}: this engine has no pages in '{label}'; it has {', '.join(known)}"
+                raise PlanNotSupported(path, why)
 
     def check_windows(self, has_windows: bool) -> None:
         """PlanNotSupported where the model's layers have sliding windows, which are found by the order of positions."""

@@ -58,7 +58,7 @@ class OnPressure(Part):
             why = "what `kv.read` chooses by is kept for lanes that are not rewritten between events"
             raise PydanticCustomError("combination", why, {"at": "on_pressure"})
         if self.format is not None and kv.format is not None:
-            change = PageFormat.parse(self.format).bits - PageFormat.parse(kv.format).bits
+            change = PageFormat.parse(self.format).mean_bits - PageFormat.parse(kv.format).mean_bits
             if change > 0 or (change == 0 and self.evict is None):
                 raise PydanticCustomError(
                     "combination",

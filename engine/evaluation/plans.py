@@ -19,6 +19,7 @@ from winnow.engine.compression.mix import mix_model
 from winnow.engine.compression.plan import FormatName, Plan
 from winnow.engine.compression.registry import EVICTION, MERGE, MIX, PROMPT, READ
 from winnow.engine.errors import EvalError, RequestError
+from winnow.kernels.formats import PageFormat
 
 Plans = dict[str, dict[str, Any]]
 """What a request writes under "compression", by name"""
@@ -31,7 +32,7 @@ CONTROLS = ("random", "streaming_llm")
 """What any other eviction has to beat; they stand beside it at its budget"""
 BUDGETS = (0.5, 0.25)
 MERGED = "h2o:0.25"
-FORMATS = tuple(name for name in get_args(FormatName) if name not in ("f32", "bf16"))
+FORMATS = tuple(fmt.label for fmt in PageFormat if fmt not in (PageFormat.F32, PageFormat.BF16))
 OTHERS = dict.fromkeys(READ, "read") | dict.fromkeys(MIX, "mix")
 """The part of `kv` that a policy belongs to"""
 COMPOSED = ("snapkv:0.25:adaptive", "snapkv:0.25:pyramid", "snapkv:0.5+int8", "snapkv:0.25+int4")

@@ -17,6 +17,7 @@ from winnow.kernels import _cpu
 from winnow.kernels.cpu.handles import address, native_batch, native_kv
 from winnow.kernels.dispatch import WeightKind
 from winnow.kernels.host import device as device
+from winnow.kernels.host import formats as formats
 from winnow.kernels.kv import LaneBatch, PagedKV, Rest
 from winnow.kernels.layout import PageFormat
 from winnow.kernels.reference.rows import check_rows, check_sums
@@ -199,7 +200,7 @@ def read_lanes(kv: PagedKV, slot: int, layer: int) -> tuple[Tensor, Tensor]:
     count = int(kv.kept[slot, layer].max())
     shape = (kv.table.shape[2], count, kv.layout.head_dim)
     keys, values = torch.empty(shape), torch.empty(shape)
-    _cpu.read_lanes(native_kv(kv), slot, layer, count, keys.data_ptr(), values.data_ptr())
+    _cpu.read_lanes(native_kv(kv), slot, layer, *_positions(kv, slot), count, keys.data_ptr(), values.data_ptr())
     return keys, values
 
 
@@ -214,6 +215,7 @@ def write_lanes(
     dst_table: Tensor,
     dst_sealed: Tensor,
     fmt: PageFormat,
+    positions: Tensor | None = None,
 ) -> None:
     heads, dim = kv.table.shape[2], kv.layout.head_dim
     if keys.shape != values.shape or keys.dim() != 3 or (keys.shape[0], keys.shape[2]) != (heads, dim):
@@ -225,6 +227,9 @@ def write_lanes(
             raise ValueError(f"write_lanes: a tensor of shape {tuple(tensor.shape)} does not fit {heads} lanes")
     if dst_table.dim() != 2 or dst_table.shape[0] != heads:
         raise ValueError("write_lanes: the table does not fit the lanes")
+    if positions is not None and positions.shape != keys.shape[:2]:
+        raise ValueError(f"write_lanes: positions {list(positions.shape)} do not fit keys {list(keys.shape)}")
+    positions = None if positions is None else _ints(positions)
     _cpu.write_lanes(
         native_kv(kv),
         slot,
@@ -232,6 +237,7 @@ def write_lanes(
         keys.shape[1],
         keys.data_ptr(),
         values.data_ptr(),
+        address(positions),
         counts.data_ptr(),
         start.data_ptr(),
         dst_table.data_ptr(),
@@ -275,6 +281,7 @@ def repack(
         address(rest_start),
         address(rest_pages),
         int(kv.layout.compute if rest is None else rest.fmt),
+        *_positions(kv, slot),
     )
 
 
@@ -322,6 +329,16 @@ def copy_pages(kv: PagedKV, src: Tensor, dst: Tensor) -> None:
         if len(pages) and not 0 <= int(pages.min()) <= int(pages.max()) < len(kv.data):
             raise IndexError("a page to copy lies outside the arena")
     kv.data[dst.long()] = kv.data[src.long()]
+
+
+def _positions(kv: PagedKV, slot: int) -> tuple[int, int]:
+    """Address and capacity of those of a slot."""
+    positions = kv.positions.get(slot)
+    if positions is None:
+        return 0, 0
+    if positions.shape[:2] != kv.table.shape[1:3] or positions.dtype != torch.int32 or not positions.is_contiguous():
+        raise ValueError(f"positions {list(positions.shape)} are not contiguous int32 of the lanes")
+    return positions.data_ptr(), positions.shape[2]
 
 
 def _floats(tensor: Tensor) -> Tensor:

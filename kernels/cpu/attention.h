@@ -59,6 +59,7 @@ struct Block {
   int first, last;  // min low, max high
   const float* log_weights;  // of the lane's tokens, or null
   const uint8_t* chosen;     // lane tokens that its one token may see, null for all
+  float* opened;             // scratch for a page's keys or values, where pages are opened
   int64_t* touched;          // bytes read are added here, null where nobody asks
 };
 
@@ -101,7 +102,8 @@ static bool group_scores(const KV& kv, const Lane& lane, const Group& g, const B
       if (const uint8_t* next = lane.page(kv, g.column + p + 1))
         for (int64_t line = 0; line < shape.values; line += 64) __builtin_prefetch(next + line);
     }
-    page_scores(g.fmt, shape, kv.dim, page, x.q, x.rows, x.folded, scores, lds);
+    const Place place = lane.place(kv, g.first + p * g.capacity);
+    page_scores(g.fmt, shape, kv.dim, page, place, x.opened, x.q, x.rows, x.folded, scores, lds);
   }
   const int tokens = g.pages * g.capacity;
   if (x.log_weights) {
@@ -155,10 +157,11 @@ static bool attend_group(const KV& kv, const Lane& lane, const Group& g, const B
         for (int64_t line = 0; line < shape.values; line += 64) __builtin_prefetch(next + shape.values + line);
     // Of a page in a float format only the values of chosen tokens are read; others share scales and are read whole.
     const uint8_t* chosen = x.chosen && !is_quantized(g.fmt) ? x.chosen + g.first + p * g.capacity : nullptr;
+    const Place place = lane.place(kv, g.first + p * g.capacity);
     int64_t read = 0;
     for (int from = 0, to; chosen_run(chosen, n, from, to); read += to - from, from = to)
-      page_values(g.fmt, shape, dim, page + row_bytes(g.fmt, dim) * from, x.scores + p * g.capacity + from, lds, x.rows,
-                  to - from, x.folded, x.o);
+      page_values(g.fmt, shape, dim, page + row_bytes(g.fmt, dim) * from, place, x.opened,
+                  x.scores + p * g.capacity + from, lds, x.rows, to - from, x.folded, x.o);
     if (x.touched) *x.touched += page_bytes_read(g.fmt, shape, dim, read);
   }
   return true;
@@ -207,24 +210,17 @@ static int window_start(const Batch& batch, const KV& kv, int b, int layer, int 
   return low;
 }
 
-struct Scratch {  // per thread, reused between calls
-  char* bytes = nullptr;
-  size_t size = 0;
-  char* need(size_t n) {
-    if (n > size) { std::free(bytes); bytes = (char*)std::malloc(n); size = bytes ? n : 0; }
-    return bytes;
-  }
-};
-
 static bool make_block(const KV& kv, const Batch& batch, const Lane& lane, const Groups& groups, const Item& it,
                        int layer, const float* q, int q_heads, float scale, int window, Scratch& scratch, Block* x,
                        float** total) {
   const int group = q_heads / kv.heads, dim = kv.dim, rows = it.rows * group;
   const int n = batch.cu_rows[it.b + 1] - batch.cu_rows[it.b];
   const size_t wide = max_i(dim, groups.max_tokens), floats = rows * (3 * dim + groups.max_tokens + wide + 4);
-  float* f = (float*)scratch.need(floats * sizeof(float) + 2 * rows * sizeof(int));
+  const size_t opened = lane.opened_size(kv);
+  float* f = (float*)scratch.need((opened + floats) * sizeof(float) + 2 * rows * sizeof(int));
   if (!f) return false;
   x->rows = rows;
+  x->opened = f; f += opened;
   x->q = f; f += rows * dim;
   x->folded = f; f += rows * wide;
   x->o = f; f += rows * dim;
@@ -302,7 +298,7 @@ static bool attention(const KV& kv, const Batch& batch, int layer, const float* 
   for (int i = 0; i < count; i++) {
     static thread_local Scratch scratch;
     const Item& it = items[i];
-    const Lane lane = lane_of(kv, batch.slots[it.b], layer, it.head);
+    const Lane lane = lane_of(kv, batch, it.b, layer, it.head);
     const Groups groups = groups_of(kv, lane);
     Block x;
     float* total;

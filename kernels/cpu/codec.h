@@ -2,17 +2,22 @@
 // of kernels/layout.py, the arithmetic that of kernels/reference/codec.py, bit for bit.
 #pragma once
 #include "kernels.h"
+#include "opened.h"
 #include "simd.h"
 
 namespace winnow {
 namespace TARGET {
 
 constexpr bool is_integer(Format fmt) { return fmt == INT8 || fmt == INT4 || fmt == INT2; }
-constexpr bool is_quantized(Format fmt) { return is_integer(fmt) || fmt == FP8; }
-constexpr int bits_of(Format fmt) { return fmt == F32 ? 32 : fmt == BF16 ? 16 : fmt == INT4 ? 4 : fmt == INT2 ? 2 : 8; }
+constexpr bool is_float(Format fmt) { return fmt == F32 || fmt == BF16 || fmt == F16; }
+constexpr bool is_quantized(Format fmt) { return !is_float(fmt); }
+constexpr int bits_of(Format fmt) {  // of a format whose pages are read as they lie
+  return fmt == F32 ? 32 : fmt == BF16 || fmt == F16 ? 16 : fmt == INT4 ? 4 : fmt == INT2 ? 2 : 8;
+}
 constexpr int64_t row_bytes(Format fmt, int columns) { return (int64_t)columns * bits_of(fmt) / 8; }
 
 // Writes one token in a float format: key channel d to [d][at], value to [at].
+INLINE uint16_t to_half(Format fmt, float x) { return fmt == BF16 ? to_bf16(x) : to_f16(clamp_f16(x)); }
 INLINE void put_token(Format fmt, const PageShape& shape, int dim, uint8_t* page, int at, const float* key,
                       const float* value) {
   if (fmt == F32) {
@@ -21,12 +26,15 @@ INLINE void put_token(Format fmt, const PageShape& shape, int dim, uint8_t* page
     std::memcpy(v, value, sizeof(float) * dim);
   } else {
     uint16_t *k = (uint16_t*)page + at, *v = (uint16_t*)(page + shape.values) + (int64_t)at * dim;
-    for (int d = 0; d < dim; d++) k[(int64_t)d * shape.capacity] = to_bf16(key[d]);
-    for (int d = 0; d < dim; d++) v[d] = to_bf16(value[d]);
+    for (int d = 0; d < dim; d++) k[(int64_t)d * shape.capacity] = to_half(fmt, key[d]);
+    for (int d = 0; d < dim; d++) v[d] = to_half(fmt, value[d]);
   }
 }
 
-INLINE float widen_bf16(uint16_t h) { const uint32_t b = (uint32_t)h << 16; float f; std::memcpy(&f, &b, 4); return f; }
+INLINE float from_half(Format fmt, uint16_t h) {
+  if (fmt == F16) return from_f16(h);
+  const uint32_t b = (uint32_t)h << 16; float f; std::memcpy(&f, &b, 4); return f;
+}
 
 // The code of column `at` of a packed row.
 INLINE int code_at(Format fmt, const uint8_t* row, int columns, int at) {
@@ -36,7 +44,7 @@ INLINE int code_at(Format fmt, const uint8_t* row, int columns, int at) {
   return at < half ? row[at] & 15 : row[at - half] >> 4;
 }
 
-// Reads one token of any format: its key channels to key[d * stride], its value to value[d].
+// Reads one token of a page that is read as it lies: its key channels to key[d * stride], its value to value[d].
 static void get_token(Format fmt, const PageShape& shape, int dim, const uint8_t* page, int at, float* key,
                       int64_t stride, float* value) {
   const int capacity = shape.capacity;
@@ -46,9 +54,9 @@ static void get_token(Format fmt, const PageShape& shape, int dim, const uint8_t
   if (fmt == F32) {
     for (int d = 0; d < dim; d++) key[d * stride] = ((const float*)page)[(int64_t)d * capacity + at];
     std::memcpy(value, (const float*)values + (int64_t)at * dim, sizeof(float) * dim);
-  } else if (fmt == BF16) {
-    for (int d = 0; d < dim; d++) key[d * stride] = widen_bf16(((const uint16_t*)page)[(int64_t)d * capacity + at]);
-    for (int d = 0; d < dim; d++) value[d] = widen_bf16(((const uint16_t*)values)[(int64_t)at * dim + d]);
+  } else if (is_float(fmt)) {
+    for (int d = 0; d < dim; d++) key[d * stride] = from_half(fmt, ((const uint16_t*)page)[(int64_t)d * capacity + at]);
+    for (int d = 0; d < dim; d++) value[d] = from_half(fmt, ((const uint16_t*)values)[(int64_t)at * dim + d]);
   } else if (fmt == FP8) {
     const float k = from_f16(*ks), v = from_f16(*vs);
     for (int d = 0; d < dim; d++) key[d * stride] = from_e4m3(page[(int64_t)d * capacity + at]) * k;
@@ -69,8 +77,6 @@ static void get_token(Format fmt, const PageShape& shape, int dim, const uint8_t
     }
   }
 }
-
-INLINE float clamp_f16(float x) { return x > 65504.f ? 65504.f : x < -65504.f ? -65504.f : x; }
 
 // One row of integer codes, with its scale and zero.
 INLINE void seal_row(Format fmt, const float* x, int columns, uint8_t* out, uint16_t* scale16, uint16_t* zero16) {
@@ -111,7 +117,8 @@ static void seal_fp8(const float* x, int rows, int columns, int64_t stride, uint
 
 // Packs a full page: keys [dim][stride] and values [capacity][dim] in f32.
 static void seal_page(Format fmt, const PageShape& shape, int dim, uint8_t* page, const float* keys, int64_t stride,
-                      const float* values) {
+                      const float* values, const Place& place) {
+  if (is_opened(fmt)) return seal_opened(fmt, shape, dim, page, keys, stride, values, place);
   const int capacity = shape.capacity;
   uint8_t* vpart = page + shape.values;
   uint16_t *ks = (uint16_t*)(page + shape.k_scale), *kz = (uint16_t*)(page + shape.k_zero);
@@ -123,10 +130,10 @@ static void seal_page(Format fmt, const PageShape& shape, int dim, uint8_t* page
     for (int d = 0; d < dim; d++)
       std::memcpy((float*)page + (int64_t)d * capacity, keys + d * stride, sizeof(float) * capacity);
     std::memcpy(vpart, values, sizeof(float) * (int64_t)capacity * dim);
-  } else if (fmt == BF16) {
+  } else if (is_float(fmt)) {
     for (int d = 0; d < dim; d++)
-      for (int t = 0; t < capacity; t++) ((uint16_t*)page)[(int64_t)d * capacity + t] = to_bf16(keys[d * stride + t]);
-    for (int64_t i = 0; i < (int64_t)capacity * dim; i++) ((uint16_t*)vpart)[i] = to_bf16(values[i]);
+      for (int t = 0; t < capacity; t++) ((uint16_t*)page)[(int64_t)d * capacity + t] = to_half(fmt, keys[d * stride + t]);
+    for (int64_t i = 0; i < (int64_t)capacity * dim; i++) ((uint16_t*)vpart)[i] = to_half(fmt, values[i]);
   } else {
     const int tokens = shape.key_block, channels = shape.value_block;
     int64_t row = 0;

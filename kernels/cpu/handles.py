@@ -25,7 +25,10 @@ def native_kv(kv: PagedKV) -> Any:
         for fmt in PageFormat:
             o = layout.offsets(fmt)
             blocks = [layout.key_block(fmt), layout.value_block(fmt)]
-            shapes.append([layout.capacity(fmt), *blocks, o.values, o.k_scale, o.k_zero, o.v_scale, o.v_zero])
+            if fmt.is_opened:
+                shapes.append([layout.capacity(fmt), *blocks, o.values, 0, 0, 0, 0, *o.parts])
+            else:
+                shapes.append([layout.capacity(fmt), *blocks, o.values, o.k_scale, o.k_zero, o.v_scale, o.v_zero])
         handle = _cpu.KV(
             kv.data.data_ptr(), kv.data.shape[0], layout.page_bytes, layout.head_dim, int(layout.compute), shapes
         )

@@ -5,12 +5,16 @@
 
 namespace winnow {
 
-// PageFormat in layout.py
-enum Format : uint8_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3, INT2 = 4, FP8 = 5, FORMATS = 6 };
+// PageFormat in kernels/formats
+enum Format : uint8_t {
+  F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3, INT2 = 4, FP8 = 5, F16 = 6, MUSTAFAR50 = 7, MUSTAFAR70 = 8, FORMATS = 9
+};
+constexpr int MOST_PARTS = 16;
 
 struct PageShape {  // of one format; from layout.py, bytes
   int capacity, key_block, value_block;
   int64_t values, k_scale, k_zero, v_scale, v_zero;
+  int64_t parts[MOST_PARTS + 1];  // of pages that are opened: where each part begins, and the last one ends
 };
 
 struct KV {  // PagedKV in kv.py
@@ -73,6 +77,8 @@ struct Batch {  // LaneBatch in kv.py
   const Reading* reading;  // per sequence; null where all of them read all
 };
 
+struct Positions { const int32_t* data; int capacity; };  // of a slot, [layers, heads, capacity]; null where it has none
+
 struct Rest {  // the second sealed part of lanes to write, Rest in kv.py; null arrays where there is none
   const int32_t *start, *pages;  // [layers, heads]
   Format fmt;
@@ -103,13 +109,14 @@ struct Kernels {
   bool (*choose_reads)(const KV& kv, const Batch& batch, int layer, const float* q, int q_heads, float scale, int window);
   bool (*query_moments)(const KV& kv, const Batch& batch, int layer, const float* qkv, int q_heads, const float* q_norm,
                         float eps);
-  bool (*read_lanes)(const KV& kv, int slot, int layer, int count, float* keys, float* values);
+  bool (*read_lanes)(const KV& kv, int slot, int layer, const Positions& positions, int count, float* keys,
+                     float* values);
   bool (*write_lanes)(const KV& kv, int slot, int layer, int count, const float* keys, const float* values,
-                      const int32_t* counts, const int32_t* start, const int32_t* dst_table, int dst_width,
+                      const int32_t* positions, const int32_t* counts, const int32_t* start, const int32_t* dst_table, int dst_width,
                       const int32_t* dst_sealed, Format fmt);
   bool (*repack)(const KV& kv, int slot, const int32_t* keep, int keep_width, const int32_t* counts,
                  const int32_t* start, const int32_t* dst_table, int dst_width, const int32_t* dst_sealed, Format fmt,
-                 const Rest& rest);
+                 const Rest& rest, const Positions& positions);
   bool (*nearest_rows)(const float* x, const int32_t* x_counts, const float* y, const int32_t* y_counts, int lanes, int n,
                        int m, int dim, int32_t* index, float* cosine);
   bool (*sum_rows)(const float* x, const float* weights, const int32_t* index, int lanes, int n, int m, int dim,

@@ -86,7 +86,7 @@ struct Ballot {
 // log of the sum of e^logits over what each row of the item sees, to lse [rows, q_heads].
 static bool normalise(const Ballot& ballot, const Item& it, float* lse) {
   static thread_local Scratch scratch;
-  const Lane lane = lane_of(ballot.kv, ballot.batch.slots[it.b], ballot.layer, it.head);
+  const Lane lane = lane_of(ballot.kv, ballot.batch, it.b, ballot.layer, it.head);
   const Groups groups = groups_of(ballot.kv, lane);
   Block x;
   if (!ballot.block(it, lane, groups, scratch, &x)) return false;
@@ -115,7 +115,7 @@ static bool count_span(const Ballot& ballot, int head, int span, int vote, int r
   static thread_local Scratch scratch;
   const KV& kv = ballot.kv;
   const int block = max_i(1, BLOCK_ROWS / ballot.group());
-  const Lane lane = lane_of(kv, ballot.batch.slots[ballot.b], ballot.layer, head);
+  const Lane lane = lane_of(kv, ballot.batch, ballot.b, ballot.layer, head);
   const Groups groups = groups_of(kv, lane);
   const int64_t capacity = ballot.batch.mass_capacity[ballot.b];
   float* mass = ballot.batch.mass[ballot.b] + ((int64_t)ballot.layer * kv.heads + head) * capacity;

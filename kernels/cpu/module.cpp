@@ -35,7 +35,12 @@ static void check(bool ok, const char* kernel) {
 }
 
 static PageShape shape_of(const std::vector<int64_t>& v) {
-  return {(int)v.at(0), (int)v.at(1), (int)v.at(2), v.at(3), v.at(4), v.at(5), v.at(6), v.at(7)};
+  PageShape shape = {(int)v.at(0), (int)v.at(1), (int)v.at(2), v.at(3), v.at(4), v.at(5), v.at(6), v.at(7), {}};
+  for (size_t i = 8; i < v.size(); i++) {
+    if (i - 8 > MOST_PARTS) throw std::invalid_argument("a page has too many parts");
+    shape.parts[i - 8] = v[i];
+  }
+  return shape;
 }
 
 struct PyKV : KV {
@@ -182,20 +187,23 @@ NB_MODULE(_cpu, m) {
   m.def("query_moments", [](const PyKV& kv, const PyBatch& batch, int layer, uintptr_t qkv, int q_heads, uintptr_t q_norm, float eps) {
     check(active->query_moments(kv, batch, layer, at<const float>(qkv), q_heads, at<const float>(q_norm), eps), "query_moments");
   }, release());
-  m.def("read_lanes", [](const PyKV& kv, int slot, int layer, int count, uintptr_t keys, uintptr_t values) {
-    check(active->read_lanes(kv, slot, layer, count, at<float>(keys), at<float>(values)), "read_lanes");
+  m.def("read_lanes", [](const PyKV& kv, int slot, int layer, uintptr_t positions, int capacity, int count, uintptr_t keys, uintptr_t values) {
+    const Positions of_slot = {at<const int32_t>(positions), capacity};
+    check(active->read_lanes(kv, slot, layer, of_slot, count, at<float>(keys), at<float>(values)), "read_lanes");
   }, release());
-  m.def("write_lanes", [](const PyKV& kv, int slot, int layer, int count, uintptr_t keys, uintptr_t values, uintptr_t counts,
+  m.def("write_lanes", [](const PyKV& kv, int slot, int layer, int count, uintptr_t keys, uintptr_t values, uintptr_t positions, uintptr_t counts,
                           uintptr_t start, uintptr_t dst_table, int dst_width, uintptr_t dst_sealed, int fmt) {
-    check(active->write_lanes(kv, slot, layer, count, at<const float>(keys), at<const float>(values), at<const int32_t>(counts),
+    check(active->write_lanes(kv, slot, layer, count, at<const float>(keys), at<const float>(values), at<const int32_t>(positions), at<const int32_t>(counts),
                               at<const int32_t>(start), at<const int32_t>(dst_table), dst_width, at<const int32_t>(dst_sealed),
                               (Format)fmt), "write_lanes");
   }, release());
   m.def("repack", [](const PyKV& kv, int slot, uintptr_t keep, int keep_width, uintptr_t counts, uintptr_t start, uintptr_t dst_table,
-                     int dst_width, uintptr_t dst_sealed, int fmt, uintptr_t rest_start, uintptr_t rest_pages, int rest_fmt) {
+                     int dst_width, uintptr_t dst_sealed, int fmt, uintptr_t rest_start, uintptr_t rest_pages, int rest_fmt,
+                     uintptr_t positions, int capacity) {
+    const Positions of_slot = {at<const int32_t>(positions), capacity};
     const Rest rest = {at<const int32_t>(rest_start), at<const int32_t>(rest_pages), (Format)rest_fmt};
     check(active->repack(kv, slot, at<const int32_t>(keep), keep_width, at<const int32_t>(counts), at<const int32_t>(start),
-                         at<const int32_t>(dst_table), dst_width, at<const int32_t>(dst_sealed), (Format)fmt, rest), "repack");
+                         at<const int32_t>(dst_table), dst_width, at<const int32_t>(dst_sealed), (Format)fmt, rest, of_slot), "repack");
   }, release());
   m.def("nearest_rows", [](uintptr_t x, uintptr_t x_counts, uintptr_t y, uintptr_t y_counts, int lanes, int n, int m, int dim,
                            uintptr_t index, uintptr_t cosine) {

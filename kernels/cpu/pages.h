@@ -9,12 +9,37 @@
 namespace winnow {
 namespace TARGET {
 
+struct Scratch {  // per thread, reused between calls
+  char* bytes = nullptr;
+  size_t size = 0;
+  char* need(size_t n) {
+    if (n > size) { std::free(bytes); bytes = (char*)std::malloc(n); size = bytes ? n : 0; }
+    return bytes;
+  }
+};
+
 struct Lane {
   const int32_t* table;
   int width, kept, sealed, rest;  // pages: sealed ones, then those in the second format, then open ones
   Format fmt, rest_fmt;
   int sealed_tokens, closed_tokens;  // in the sealed pages; in all full ones
+  int layer, head;
+  const int32_t* positions;  // of its tokens in the text; null where they are their places in the lane
 
+  // Floats that a page of this lane takes when it is opened; 0 where none is.
+  int64_t opened_size(const KV& kv) const {
+    const int first = is_opened(fmt) ? kv.shapes[fmt].capacity : 0;
+    const int second = is_opened(rest_fmt) && rest ? kv.shapes[rest_fmt].capacity : 0;
+    return (int64_t)max_i(first, second) * kv.dim;
+  }
+  // Whether there are as many positions as are looked at when its pages are opened, or with `seals` sealed.
+  bool has_positions(const KV& kv, const Positions& of_slot, bool seals = false) const {
+    return !of_slot.data || kept <= of_slot.capacity || !(seals || opened_size(kv));
+  }
+  // That of a page whose first token is `first` of the lane.
+  inline __attribute__((always_inline)) Place place(const KV& kv, int first) const {
+    return {kv, layer, head, positions ? positions + first : nullptr, first};
+  }
   // The page of the compute format that holds token `token`, and the token's place in it; null out of bounds.
   inline __attribute__((always_inline)) uint8_t* open_page(const KV& kv, int token, int* at) const {
     const int capacity = kv.shapes[kv.compute].capacity, index = token - closed_tokens;
@@ -29,17 +54,22 @@ struct Lane {
   }
 };
 
-INLINE Lane lane_of(const KV& kv, int slot, int layer, int head) {
+// `positions` are those of the slot, [layers, heads, capacity], or null.
+INLINE Lane lane_of(const KV& kv, int slot, int layer, int head, const int32_t* positions = nullptr, int capacity = 0) {
   const int64_t i = ((int64_t)slot * kv.layers + layer) * kv.heads + head;
   const Format fmt = kv.formats[slot] < FORMATS ? (Format)kv.formats[slot] : F32;
   const Format rest_fmt = kv.rest_formats[slot] < FORMATS ? (Format)kv.rest_formats[slot] : F32;
   const int sealed_tokens = kv.sealed[i] * kv.shapes[fmt].capacity;
+  if (positions) positions += ((int64_t)layer * kv.heads + head) * capacity;
   return {kv.table + i * kv.width, kv.width, kv.kept[i], kv.sealed[i], kv.rest[i], fmt, rest_fmt, sealed_tokens,
-          sealed_tokens + kv.rest[i] * kv.shapes[rest_fmt].capacity};
+          sealed_tokens + kv.rest[i] * kv.shapes[rest_fmt].capacity, layer, head, positions};
+}
+INLINE Lane lane_of(const KV& kv, const Batch& batch, int b, int layer, int head) {
+  return lane_of(kv, batch.slots[b], layer, head, batch.lane_positions[b], batch.positions_capacity[b]);
 }
 
 // Whether every index of the batch lies inside its array: the slots, the rows, and the lanes' lengths. Positions of lane
-// tokens need only be there under a window.
+// tokens need only be there under a window, and where pages are opened.
 INLINE bool valid_batch(const KV& kv, const Batch& batch, int layer, int q_heads, int window) {
   if (layer < 0 || layer >= kv.layers || q_heads < kv.heads || q_heads % kv.heads || kv.dim > 256) return false;
   if (batch.cu_rows[0] != 0 || batch.cu_rows[batch.size] != batch.rows) return false;
@@ -50,7 +80,8 @@ INLINE bool valid_batch(const KV& kv, const Batch& batch, int layer, int q_heads
       const Lane lane = lane_of(kv, batch.slots[b], layer, h);
       if (lane.sealed < 0 || lane.rest < 0 || lane.kept < lane.closed_tokens || lane.kept < rows) return false;
       const int open = kv.shapes[kv.compute].capacity;
-      if (window > 0 && batch.lane_positions[b] && lane.kept > batch.positions_capacity[b]) return false;
+      const bool by_position = window > 0 || lane.opened_size(kv);
+      if (by_position && batch.lane_positions[b] && lane.kept > batch.positions_capacity[b]) return false;
       if (batch.log_weights[b] && lane.kept > batch.log_weights_capacity[b]) return false;
       if (lane.sealed + lane.rest + (lane.kept - lane.closed_tokens + open - 1) / open > kv.width) return false;
     }
@@ -58,35 +89,69 @@ INLINE bool valid_batch(const KV& kv, const Batch& batch, int layer, int q_heads
   return true;
 }
 
-// Token `index` of a lane, dequantized; false where it lies outside the lane or its pages outside the arena.
-INLINE bool read_token(const KV& kv, const Lane& lane, int index, float* key, int64_t stride, float* value) {
-  if (index < 0 || index >= lane.kept) return false;
-  const bool in_sealed = index < lane.sealed_tokens, in_rest = !in_sealed && index < lane.closed_tokens;
-  const Format fmt = in_sealed ? lane.fmt : in_rest ? lane.rest_fmt : kv.compute;
-  const PageShape& shape = kv.shapes[fmt];
-  const int at = index - (in_sealed ? 0 : in_rest ? lane.sealed_tokens : lane.closed_tokens);
-  const int column = (in_sealed ? 0 : in_rest ? lane.sealed : lane.sealed + lane.rest) + at / shape.capacity;
-  if (column >= lane.width) return false;
-  const uint8_t* page = lane.page(kv, column);
-  if (!page) return false;
-  get_token(fmt, shape, kv.dim, page, at % shape.capacity, key, stride, value);
-  return true;
-}
+// Reads tokens of a lane one after the other; of pages that are opened it holds the last one, opened.
+struct LaneReader {
+  const KV& kv;
+  const Lane& lane;
+  float *keys, *values;  // [dim][capacity] and [capacity][dim] of that page; scratch
+  int column = -1;       // where it is
+
+  LaneReader(const KV& kv_, const Lane& lane_, Scratch& scratch) : kv(kv_), lane(lane_) {
+    const int64_t size = lane.opened_size(kv);
+    keys = size ? (float*)scratch.need(2 * sizeof(float) * size) : nullptr;
+    values = keys ? keys + size : nullptr;
+  }
+  // Token `index`, as numbers; false where it lies outside the lane or its pages outside the arena.
+  bool read(int index, float* key, int64_t stride, float* value) {
+    if (index < 0 || index >= lane.kept) return false;
+    const bool in_sealed = index < lane.sealed_tokens, in_rest = !in_sealed && index < lane.closed_tokens;
+    const Format fmt = in_sealed ? lane.fmt : in_rest ? lane.rest_fmt : kv.compute;
+    const PageShape& shape = kv.shapes[fmt];
+    const int at = index - (in_sealed ? 0 : in_rest ? lane.sealed_tokens : lane.closed_tokens);
+    const int wanted = (in_sealed ? 0 : in_rest ? lane.sealed : lane.sealed + lane.rest) + at / shape.capacity;
+    if (wanted >= lane.width) return false;
+    const uint8_t* page = lane.page(kv, wanted);
+    if (!page) return false;
+    if (!is_opened(fmt)) {
+      get_token(fmt, shape, kv.dim, page, at % shape.capacity, key, stride, value);
+      return true;
+    }
+    if (!keys) return false;
+    if (wanted != column) {
+      const Place place = lane.place(kv, index - at % shape.capacity);
+      open_keys(fmt, shape, kv.dim, page, place, keys);
+      open_values(fmt, shape, kv.dim, page, place, values);
+      column = wanted;
+    }
+    const int t = at % shape.capacity;
+    for (int d = 0; d < kv.dim; d++) key[d * stride] = keys[(int64_t)d * shape.capacity + t];
+    std::memcpy(value, values + (int64_t)t * kv.dim, sizeof(float) * kv.dim);
+    return true;
+  }
+};
+
+constexpr int RUN_TOKENS = 256;  // that one thread reads of a lane at a time
 
 // keys and values [heads, count, dim], zeros beyond a lane's kept length.
-static bool read_lanes(const KV& kv, int slot, int layer, int count, float* keys, float* values) {
+static bool read_lanes(const KV& kv, int slot, int layer, const Positions& positions, int count, float* keys,
+                       float* values) {
   if (slot < 0 || slot >= kv.slots || layer < 0 || layer >= kv.layers) return false;
   bool ok = true;
-#pragma omp parallel for schedule(static) collapse(2) reduction(&& : ok)
+#pragma omp parallel for schedule(dynamic, 1) collapse(2) reduction(&& : ok)
   for (int h = 0; h < kv.heads; h++)
-    for (int t = 0; t < count; t++) {
-      const Lane lane = lane_of(kv, slot, layer, h);
-      const int64_t at = ((int64_t)h * count + t) * kv.dim;
-      if (t < lane.kept) {
-        ok = ok && read_token(kv, lane, t, keys + at, 1, values + at);
-      } else {
-        std::memset(keys + at, 0, sizeof(float) * kv.dim);
-        std::memset(values + at, 0, sizeof(float) * kv.dim);
+    for (int first = 0; first < count; first += RUN_TOKENS) {
+      static thread_local Scratch scratch;
+      const Lane lane = lane_of(kv, slot, layer, h, positions.data, positions.capacity);
+      if (!lane.has_positions(kv, positions)) { ok = false; continue; }
+      LaneReader reader(kv, lane, scratch);
+      for (int t = first; t < min_i(count, first + RUN_TOKENS); t++) {
+        const int64_t at = ((int64_t)h * count + t) * kv.dim;
+        if (t < lane.kept) {
+          ok = ok && reader.read(t, keys + at, 1, values + at);
+        } else {
+          std::memset(keys + at, 0, sizeof(float) * kv.dim);
+          std::memset(values + at, 0, sizeof(float) * kv.dim);
+        }
       }
     }
   return ok;
@@ -96,9 +161,10 @@ static bool read_lanes(const KV& kv, int slot, int layer, int count, float* keys
 // sealed + rest in `rest_fmt`, all full, then open ones. What lies between stays as it is.
 struct Target { int first, sealed, rest_start, rest; Format fmt, rest_fmt; };
 
-// Writes n tokens, keys [dim][n] and values [n][dim], to the pages of `table`. False where the pages do not hold them.
-static bool write_lane(const KV& kv, int n, const float* keys, const float* values, const Target& to,
-                       const int32_t* table, int width) {
+// Writes n tokens, keys [dim][n], values [n][dim] and positions [n], to the pages of `table`; `lane` is theirs. False
+// where the pages do not hold them.
+static bool write_lane(const KV& kv, const Lane& lane, int n, const float* keys, const float* values,
+                       const int32_t* positions, const Target& to, const int32_t* table, int width) {
   const int dim = kv.dim, closed = to.sealed + to.rest;
   const PageShape &packed = kv.shapes[to.fmt], &second = kv.shapes[to.rest_fmt], &open = kv.shapes[kv.compute];
   if (n < 0 || to.first < 0 || to.sealed < to.first || to.rest_start < 0 || to.rest < to.rest_start) return false;
@@ -115,7 +181,8 @@ static bool write_lane(const KV& kv, int n, const float* keys, const float* valu
     if (c < closed) {
       const bool is_rest = c >= to.sealed;
       const PageShape& shape = is_rest ? second : packed;
-      seal_page(is_rest ? to.rest_fmt : to.fmt, shape, dim, page, keys + t, n, values + (int64_t)t * dim);
+      const Place place = {kv, lane.layer, lane.head, positions + t, t};
+      seal_page(is_rest ? to.rest_fmt : to.fmt, shape, dim, page, keys + t, n, values + (int64_t)t * dim, place);
       t += shape.capacity;
       continue;
     }
@@ -130,7 +197,7 @@ static bool write_lane(const KV& kv, int n, const float* keys, const float* valu
 
 // See write_lanes in kernels/reference/pages.py. keys and values [heads][count][dim].
 static bool write_lanes(const KV& kv, int slot, int layer, int count, const float* keys, const float* values,
-                        const int32_t* counts, const int32_t* start, const int32_t* dst_table, int dst_width,
+                        const int32_t* positions, const int32_t* counts, const int32_t* start, const int32_t* dst_table, int dst_width,
                         const int32_t* dst_sealed, Format fmt) {
   if (slot < 0 || slot >= kv.slots || layer < 0 || layer >= kv.layers || fmt >= FORMATS) return false;
   const int dim = kv.dim;
@@ -143,13 +210,17 @@ static bool write_lanes(const KV& kv, int slot, int layer, int count, const floa
       ok = dst_sealed[h] == start[h] && ok;
       continue;
     }
-    float* channels = (float*)std::malloc(sizeof(float) * (int64_t)n * dim);
+    float* channels = (float*)std::malloc(sizeof(float) * (int64_t)n * dim + sizeof(int32_t) * n);
     if (!channels) { ok = false; continue; }
-    const int64_t lane = (int64_t)h * count * dim;
-    for (int t = 0; t < n; t++)
-      for (int d = 0; d < dim; d++) channels[d * (int64_t)n + t] = keys[lane + (int64_t)t * dim + d];
+    int32_t* at = (int32_t*)(channels + (int64_t)n * dim);
+    const int64_t first = (int64_t)h * count * dim;
+    for (int t = 0; t < n; t++) {
+      for (int d = 0; d < dim; d++) channels[d * (int64_t)n + t] = keys[first + (int64_t)t * dim + d];
+      at[t] = positions ? positions[(int64_t)h * count + t] : start[h] * kv.shapes[fmt].capacity + t;
+    }
     const Target to = {start[h], dst_sealed[h], 0, 0, fmt, kv.compute};
-    ok = write_lane(kv, n, channels, values + lane, to, dst_table + (int64_t)h * dst_width, dst_width) && ok;
+    const Lane lane = lane_of(kv, slot, layer, h);
+    ok = write_lane(kv, lane, n, channels, values + first, at, to, dst_table + (int64_t)h * dst_width, dst_width) && ok;
     std::free(channels);
   }
   return ok;
@@ -159,13 +230,17 @@ static bool write_lanes(const KV& kv, int slot, int layer, int count, const floa
 // a destination may be any of the lane's own pages.
 static bool repack(const KV& kv, int slot, const int32_t* keep, int keep_width, const int32_t* counts,
                    const int32_t* start, const int32_t* dst_table, int dst_width, const int32_t* dst_sealed,
-                   Format fmt, const Rest& rest) {
+                   Format fmt, const Rest& rest, const Positions& positions) {
   if (slot < 0 || slot >= kv.slots || fmt >= FORMATS || rest.fmt >= FORMATS) return false;
   const int lanes = kv.layers * kv.heads, dim = kv.dim;
+  const bool seals = is_opened(fmt) || (rest.pages && is_opened(rest.fmt));
   bool ok = true;
 #pragma omp parallel for schedule(dynamic, 1) reduction(&& : ok)
   for (int i = 0; i < lanes; i++) {
-    const Lane lane = lane_of(kv, slot, i / kv.heads, i % kv.heads);
+    static thread_local Scratch scratch;
+    const Lane lane = lane_of(kv, slot, i / kv.heads, i % kv.heads, positions.data, positions.capacity);
+    if (!lane.has_positions(kv, positions, seals)) { ok = false; continue; }
+    LaneReader reader(kv, lane, scratch);
     const Target to = {start[i], dst_sealed[i], rest.start ? rest.start[i] : 0, rest.pages ? rest.pages[i] : 0, fmt,
                        rest.fmt};
     const int n = counts[i], first = start[i];
@@ -174,14 +249,16 @@ static bool repack(const KV& kv, int slot, const int32_t* keep, int keep_width, 
       ok = to.sealed == first && to.rest == to.rest_start && ok;
       continue;
     }
-    float* keys = (float*)std::malloc(sizeof(float) * 2 * (int64_t)n * dim);
+    float* keys = (float*)std::malloc(sizeof(float) * 2 * (int64_t)n * dim + sizeof(int32_t) * n);
     float* values = keys + (int64_t)n * dim;
+    int32_t* at = (int32_t*)(values + (int64_t)n * dim);
     bool good = keys != nullptr;
     for (int t = 0; good && t < n; t++) {
       const int source = keep ? keep[(int64_t)i * keep_width + t] : first * kv.shapes[fmt].capacity + t;
-      good = read_token(kv, lane, source, keys + t, n, values + (int64_t)t * dim);
+      good = reader.read(source, keys + t, n, values + (int64_t)t * dim);
+      at[t] = good && seals && lane.positions ? lane.positions[source] : source;
     }
-    ok = good && write_lane(kv, n, keys, values, to, dst_table + (int64_t)i * dst_width, dst_width) && ok;
+    ok = good && write_lane(kv, lane, n, keys, values, at, to, dst_table + (int64_t)i * dst_width, dst_width) && ok;
     std::free(keys);
   }
   return ok;

@@ -162,7 +162,7 @@ static bool valid_reading(const KV& kv, const Batch& batch, int layer, int b, in
   const int first = lane_of(kv, batch.slots[b], layer, 0).kept;
   for (int h = 0; h < kv.heads; h++) {
     const Lane lane = lane_of(kv, batch.slots[b], layer, h);
-    if (lane.rest || lane.kept > rule.choice_capacity || (rule.by_layer && lane.kept != first)) return false;
+    if (lane.rest || lane.opened_size(kv) || lane.kept > rule.choice_capacity || (rule.by_layer && lane.kept != first)) return false;
   }
   if (rule.similarity <= 1 && (!rule.by_layer || rule.anchor_heads != q_heads || first > rule.anchor_capacity)) return false;
   return rule.by_bounds ? rule.bounds && rule.bounded : rule.channels != nullptr;

@@ -66,6 +66,7 @@ static bool bound_pages(const KV& kv, const Reading& rule, const Lane& lane, int
     switch (fmt) {
       case F32: page_bounds<F32>(page, shape.capacity, kv.dim, 1.f, bounds); break;
       case BF16: page_bounds<BF16>(page, shape.capacity, kv.dim, 1.f, bounds); break;
+      case F16: page_bounds<F16>(page, shape.capacity, kv.dim, 1.f, bounds); break;
       default: page_bounds<FP8>(page, shape.capacity, kv.dim, fp8_unit(shape, page), bounds);
     }
     *touched += shape.values;

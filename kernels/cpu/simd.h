@@ -109,6 +109,7 @@ INLINE V round_near(V x) { V r; for (int i = 0; i < LANES; i++) r[i] = __builtin
 INLINE VI to_int(V x) { VI r; for (int i = 0; i < LANES; i++) r[i] = (int32_t)x[i]; return r; }
 #endif
 
+INLINE float clamp_f16(float x) { return x > 65504.f ? 65504.f : x < -65504.f ? -65504.f : x; }
 INLINE float hsum(V v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
 INLINE float hmax(V v) { float m = v[0]; for (int i = 1; i < LANES; i++) m = v[i] > m ? v[i] : m; return m; }
 INLINE uint16_t to_bf16(float x) {  // round to nearest even

@@ -26,6 +26,7 @@ template <Format F> INLINE int second_column(int pair, int columns) {
 template <Format F> INLINE void load_pair(const uint8_t* row, int a, int b, V& x, V& y) {
   if constexpr (F == F32) { x = load((const float*)row + a); y = load((const float*)row + b); }
   if constexpr (F == BF16) { x = load_bf16((const uint16_t*)row + a); y = load_bf16((const uint16_t*)row + b); }
+  if constexpr (F == F16) { x = load_f16((const uint16_t*)row + a); y = load_f16((const uint16_t*)row + b); }
   if constexpr (F == INT8) { x = load_u8(row + a); y = load_u8(row + b); }
   if constexpr (F == INT4) load_u4(row + a, x, y);
   if constexpr (F == INT2) load_u2(row + a / 4, x, y);
@@ -141,23 +142,34 @@ static void values_of(const PageShape& shape, int dim, const uint8_t* page, cons
   }
 }
 
+// Of pages that are read as they lie.
 #define EACH_FORMAT(CALL) \
   switch (fmt) { \
     case F32: CALL(F32); break; \
     case BF16: CALL(BF16); break; \
+    case F16: CALL(F16); break; \
     case INT8: CALL(INT8); break; \
     case INT4: CALL(INT4); break; \
     case INT2: CALL(INT2); break; \
     default: CALL(FP8); \
   }
-static void page_scores(Format fmt, const PageShape& shape, int dim, const uint8_t* page, const float* q, int rows,
-                        float* folded, float* scores, int64_t lds) {
+// A page of any format; one that is opened is opened to `opened` [dim * capacity], scratch.
+static void page_scores(Format fmt, const PageShape& shape, int dim, const uint8_t* page, const Place& place,
+                        float* opened, const float* q, int rows, float* folded, float* scores, int64_t lds) {
+  if (is_opened(fmt)) {
+    open_keys(fmt, shape, dim, page, place, opened);
+    return product<F32>(q, dim, rows, (const uint8_t*)opened, shape.capacity, dim, scores, lds, false);
+  }
 #define CALL(F) scores_of<F>(shape, dim, page, q, rows, folded, scores, lds)
   EACH_FORMAT(CALL)
 #undef CALL
 }
-static void page_values(Format fmt, const PageShape& shape, int dim, const uint8_t* page, const float* weights,
-                        int64_t ldw, int rows, int count, float* folded, float* o) {
+static void page_values(Format fmt, const PageShape& shape, int dim, const uint8_t* page, const Place& place,
+                        float* opened, const float* weights, int64_t ldw, int rows, int count, float* folded, float* o) {
+  if (is_opened(fmt)) {
+    open_values(fmt, shape, dim, page, place, opened);
+    return product<F32>(weights, ldw, rows, (const uint8_t*)opened, dim, count, o, dim, true);
+  }
 #define CALL(F) values_of<F>(shape, dim, page, weights, ldw, rows, count, folded, o)
   EACH_FORMAT(CALL)
 #undef CALL

@@ -1,6 +1,6 @@
 """The reference backend: every operation in plain torch, exact and slow. Other backends are tested against it."""
 
-from winnow.kernels.host import device
+from winnow.kernels.host import device, formats
 from winnow.kernels.reference.attention import attention
 from winnow.kernels.reference.linear import embed, linear, pack
 from winnow.kernels.reference.moments import query_moments
@@ -16,6 +16,7 @@ __all__ = [
     "copy_pages",
     "device",
     "embed",
+    "formats",
     "linear",
     "nearest_rows",
     "pack",

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from winnow.kernels.kv import LaneBatch, PagedKV
 from winnow.kernels.reading import ReadMode
-from winnow.kernels.reference.lanes import Sequence, lane_part, sequences
+from winnow.kernels.reference.lanes import Sequence, lane_part, lane_positions, sequences
 from winnow.kernels.reference.pages import read_lane
 from winnow.kernels.vote import FAINT, Vote
 
@@ -56,10 +56,7 @@ def _seen(kv: PagedKV, sequence: Sequence, layer: int, head: int, positions: Ten
     index = torch.arange(kept)
     seen = index <= (kept - sequence.count + torch.arange(sequence.count))[:, None]
     if window > 0:
-        lane_positions = index
-        if sequence.slot in kv.positions:
-            lane_positions = lane_part(kv.positions[sequence.slot], layer, head, kept).long()
-        seen &= lane_positions > positions[:, None] - window
+        seen &= lane_positions(kv, sequence.slot, layer, head) > positions[:, None] - window
     return seen
 
 

@@ -2,6 +2,7 @@
 
     f32     as it is
     bf16    round to nearest even
+    f16     likewise, clamped to ±65504
     int8, int4, int2, in float32, with levels = 255, 15 or 3:
             lo, hi = min, max of the group           keys: a channel over the page's (int2: a block's) tokens
                                                      values: a token over its (int2: a block's) channels
@@ -13,26 +14,38 @@
             code  = e4m3(clamp(x / scale, ±448)), round to nearest even
             x'    = code · scale
 
-Quantized pages are always full: their scales need all of their tokens.
+Quantized pages are always full: their scales need all of their tokens. What pages mean that are opened says
+kernels/reference/formats.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from winnow.kernels.layout import PageFormat, PageLayout
+from winnow.kernels.reference.formats import CODECS, Place
+from winnow.kernels.reference.formats.mustafar import F16_MAX
 
-F16_MAX = 65504.0
 E4M3_MAX = 448.0
 MIN_SCALE = 1e-6
 
-_FLOAT = {PageFormat.F32: torch.float32, PageFormat.BF16: torch.bfloat16}
+_FLOAT = {PageFormat.F32: torch.float32, PageFormat.BF16: torch.bfloat16, PageFormat.F16: torch.float16}
 
 
-def decode_pages(raw: Tensor, layout: PageLayout, fmt: PageFormat) -> tuple[Tensor, Tensor]:
-    """raw [n, page_bytes] uint8 -> keys and values, each [n * capacity, D] f32, in the order of the tokens."""
-    if fmt.is_integer:
+def decode_pages(raw: Tensor, layout: PageLayout, fmt: PageFormat, place: Place | None = None) -> tuple[Tensor, Tensor]:
+    """raw [n, page_bytes] uint8 -> keys and values, each [n * capacity, D] f32, in the order of the tokens.
+
+    Formats that do not go by it need no `place`.
+    """
+    if fmt.is_opened:
+        at = layout.offsets(fmt).parts
+        parts = tuple(raw[:, start:end].contiguous() for start, end in pairwise(at))
+        keys, values = CODECS[fmt].open(parts, layout.capacity(fmt), layout.head_dim, place)
+    elif fmt.is_integer:
         keys, values = _decode_integers(raw, layout, fmt)
     elif fmt is PageFormat.FP8:
         keys, values = _decode_fp8(raw, layout)
@@ -42,11 +55,16 @@ def decode_pages(raw: Tensor, layout: PageLayout, fmt: PageFormat) -> tuple[Tens
     return keys.float().flatten(0, 1), values.float().flatten(0, 1)
 
 
-def encode_pages(keys: Tensor, values: Tensor, layout: PageLayout, fmt: PageFormat) -> Tensor:
+def encode_pages(
+    keys: Tensor, values: Tensor, layout: PageLayout, fmt: PageFormat, place: Place | None = None
+) -> Tensor:
     """keys and values [n * capacity, D] f32 -> [n, offsets.end] uint8: whole pages, all full."""
     capacity = layout.capacity(fmt)
     keys, values = keys.unflatten(0, (-1, capacity)).transpose(1, 2), values.unflatten(0, (-1, capacity))
-    if fmt.is_integer:
+    parts: Iterable[Tensor]
+    if fmt.is_opened:
+        parts = CODECS[fmt].seal(keys.transpose(1, 2), values, place)
+    elif fmt.is_integer:
         k_codes, k_scale, k_zero = quantize(_blocks(keys, layout.key_block(fmt)), fmt)
         v_codes, v_scale, v_zero = quantize(_blocks(values, layout.value_block(fmt)), fmt)
         parts = [_pack(k_codes, fmt), _pack(v_codes, fmt), k_scale, k_zero, v_scale, v_zero]
@@ -54,7 +72,7 @@ def encode_pages(keys: Tensor, values: Tensor, layout: PageLayout, fmt: PageForm
         (k_codes, k_scale), (v_codes, v_scale) = quantize_fp8(keys), quantize_fp8(values)
         parts = [k_codes, v_codes, k_scale, v_scale]
     else:
-        parts = [part.to(_FLOAT[fmt]) for part in (keys, values)]
+        parts = [as_float(part, fmt) for part in (keys, values)]
     return torch.cat([_as_bytes(part) for part in parts], dim=1)
 
 
@@ -64,6 +82,11 @@ def float_views(raw: Tensor, layout: PageLayout, fmt: PageFormat) -> tuple[Tenso
     keys = raw[:, at.keys : at.values].view(_FLOAT[fmt]).unflatten(1, size)
     values = raw[:, at.values : at.end].view(_FLOAT[fmt]).unflatten(1, size[::-1])
     return keys, values
+
+
+def as_float(x: Tensor, fmt: PageFormat) -> Tensor:
+    """f32 numbers as a float format holds them."""
+    return (x.clamp(-F16_MAX, F16_MAX) if fmt is PageFormat.F16 else x).to(_FLOAT[fmt])
 
 
 def quantize(x: Tensor, fmt: PageFormat) -> tuple[Tensor, Tensor, Tensor]:

@@ -116,3 +116,11 @@ def lane_part(numbers: Tensor, layer: int, head: int, count: int) -> Tensor:
     if count > numbers.shape[2]:
         raise IndexError(f"{count} tokens in a lane, but numbers for {numbers.shape[2]}")
     return numbers[layer, head, :count]
+
+
+def lane_positions(kv: PagedKV, slot: int, layer: int, head: int) -> Tensor:
+    """[kept] int64: where a lane's tokens stand in the text."""
+    kept = int(kv.kept[slot, layer, head])
+    if slot not in kv.positions:
+        return torch.arange(kept)
+    return lane_part(kv.positions[slot], layer, head, kept).long()

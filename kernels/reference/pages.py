@@ -14,17 +14,21 @@ A token that leaves one quantized page for another is read back as a number and 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from winnow.kernels.kv import PagedKV, Rest
 from winnow.kernels.layout import PageFormat
-from winnow.kernels.reference.codec import decode_pages, encode_pages, float_views
+from winnow.kernels.reference.codec import as_float, decode_pages, encode_pages, float_views
+from winnow.kernels.reference.formats import Place
 from winnow.kernels.reference.lanes import (
     check_layer,
     check_pages,
     check_slot,
     lane_pages,
+    lane_positions,
     sealed_formats,
     sealed_tokens,
 )
@@ -32,12 +36,12 @@ from winnow.kernels.reference.lanes import (
 
 def read_lane(kv: PagedKV, slot: int, layer: int, head: int) -> tuple[Tensor, Tensor]:
     """Keys and values of one lane, each [kept, D] f32."""
-    formats = (*sealed_formats(kv, slot), kv.layout.compute)
-    parts = [
-        decode_pages(kv.data[pages], kv.layout, fmt)
-        for pages, fmt in zip(lane_pages(kv, slot, layer, head), formats, strict=True)
-    ]
-    kept = int(kv.kept[slot, layer, head])
+    formats, kept = (*sealed_formats(kv, slot), kv.layout.compute), int(kv.kept[slot, layer, head])
+    positions, parts, first = lane_positions(kv, slot, layer, head), [], 0
+    for pages, fmt in zip(lane_pages(kv, slot, layer, head), formats, strict=True):
+        last = first + len(pages) * kv.layout.capacity(fmt)
+        parts.append(decode_pages(kv.data[pages], kv.layout, fmt, Place(kv, layer, head, positions[first:last])))
+        first = last
     keys, values = (torch.cat(side)[:kept] for side in zip(*parts, strict=True))
     return keys, values
 
@@ -66,11 +70,13 @@ def write_lanes(
     dst_table: Tensor,
     dst_sealed: Tensor,
     fmt: PageFormat,
+    positions: Tensor | None = None,
 ) -> None:
     """Writes given tokens to a sequence's layer from page `start` on, laid out as by `repack`.
 
     Args:
         keys, values: [Hkv, n, D] f32, of which each lane takes the first `counts`.
+        positions: [Hkv, n] int32, where these tokens stand in the text; None where they stand in the lane.
         counts, start, dst_table, dst_sealed: of the layer, [Hkv] and [Hkv, W] int32, as in `repack`.
     """
     check_slot(kv, slot)
@@ -83,11 +89,15 @@ def write_lanes(
             raise ValueError(f"numbers of {heads} lanes must be [{heads}], not {list(part.shape)}")
     if dst_table.dim() != 2 or dst_table.shape[0] != heads:
         raise ValueError(f"a table {list(dst_table.shape)} does not fit {heads} lanes")
+    if positions is not None and positions.shape != keys.shape[:2]:
+        raise ValueError(f"positions {list(positions.shape)} do not fit keys {list(keys.shape)}")
     for head in range(heads):
         count, columns = int(counts[head]), (int(start[head]), int(dst_sealed[head]))
         if not 0 <= count <= keys.shape[1] or columns[0] < 0:
             raise ValueError(f"{count} tokens from page {columns[0]} on, but {keys.shape[1]} are given")
-        _write_lane(kv, keys[head, :count], values[head, :count], dst_table[head], [(*columns, fmt)])
+        at = torch.arange(count) + columns[0] * kv.layout.capacity(fmt)
+        place = Place(kv, layer, head, at if positions is None else positions[head, :count].long())
+        _write_lane(place, keys[head, :count], values[head, :count], dst_table[head], [(*columns, fmt)])
 
 
 def repack(
@@ -133,7 +143,8 @@ def repack(
                 (int(start[layer, head]), sealed, fmt),
                 (sealed + int(rest.start[layer, head]), sealed + int(rest.pages[layer, head]), rest.fmt),
             ]
-            _write_lane(kv, keys[index], values[index], dst_table[layer, head], parts)
+            place = Place(kv, layer, head, lane_positions(kv, slot, layer, head)[index])
+            _write_lane(place, keys[index], values[index], dst_table[layer, head], parts)
 
 
 def copy_pages(kv: PagedKV, src: Tensor, dst: Tensor) -> None:
@@ -168,11 +179,11 @@ def _leading(kv: PagedKV, slot: int, layer: int, head: int, fmt: PageFormat) -> 
 
 
 def _write_lane(
-    kv: PagedKV, keys: Tensor, values: Tensor, table: Tensor, parts: list[tuple[int, int, PageFormat]]
+    place: Place, keys: Tensor, values: Tensor, table: Tensor, parts: list[tuple[int, int, PageFormat]]
 ) -> None:
     """Writes keys and values [n, D] f32 to the pages of `table` [W]: full pages to the columns of each part (from, to,
-    format), what is left to open pages behind the last part."""
-    layout = kv.layout
+    format), what is left to open pages behind the last part. `place` is that of the n tokens."""
+    kv, layout = place.kv, place.kv.layout
     done = 0
     for first, last, fmt in parts:
         count = (last - first) * layout.capacity(fmt)
@@ -181,7 +192,9 @@ def _write_lane(
         if last > table.shape[0]:
             raise IndexError(f"a lane of {last} pages in a table {table.shape[0]} wide")
         if count:
-            raw = encode_pages(keys[done : done + count], values[done : done + count], layout, fmt)
+            part = slice(done, done + count)
+            at = replace(place, positions=place.positions[part])
+            raw = encode_pages(keys[part], values[part], layout, fmt, at)
             kv.data[check_pages(kv, table[first:last]), : raw.shape[1]] = raw
         done += count
     sealed, left = parts[-1][1], keys.shape[0] - done
@@ -189,8 +202,8 @@ def _write_lane(
     if width > table.shape[0]:
         raise IndexError(f"a lane of {width} pages in a table {table.shape[0]} wide")
     pages = check_pages(kv, table[sealed:width])
-    place = torch.arange(left)
-    page, place = pages[place // layout.page_tokens], place % layout.page_tokens
+    index = torch.arange(left)
+    page, index = pages[index // layout.page_tokens], index % layout.page_tokens
     k_view, v_view = float_views(kv.data, layout, layout.compute)
-    k_view[page, :, place] = keys[done:].to(k_view.dtype)
-    v_view[page, place] = values[done:].to(v_view.dtype)
+    k_view[page, :, index] = as_float(keys[done:], layout.compute)
+    v_view[page, index] = as_float(values[done:], layout.compute)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from winnow.kernels.kv import LaneBatch, PagedKV
-from winnow.kernels.reference.codec import float_views
+from winnow.kernels.reference.codec import as_float, float_views
 from winnow.kernels.reference.lanes import newest, sequences
 from winnow.kernels.reference.norm import rms_norm
 
@@ -46,8 +46,8 @@ def rope_write(
     keys, values = float_views(kv.data, kv.layout, kv.layout.compute)
     for sequence in step:
         pages, places = newest(kv, sequence.slot, layer, sequence.count)
-        keys[pages, :, places] = k[sequence.rows].to(keys.dtype)
-        values[pages, places] = v[sequence.rows].to(values.dtype)
+        keys[pages, :, places] = as_float(k[sequence.rows], kv.layout.compute)
+        values[pages, places] = as_float(v[sequence.rows], kv.layout.compute)
     return q
 
 

@@ -4,7 +4,7 @@ Where there is no GPU its kernels run in Triton's interpreter (TRITON_INTERPRET=
 """
 
 from winnow.kernels.triton.attention import attention
-from winnow.kernels.triton.device import device
+from winnow.kernels.triton.device import device, formats
 from winnow.kernels.triton.linear import embed, linear, pack
 from winnow.kernels.triton.moments import query_moments
 from winnow.kernels.triton.norm import rms_norm, silu_mul
@@ -19,6 +19,7 @@ __all__ = [
     "copy_pages",
     "device",
     "embed",
+    "formats",
     "linear",
     "nearest_rows",
     "pack",

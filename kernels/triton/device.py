@@ -1,4 +1,5 @@
-"""Where Triton's kernels run: on the GPU, or, to check them where there is none, in Triton's interpreter."""
+"""Where Triton's kernels run: on the GPU, or, to check them where there is none, in Triton's interpreter. And which
+page formats they read."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ import torch
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
+
+from winnow.kernels.formats import PageFormat
 
 
 @cache
@@ -20,6 +23,11 @@ def device() -> torch.device:
     except RuntimeError as error:
         hint = "the triton backend needs a GPU, or TRITON_INTERPRET=1 to check its kernels without one"
         raise RuntimeError(hint) from error
+
+
+def formats() -> tuple[PageFormat, ...]:
+    """Page formats that kernels read as they lie; none is opened here."""
+    return tuple(fmt for fmt in PageFormat if not fmt.is_opened and fmt is not PageFormat.F16)
 
 
 @cache

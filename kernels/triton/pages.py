@@ -47,7 +47,9 @@ def write_lanes(
     dst_table: Tensor,
     dst_sealed: Tensor,
     fmt: PageFormat,
+    positions: Tensor | None = None,
 ) -> None:
+    """`positions` are for formats that this backend does not have."""
     check_slot(kv, slot)
     check_layer(kv, layer)
     heads, dim = kv.table.shape[2], kv.layout.head_dim

@@ -16,10 +16,11 @@ from winnow.kernels.dispatch import Backend, WeightKind
 from winnow.kernels.kv import LaneBatch, PagedKV, Rest
 from winnow.kernels.layout import PageFormat, PageLayout
 from winnow.kernels.reading import ReadMode, ReadRule, ReadState
+from winnow.kernels.triton.device import formats
 from winnow.kernels.vote import Vote
 
 LAYERS = 2
-QUANTIZED = tuple(fmt for fmt in PageFormat if fmt.is_quantized)
+QUANTIZED = tuple(fmt for fmt in formats() if fmt.is_quantized)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from winnow.engine.compression.budget import MAX_TOKENS
+from winnow.engine.compression.part import FORMATS
 from winnow.engine.compression.plan import Plan
 from winnow.engine.compression.registry import EVICTION, MERGE, PROMPT, READ
 from winnow.engine.errors import PlanNotSupported, RequestError
@@ -60,6 +61,8 @@ def test_budgets(budget: float) -> None:
 
 POLICIES = ", ".join(EVICTION)
 MERGES = ", ".join(MERGE)
+*_FIRST, _LAST = FORMATS
+FORMAT_NAMES = f"{', '.join(map(repr, _FIRST))} or {_LAST!r}"
 PROMPT_POLICIES = ", ".join(PROMPT)
 NO_BUDGET = "must be a fraction in (0, 1] or a count of tokens from 1 to 10000000"
 
@@ -118,9 +121,9 @@ NO_BUDGET = "must be a fraction in (0, 1] or a count of tokens from 1 to 1000000
         (
             {"kv": {"format": "int3"}},
             ".kv.format",
-            "must be 'f32', 'bf16', 'int8', 'int4', 'int2' or 'fp8', not 'int3'",
+            f"must be {FORMAT_NAMES}, not 'int3'",
         ),
-        ({"kv": {"format": 4}}, ".kv.format", "must be 'f32', 'bf16', 'int8', 'int4', 'int2' or 'fp8', not 4"),
+        ({"kv": {"format": 4}}, ".kv.format", f"must be {FORMAT_NAMES}, not 4"),
         ({"kv": {"residual": 64}}, ".kv.residual", "has no effect without `format` or `mix`"),
         ({"kv": {"format": "int8", "residual": -1}}, ".kv.residual", "must be at least 0, not -1"),
         ({"prompt": []}, ".prompt", "must be an object, not a list"),

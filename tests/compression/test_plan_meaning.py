@@ -89,6 +89,39 @@ def test_formats() -> None:
     assert caught.value.param == "compression.kv.format"
 
 
+def test_an_engine_refuses_formats_that_its_backend_lacks() -> None:
+    plans: dict[str, dict[str, Any]] = {
+        "kv.format": {"kv": {"format": "mustafar50"}},
+        "kv.mix.rest": {"kv": {"mix": {"policy": "zipcache", "format": "int8", "rest": "mustafar70"}}},
+        "kv.mix.format": {"kv": {"mix": {"policy": "zipcache", "format": "mustafar50"}}},
+        "on_pressure.format": {"on_pressure": {"format": "mustafar70"}},
+    }
+    for path, data in plans.items():
+        plan = Plan.parse(data)
+        plan.check_formats([fmt.label for fmt in PageFormat])
+        with pytest.raises(PlanNotSupported, match="it has f32, int8, int2") as caught:
+            plan.check_formats(("f32", "int8", "int2"))
+        assert caught.value.param == f"compression.{path}"
+
+
+def test_formats_compare_by_what_a_number_takes() -> None:
+    limit = Maximum(format="int8")
+    Plan.resolve({"kv": {"format": "mustafar70"}}, {}, maximum=limit)
+    with pytest.raises(RequestError, match="on this server"):
+        Plan.resolve({"kv": {"format": "mustafar50"}}, {}, maximum=limit)
+    with pytest.raises(RequestError, match="no smaller than"):
+        Plan.parse({"kv": {"format": "int8"}, "on_pressure": {"format": "mustafar50"}})
+    with pytest.raises(RequestError, match="no fewer bits"):
+        Plan.parse({"kv": {"mix": {"policy": "zipcache", "format": "int4", "rest": "mustafar70"}}})
+
+
+@pytest.mark.parametrize("fmt", [fmt.label for fmt in PageFormat if fmt.is_opened])
+def test_pages_that_are_opened_are_not_read_in_part(fmt: str) -> None:
+    with pytest.raises(RequestError, match=f"those of '{fmt}' are opened whole") as caught:
+        Plan.parse({"kv": {"format": fmt, "read": {"policy": "quest", "tokens": 64}}})
+    assert caught.value.param == "compression.kv.read"
+
+
 def test_recent_is_the_callers_or_the_policys() -> None:
     snapkv, mine = Plan.parse(evict(window=16)).evict, Plan.parse(evict(window=16, recent=0)).evict
     assert snapkv is not None

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from winnow.engine.compression.part import FORMATS
 from winnow.engine.compression.plan import Plan
 from winnow.engine.compression.registry import MERGE, READ, read_policy
 from winnow.engine.models.decoder import Decoder
@@ -26,7 +27,7 @@ CHOICES = [
     for i, (during, heads, layers) in enumerate(
         product(("prefill", "decode", "both"), ("uniform", "adaptive"), ("uniform", "pyramid"))
     )
-    for fmt in ((None, "int4"), ("int8", "int2"), ("fp8", "int8"), ("bf16", "int4"))[i % 4]
+    for fmt in ((None, "int4"), ("int8", "int2"), ("fp8", "mustafar70"), ("bf16", "int4"))[i % 4]
 ]
 
 
@@ -105,6 +106,12 @@ MIXED: list[dict[str, Any]] = [
         "mix": {"policy": "mikv", "format": "bf16", "rest": "int4"},
         "evict": {"policy": "keydiff", "budget": 0.5, "during": "decode", "interval": 16},
     },
+    {"mix": {"policy": "zipcache", "format": "mustafar50", "rest": "int4", "every": 20}, "residual": 0},
+    {
+        "mix": {"policy": "mikv", "format": "int8", "rest": "mustafar70"},
+        "evict": {"policy": "snapkv", "budget": 0.3, "during": "both", "interval": 9},
+        "residual": 0,
+    },
     {"mix": {"policy": "zipcache", "share": 0.4, "every": 20}, "residual": 4},
     {"mix": {"policy": "zipvl", "tau": 0.8, "every": 16}, "residual": 0},
 ]
@@ -119,7 +126,7 @@ def requests(request: pytest.FixtureRequest, tiny: Decoder) -> list[Request]:
     if request.param == "formats only":
         plans = [
             {},
-            *({"kv": {"format": fmt, "residual": 8}} for fmt in ("f32", "bf16", "int8", "int4", "int2", "fp8")),
+            *({"kv": {"format": fmt, "residual": 8}} for fmt in FORMATS),
         ]
     elif request.param == "compact":
         plans = [

@@ -13,7 +13,7 @@ from winnow.kernels.layout import PageFormat, PageLayout
 
 from ..kernels.build import Held, State, build, randn
 
-F32, BF16, INT8, INT4, INT2, FP8 = PageFormat
+F32, BF16, INT8, INT4, INT2, FP8, *_ = PageFormat
 
 LLAMA, SMOLLM = (128, 8, 4), (64, 3, 3)
 """Head dimension, KV heads, query heads of each"""

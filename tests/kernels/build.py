@@ -11,7 +11,7 @@ from torch import Tensor
 
 from winnow.kernels.kv import LaneBatch, PagedKV
 from winnow.kernels.layout import PageFormat, PageLayout
-from winnow.kernels.reference.codec import encode_pages, float_views
+from winnow.kernels.reference.codec import as_float, encode_pages, float_views
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,8 @@ def fill_lane(state: State, lane: tuple[int, int, int], rng: torch.Generator) ->
     k_view, v_view = float_views(kv.data, layout, layout.compute)
     for i in range(full, kept):
         page, place = int(pages[sealed + (i - full) // layout.page_tokens]), (i - full) % layout.page_tokens
-        k_view[page, :, place] = keys[i].to(k_view.dtype)
-        v_view[page, place] = values[i].to(v_view.dtype)
+        k_view[page, :, place] = as_float(keys[i], layout.compute)
+        v_view[page, place] = as_float(values[i], layout.compute)
 
 
 def gapped_positions(kv: PagedKV, slot: int, rows: int, seen: int, rng: torch.Generator) -> Tensor:

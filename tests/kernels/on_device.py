@@ -17,7 +17,7 @@ from winnow.kernels.dispatch import Backend
 from winnow.kernels.kv import LaneBatch, PagedKV
 from winnow.kernels.reading import ReadState
 
-HOST = {"counts", "start", "dst_table", "dst_sealed", "src", "dst", "rest", "tokens"}
+HOST = {"counts", "start", "dst_table", "dst_sealed", "positions", "src", "dst", "rest", "tokens"}
 """Arguments that are in host memory whatever the backend"""
 SIDES = ("mass", "earlier_mass", "noise", "moments", "positions", "log_weights")
 

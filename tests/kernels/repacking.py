@@ -11,7 +11,7 @@ from torch import Tensor
 from winnow.kernels.dispatch import Backend
 from winnow.kernels.kv import PagedKV
 from winnow.kernels.layout import PageFormat, PageLayout
-from winnow.kernels.reference.codec import decode_pages, encode_pages
+from winnow.kernels.reference.codec import as_float, decode_pages, encode_pages
 
 from .build import Held, State, int32
 
@@ -120,7 +120,6 @@ def stored(
 ) -> list[Tensor]:
     """What keys and values [n, D] become: the first `full` tokens in pages of `fmt`, the next `rest_full` in pages of
     `rest_fmt`, what is left in the compute format."""
-    dtype = torch.float32 if layout.compute is PageFormat.F32 else torch.bfloat16
     done, sides = 0, ([], [])  # type: tuple[int, tuple[list[Tensor], list[Tensor]]]
     for count, one in ((full, fmt), (rest_full, rest_fmt)):
         raw = encode_pages(parts[0][done : done + count], parts[1][done : done + count], layout, one)
@@ -128,7 +127,10 @@ def stored(
         for side, numbers in zip(sides, decode_pages(pages, layout, one), strict=True):
             side.append(numbers)
         done += count
-    return [torch.cat([*side, part[done:].to(dtype).float()]) for side, part in zip(sides, parts, strict=True)]
+    return [
+        torch.cat([*side, as_float(part[done:], layout.compute).float()])
+        for side, part in zip(sides, parts, strict=True)
+    ]
 
 
 def _by_lane(kv: PagedKV, rows: Tensor) -> Tensor:

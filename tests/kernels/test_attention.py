@@ -14,7 +14,8 @@ from winnow.kernels.layout import PageFormat, PageLayout
 
 from .build import Held, State, build, one_sequence, randn
 
-F32, BF16, INT8, INT4, INT2, FP8 = PageFormat
+F32, BF16, INT8, INT4, INT2, FP8, F16, *_ = PageFormat
+OPENED = [fmt for fmt in PageFormat if fmt.is_opened]
 
 MIXED = [
     Held((12,), fmt=INT8, sealed=(0, 1)),
@@ -25,6 +26,7 @@ MIXED = [
     Held((60, 20), fmt=INT2, sealed=(1, 2), first_vote=0),
     Held((20,), rows=3, fmt=FP8, sealed=(0, 3)),
     Held((30, 20), rows=3, sealed=(1, 2), rest=(2, 1), first_vote=1),
+    *(Held((30, 7), rows=3, fmt=fmt, sealed=(2, 1), first_vote=1) for fmt in OPENED),
 ]
 CASES = {
     "one token": [Held((1,))],
@@ -44,6 +46,16 @@ CASES = {
     "int8 sealed pages": [Held((30, 4), rows=4, fmt=INT8, sealed=(3, 1))],
     "int2 sealed pages": [Held((30, 4), rows=4, fmt=INT2, sealed=(3, 1))],
     "fp8 sealed pages": [Held((30, 4), rows=4, fmt=FP8, sealed=(3, 1))],
+    **{
+        f"{fmt.label} sealed pages": [Held((30, 4), rows=4, fmt=fmt, sealed=(3, 1), first_vote=2), Held((20,), fmt=fmt)]
+        for fmt in OPENED
+    },
+    "opened pages of both formats": [
+        Held((30, 4), rows=4, fmt=OPENED[0], sealed=(1, 2), rest=(2, 0), rest_fmt=OPENED[1], first_vote=0),
+        Held((9, 17), rows=2, fmt=INT8, sealed=(1, 0), rest=(0, 2), rest_fmt=OPENED[1], first_vote=0),
+    ],
+    "a long chunk over opened pages": [Held((180,), rows=130, fmt=OPENED[0], sealed=(4, 1))],
+    "f16 sealed pages": [Held((30, 4), rows=4, fmt=F16, sealed=(3, 1))],
     "sealed pages in a float format": [Held((30, 4), rows=4, fmt=BF16, sealed=(3, 1))],
     "two formats in a lane": [Held((30, 4), rows=4, sealed=(3, 1), rest=(1, 2), first_vote=0)],
     "the second format alone": [Held((3,), rows=3, sealed=(0,), rest=(2, 1), rest_fmt=INT8)],
@@ -79,7 +91,7 @@ def _assert_parity(native: Backend, reference: Backend, state: State, group: int
 
 
 @cases
-@pytest.mark.parametrize("compute", [F32, BF16])
+@pytest.mark.parametrize("compute", [F32, BF16, F16])
 def test_attention_matches_the_reference(
     native: Backend, reference: Backend, held: list[Held], compute: PageFormat
 ) -> None:
@@ -95,6 +107,7 @@ def test_head_shapes(native: Backend, reference: Backend, group: int, dim: int, 
         Held((30,), fmt=INT8, sealed=(0, 1)),
         Held((5,), fmt=INT2, sealed=(1, 2)),
         Held((5,), fmt=FP8, sealed=(2, 1)),
+        *(Held((5,), fmt=fmt, sealed=(2, 1)) for fmt in OPENED),
         Held((20,), rows=20),
     ]
     _assert_parity(native, reference, build(PageLayout(dim, compute), held, seed=dim + group), group)
@@ -108,6 +121,7 @@ def test_page_sizes(native: Backend, reference: Backend, page_tokens: int) -> No
         Held((1,)),
         Held((9,), sealed=(1, 2), fmt=INT2),
         Held((9,), sealed=(1, 2), fmt=FP8),
+        *(Held((9,), sealed=(1, 2), fmt=fmt) for fmt in OPENED),
     ]
     _assert_parity(native, reference, build(PageLayout(64, F32, page_tokens), held), group=2)
 

@@ -110,14 +110,57 @@ def test_fp8_of_nothing_and_of_too_much_is_finite() -> None:
         assert bool((codes.float() * scale.float()).isfinite().all())
 
 
-@pytest.mark.parametrize("fmt", [PageFormat.F32, PageFormat.BF16])
+@pytest.mark.parametrize("fmt", [PageFormat.F32, PageFormat.BF16, PageFormat.F16])
 def test_a_float_page_is_the_rounded_number(fmt: PageFormat) -> None:
     layout = PageLayout(16, PageFormat.F32)
     keys, values = (randn(2 * layout.capacity(fmt), 16, seed=seed) for seed in (1, 2))
     raw = _whole_page(layout, encode_pages(keys, values, layout, fmt))
-    dtype = torch.float32 if fmt is PageFormat.F32 else torch.bfloat16
+    dtype = {PageFormat.F32: torch.float32, PageFormat.BF16: torch.bfloat16, PageFormat.F16: torch.float16}[fmt]
     for decoded, x in zip(decode_pages(raw, layout, fmt), (keys, values), strict=True):
         assert torch.equal(decoded, x.to(dtype).float())
+
+
+MUSTAFAR = {PageFormat.MUSTAFAR50: 0.5, PageFormat.MUSTAFAR70: 0.7}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(("fmt", "sparsity"), MUSTAFAR.items())
+def test_mustafar_keeps_the_largest_numbers_of_a_token(layout: PageLayout, fmt: PageFormat, sparsity: float) -> None:
+    capacity, dim = layout.capacity(fmt), layout.head_dim
+    keys = randn(capacity, dim, seed=1)
+    values = (2 * randn(capacity, dim, seed=2)).round() * 1000  # many are equal, one is beyond half precision
+    values[0, 3] = -1e6
+    raw = _whole_page(layout, encode_pages(keys, values, layout, fmt))
+    for decoded, x in zip(decode_pages(raw, layout, fmt), (keys, values), strict=True):
+        for token, held in zip(x.tolist(), decoded, strict=True):
+            by_size = sorted((-abs(number), d) for d, number in enumerate(token))
+            wanted = torch.zeros(dim)
+            for _, d in by_size[: dim - int(sparsity * dim + 1e-9)]:
+                wanted[d] = torch.tensor(token[d]).clamp(-65504, 65504).half()
+            assert torch.equal(held, wanted)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_mustafar_lies_in_a_page_as_it_says(layout: PageLayout) -> None:
+    fmt = PageFormat.MUSTAFAR70
+    capacity, dim, at = layout.capacity(fmt), layout.head_dim, layout.offsets(fmt)
+    keys, values = randn(capacity, dim, seed=1), randn(capacity, dim, seed=2)
+    page = encode_pages(keys, values, layout, fmt)[0].numpy()
+    for bitmap, numbers, x in ((at.parts[0], at.parts[1], keys), (at.parts[2], at.parts[3], values)):
+        place = numbers
+        for t in range(capacity):
+            for d in range(dim):
+                if page[bitmap + t * dim // 8 + d // 8] >> d % 8 & 1:
+                    assert page[place : place + 2].view(np.float16)[0] == np.float16(x[t, d])
+                    place += 2
+        assert place in at.parts
+
+
+def test_half_precision_ends_where_it_ends() -> None:
+    layout = PageLayout(16)
+    far = torch.full((layout.capacity(PageFormat.F16), 16), 1e6)
+    raw = _whole_page(layout, encode_pages(far, -far, layout, PageFormat.F16))
+    assert [float(side[0, 0]) for side in decode_pages(raw, layout, PageFormat.F16)] == [65504.0, -65504.0]
 
 
 @pytest.mark.parametrize("fmt", INTEGERS)

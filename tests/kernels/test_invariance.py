@@ -13,9 +13,9 @@ from winnow.kernels.dispatch import Backend
 from winnow.kernels.layout import PageFormat, PageLayout
 
 from .build import Held, assert_same_bits, build, chunk_of, one_sequence, randn
-from .test_attention import MIXED
+from .test_attention import MIXED, OPENED
 
-F32, BF16, INT8, INT4, INT2, FP8 = PageFormat
+F32, BF16, INT8, INT4, INT2, FP8, *_ = PageFormat
 windows = pytest.mark.parametrize("window", [0, 20])
 
 
@@ -52,6 +52,12 @@ CUTS = {
         pytest.param(Held((201,), rows=201, first_vote=0), id="a whole prompt"),
         pytest.param(Held((701,), rows=201, first_vote=90), id="behind a long prefix"),
         pytest.param(Held((220, 251), rows=201, sealed=(2, 1), first_vote=150), id="behind sealed pages"),
+        *(
+            pytest.param(
+                Held((220, 251), rows=201, fmt=fmt, sealed=(2, 1), first_vote=150), id=f"behind {fmt.label} pages"
+            )
+            for fmt in OPENED
+        ),
         pytest.param(Held((251,), rows=201, first_vote=0, weighted=True), id="tokens that stand for many"),
         pytest.param(Held((220, 251), rows=201, sealed=(1,), rest=(2, 1), first_vote=150), id="behind two formats"),
     ],

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from winnow.kernels.kv import PagedKV
-from winnow.kernels.layout import BLOCK, VECTOR, PageFormat, PageLayout
+from winnow.kernels.layout import BLOCK, VECTOR, Offsets, PageFormat, PageLayout
 
 from .build import fixed
 
@@ -24,6 +24,12 @@ formats = st.sampled_from(PageFormat)
 @given(layouts, formats)
 def test_parts_follow_each_other_and_fit_the_page(layout: PageLayout, fmt: PageFormat) -> None:
     at, tokens, dim = layout.offsets(fmt), layout.capacity(fmt), layout.head_dim
+    if fmt.is_opened:
+        assert at.parts[0] == at.keys == 0
+        assert at.values in at.parts
+        assert at.end == at.parts[-1] <= layout.page_bytes
+        assert list(at.parts) == sorted(set(at.parts))
+        return
     side = tokens * dim * fmt.bits // 8
     k_scales, v_scales = 2 * dim * tokens // layout.key_block(fmt), 2 * tokens * dim // layout.value_block(fmt)
     parts = [(at.keys, side), (at.values, side)]
@@ -47,7 +53,10 @@ def test_a_page_wastes_less_than_one_step_of_its_capacity(layout: PageLayout, fm
     tokens = layout.capacity(fmt)
     assert tokens > 0
     assert tokens % step == 0
-    assert layout.offsets(fmt).end + step * layout.token_bytes(fmt) > layout.page_bytes
+    more = layout.offsets(fmt).end + step * layout.token_bytes(fmt)
+    if fmt.is_opened:
+        more = Offsets(fmt, layout.head_dim, tokens + step).end
+    assert more > layout.page_bytes
 
 
 @fixed()
@@ -55,7 +64,9 @@ def test_a_page_wastes_less_than_one_step_of_its_capacity(layout: PageLayout, fm
 def test_a_denser_format_never_holds_fewer_tokens(layout: PageLayout) -> None:
     assert layout.capacity(layout.compute) == layout.page_tokens
     held = [
-        layout.capacity(fmt) for fmt in sorted(PageFormat, key=lambda fmt: -fmt.bits) if fmt.bits <= layout.compute.bits
+        layout.capacity(fmt)
+        for fmt in sorted((fmt for fmt in PageFormat if not fmt.is_opened), key=lambda fmt: -fmt.bits)
+        if fmt.bits <= layout.compute.bits
     ]
     assert held == sorted(held)
 
@@ -86,6 +97,18 @@ def test_new_tokens_cannot_be_written_quantized() -> None:
 
 def test_a_format_is_found_by_its_label() -> None:
     assert [PageFormat.parse(fmt.label) for fmt in PageFormat] == list(PageFormat)
+
+
+def test_every_format_says_what_it_does() -> None:
+    assert all(fmt.what and fmt.mean_bits > 0 for fmt in PageFormat)
+    assert len({fmt.what for fmt in PageFormat}) == len(PageFormat)
+
+
+def test_mean_bits_are_what_pages_hold() -> None:
+    layout = PageLayout(128, PageFormat.BF16, 64)
+    for fmt in PageFormat:
+        held = 8 * layout.offsets(fmt).end / (2 * 128 * layout.capacity(fmt))
+        assert held == pytest.approx(fmt.mean_bits, rel=0.1) or not fmt.is_opened
 
 
 def test_allocated_lanes_are_empty() -> None:

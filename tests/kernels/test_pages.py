@@ -11,7 +11,7 @@ from winnow.kernels.layout import PageFormat, PageLayout
 from .build import Held, assert_same_bits, build, int32
 from .repacking import stored
 
-F32, BF16, INT8, INT4, INT2, FP8 = PageFormat
+F32, BF16, INT8, INT4, INT2, FP8, *_ = PageFormat
 
 CASES = {
     "one token": [Held((1,))],

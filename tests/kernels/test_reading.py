@@ -17,7 +17,7 @@ from winnow.kernels.reading import ReadMode, ReadRule, ReadState
 from .build import Held, State, assert_same_bits, build, chunk_of, int32, one_sequence, randn
 from .on_device import OnDevice
 
-F32, BF16, INT8, INT4, INT2, FP8 = PageFormat
+F32, BF16, INT8, INT4, INT2, FP8, *_ = PageFormat
 HEADS, GROUP = 2, 3
 
 MakeRule = Callable[[int, int], ReadRule]

@@ -13,7 +13,8 @@ from winnow.kernels.layout import PageFormat, PageLayout
 from .build import Held, State, assert_same_bits, build, fixed, int32, randn
 from .repacking import Move, plan, stored
 
-F32, BF16, INT8, INT4, INT2, FP8 = PageFormat
+F32, BF16, INT8, INT4, INT2, FP8, F16, *_ = PageFormat
+OPENED = [fmt for fmt in PageFormat if fmt.is_opened]
 
 # Lane tokens are long enough for a few pages of every format: at head_dim 32 a page of 16 f32 tokens holds 56 in
 # int8 and 96 in int4, and one of 16 bf16 tokens 24 and 48.
@@ -37,6 +38,13 @@ MOVES = {
     "seal to int8 behind int8": Move(Held((150,), fmt=INT8, sealed=(2, 0)), INT8, start=(2, 0), residual=9),
     "seal to int2": Move(Held((700, 300, 20)), INT2, residual=9),
     "seal to fp8": Move(Held((300, 90, 20)), FP8, residual=9),
+    "seal to f16": Move(Held((300, 90, 20)), F16, residual=9),
+    "evict sealed f16 tokens": Move(Held((40, 9), sealed=(3, 1), fmt=F16), F16, keep=(60, 30)),
+    **{f"seal to {fmt.label}": Move(Held((300, 90, 20)), fmt, residual=9) for fmt in OPENED},
+    **{
+        f"evict sealed {fmt.label} tokens": Move(Held((40, 9), sealed=(3, 1), fmt=fmt), fmt, keep=(150, 60))
+        for fmt in OPENED
+    },
     "evict sealed int2 tokens": Move(Held((40, 9), sealed=(3, 1), fmt=INT2), INT2, keep=(350, 60)),
     "evict sealed fp8 tokens": Move(Held((40, 9), sealed=(3, 1), fmt=FP8), FP8, keep=(150, 60)),
     "nothing behind the pages that stay": Move(Held((0,), rows=0, sealed=(2, 1)), INT4, start=(2, 1)),
@@ -126,13 +134,13 @@ def test_every_byte_matches_the_reference(
 
 
 @pytest.mark.parametrize("dim", [16, 64, 96, 128])
-@pytest.mark.parametrize("fmt", [INT8, INT4, INT2, FP8])
+@pytest.mark.parametrize("fmt", list(PageFormat)[2:])
 def test_head_dims(native: Backend, reference: Backend, dim: int, fmt: PageFormat) -> None:
     move, layout = Move(Held((300, 211)), fmt, keep=(250, 140)), PageLayout(dim, BF16, 32)
     assert torch.equal(_check(native, move, layout).kv.data, _check(reference, move, layout).kv.data)
 
 
-@pytest.mark.parametrize("fmt", [INT8, INT4, INT2, FP8])
+@pytest.mark.parametrize("fmt", list(PageFormat)[2:])
 def test_extreme_numbers_match_the_reference(native: Backend, reference: Backend, fmt: PageFormat) -> None:
     move, layout = Move(Held((200,), fmt=F32, sealed=(0,)), fmt), PageLayout(32)
     arenas = []
@@ -167,7 +175,7 @@ def _any_move(draw: st.DrawFn) -> Move:
 
 
 @fixed(max_examples=60)
-@given(move=_any_move(), compute=st.sampled_from([F32, BF16]))
+@given(move=_any_move(), compute=st.sampled_from([F32, BF16, F16]))
 def test_any_move(move: Move, compute: PageFormat) -> None:
     layout = PageLayout(16, compute)
     states = [_check(backend(name), move, layout) for name in ("cpu", "reference")]

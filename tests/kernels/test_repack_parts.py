@@ -47,6 +47,7 @@ def _mixes() -> st.SearchStrategy[Mix]:
     mixes=st.tuples(*[_mixes()] * LANES),
     formats=st.sampled_from(
         [(PageFormat.INT4, PageFormat.INT2), (PageFormat.INT8, PageFormat.INT4), (PageFormat.BF16, PageFormat.INT2)]
+        + [(PageFormat.F16, fmt) for fmt in PageFormat if fmt.is_opened]
     ),
     compute=st.sampled_from([PageFormat.F32, PageFormat.BF16]),
     fresh=st.booleans(),

@@ -13,7 +13,7 @@ from winnow.kernels.layout import PageFormat, PageLayout
 
 from .build import Held, State, assert_same_bits, build, chunk_of, one_sequence, randn, sealed_pages
 
-F32, BF16, INT8, INT4, INT2, FP8 = PageFormat
+F32, BF16, INT8, INT4, INT2, FP8, *_ = PageFormat
 POSITIONS = 600
 
 CASES = {

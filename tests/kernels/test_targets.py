@@ -17,7 +17,7 @@ from .repacking import plan
 from .test_attention import MIXED
 from .test_repack import MOVES
 
-F32, BF16, INT8, INT4, INT2, FP8 = PageFormat
+F32, BF16, INT8, INT4, INT2, FP8, *_ = PageFormat
 computes = pytest.mark.parametrize("compute", [F32, BF16])
 
 

@@ -14,7 +14,7 @@ from .build import Held, State, build, randn
 from .repacking import Move, Repack, plan
 from .test_repack import MOVES
 
-F32, BF16, INT8, INT4, INT2, FP8 = PageFormat
+F32, BF16, INT8, INT4, INT2, FP8, *_ = PageFormat
 
 
 def _write(ops: Backend, state: State, repack: Repack) -> None:

@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from winnow.engine.compression.registry import EVICTION, MERGE
 from winnow.engine.messages import EngineStats, FrontierPoint
 from winnow.engine.models.tokenizer import Tokenizer
+from winnow.kernels.formats import PageFormat
 from winnow.server import __version__
 
 from .conftest import HELLO, Connect
@@ -31,9 +32,20 @@ async def test_models(http: httpx.AsyncClient) -> None:
     assert set(compression["policies"]) == set(EVICTION)
     assert set(compression["merges"]) == set(MERGE)
     assert compression["policies"]["snapkv"]["properties"]["window"]["maximum"] == 1024
-    assert compression["formats"] == ["f32", "bf16", "int8", "int4", "int2", "fp8"]
+    assert compression["formats"] == {fmt.label: fmt.what for fmt in PageFormat}
     assert compression["profiles"]["light"]["kv"]["format"] == "int8"
     assert compression["schema"]["properties"]["kv"]
+
+
+async def test_a_format_that_the_engine_lacks(http: httpx.AsyncClient, engine: FakeEngine) -> None:
+    request = {"messages": HELLO, "compression": {"kv": {"format": "mustafar50"}}}
+    assert (await http.post("/v1/chat/completions", json=request)).status_code == 200
+    engine.info = msgspec.structs.replace(engine.info, formats=("f32", "int4"))
+    answer = await http.post("/v1/chat/completions", json=request)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["param"] == "compression.kv.format"
+    assert "no pages in 'mustafar50'; it has f32, int4" in error["message"]
 
 
 async def test_a_method_whose_profile_is_missing(http: httpx.AsyncClient, engine: FakeEngine) -> None:

@@ -14,7 +14,7 @@ from winnow.kernels.reading import ReadMode, ReadRule, ReadState
 
 from ..build import Held, State, assert_same_bits, build, one_sequence, randn
 
-F32, BF16, INT8, INT4, INT2, FP8 = PageFormat
+F32, BF16, INT8, INT4, INT2, FP8, *_ = PageFormat
 
 
 def _attend(ops: Backend, state: State, q: Tensor, window: int = 0, layer: int = 0) -> Tensor:

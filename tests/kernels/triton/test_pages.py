@@ -17,7 +17,7 @@ from winnow.kernels.triton import pages
 from ..build import Held, State, assert_same_bits, build, int32, randn
 from ..repacking import Move, Repack, plan
 
-F32, BF16, INT8, INT4, INT2, FP8 = PageFormat
+F32, BF16, INT8, INT4, INT2, FP8, *_ = PageFormat
 
 # Powers of two and others, in tokens and in channels, of which int2's blocks have 32 in one and 16 in the other.
 LAYOUTS = [PageLayout(32, F32), PageLayout(80, BF16, 32)]

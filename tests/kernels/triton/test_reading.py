@@ -13,7 +13,7 @@ from winnow.kernels.reading import ReadMode, ReadRule
 from ..build import Held, State, build
 from ..test_reading import POOLED, RULES, TAKEN_OVER, channels, copy_state, made, queries, read_by
 
-F32, BF16, INT8, INT4, INT2, FP8 = PageFormat
+F32, BF16, INT8, INT4, INT2, FP8, *_ = PageFormat
 
 
 def _choose(ops: Backend, state: State, q: Tensor, window: int = 0, layer: int = 0) -> None:

@@ -12,7 +12,7 @@ from winnow.kernels.layout import PageFormat, PageLayout
 
 from ..build import Held, State, assert_same_bits, build, one_sequence, randn
 
-F32, BF16, INT8, INT4, INT2, FP8 = PageFormat
+F32, BF16, INT8, INT4, INT2, FP8, *_ = PageFormat
 HELD = [
     Held((60,), rows=1, fmt=INT8, sealed=(1,)),
     Held((33, 40), rows=33),

@@ -1,0 +1,106 @@
+"""The page formats: the one list of them, from which schema, docs and tests follow."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from winnow.kernels.formats.mustafar import Mustafar
+from winnow.kernels.formats.opened import Opened
+
+
+class PageFormat(IntEnum):
+    """How a page stores tokens. The values are those of `Format` in kernels/cpu/kernels.h."""
+
+    F32 = 0
+    BF16 = 1
+    INT8 = 2
+    INT4 = 3
+    INT2 = 4
+    FP8 = 5
+    F16 = 6
+    MUSTAFAR50 = 7
+    MUSTAFAR70 = 8
+
+    @property
+    def label(self) -> str:
+        return self.name.lower()
+
+    @property
+    def what(self) -> str:
+        """A sentence on what the format does, and where it comes from."""
+        return WHAT[self]
+
+    @property
+    def bits(self) -> int:
+        """Bits of one stored number, scales aside; KeyError for a format whose pages are opened."""
+        return BITS[self]
+
+    @property
+    def mean_bits(self) -> float:
+        """Bits by which formats compare: of one number, scales aside, or where pages are opened, of all that a page
+        of 128 tokens with 128 channels holds."""
+        if not self.is_opened:
+            return self.bits
+        side = 128
+        parts = (*self.opened.key_parts(side, side), *self.opened.value_parts(side, side))
+        return 8 * sum(parts) / (2 * side * side)
+
+    @property
+    def is_float(self) -> bool:
+        """Each number stands for itself, so that tokens can be written one by one."""
+        return self in (PageFormat.F32, PageFormat.BF16, PageFormat.F16)
+
+    @property
+    def is_integer(self) -> bool:
+        """Codes with a scale and a zero."""
+        return self in (PageFormat.INT8, PageFormat.INT4, PageFormat.INT2)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Tokens share something, so that a page is written whole or not at all."""
+        return not self.is_float
+
+    @property
+    def is_opened(self) -> bool:
+        """A page is decoded whole before any of it is read: see kernels/formats/opened.py."""
+        return self in OPENED
+
+    @property
+    def opened(self) -> Opened:
+        """Sizes of a format whose pages are opened."""
+        return OPENED[self]
+
+    @classmethod
+    def parse(cls, label: str) -> PageFormat:
+        return cls[label.upper()]
+
+
+BITS: dict[PageFormat, int] = {
+    PageFormat.F32: 32,
+    PageFormat.BF16: 16,
+    PageFormat.F16: 16,
+    PageFormat.INT8: 8,
+    PageFormat.INT4: 4,
+    PageFormat.INT2: 2,
+    PageFormat.FP8: 8,
+}
+
+OPENED: dict[PageFormat, Opened] = {
+    PageFormat.MUSTAFAR50: Mustafar(percent=50),
+    PageFormat.MUSTAFAR70: Mustafar(percent=70),
+}
+
+_KIVI = "with a scale and a zero for each key channel of a page and each token's value (KIVI, arXiv:2402.02750)"
+_MUSTAFAR = "of each token's key and value, the rest is zero: a bitmap and the numbers in half precision"
+
+WHAT: dict[PageFormat, str] = {
+    PageFormat.F32: "single precision, in which the CPU computes",
+    PageFormat.BF16: "bfloat16: eight bits of exponent, eight of fraction",
+    PageFormat.INT8: f"eight-bit codes {_KIVI}",
+    PageFormat.INT4: f"four-bit codes {_KIVI}",
+    PageFormat.INT2: "two-bit codes, as above for each 32 tokens of a key channel and 32 channels of a value",
+    PageFormat.FP8: "e4m3 with one scale for the keys of a page and one for its values (arXiv:2209.05433)",
+    PageFormat.F16: "half precision: five bits of exponent, eleven of fraction; what is beyond 65504 becomes that",
+    PageFormat.MUSTAFAR50: f"the largest half {_MUSTAFAR} (Mustafar, arXiv:2505.22913)",
+    PageFormat.MUSTAFAR70: f"the largest 30 % {_MUSTAFAR} (Mustafar, arXiv:2505.22913)",
+}

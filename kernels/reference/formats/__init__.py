@@ -1,0 +1,39 @@
+"""What formats mean whose pages are opened before they are read: one file each, and a line here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from winnow.kernels.formats import PageFormat
+from winnow.kernels.formats.mustafar import Mustafar
+from winnow.kernels.kv import PagedKV
+from winnow.kernels.reference.formats.mustafar import MustafarCodec
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the tokens of some pages belong, for formats that go by it."""
+
+    kv: PagedKV
+    layer: int
+    head: int
+    positions: Tensor
+    """[n * capacity] int64: where the tokens stand in the text"""
+
+
+class Codec(Protocol):
+    """Seals and opens pages of one format. Shapes: n pages of C tokens of D channels."""
+
+    def seal(self, keys: Tensor, values: Tensor, place: Place | None) -> tuple[Tensor, ...]:
+        """keys and values [n, C, D] f32 -> the parts of the pages in their order, each [n, ...]."""
+
+    def open(self, parts: tuple[Tensor, ...], tokens: int, dim: int, place: Place | None) -> tuple[Tensor, Tensor]:
+        """The parts, each [n, bytes] uint8 -> keys and values [n, C, D] f32."""
+
+
+CODECS: dict[PageFormat, Codec] = {
+    fmt: MustafarCodec(sizes) for fmt in PageFormat if fmt.is_opened and isinstance(sizes := fmt.opened, Mustafar)
+}
