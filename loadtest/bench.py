@@ -31,7 +31,7 @@ from serving import arena_gib, winnow
 from winnow.engine.evaluation.text import PromptBook, corpus, digest
 from winnow.engine.models.tokenizer import Tokenizer, load_tokenizer
 
-SCENARIOS = ("decode", "prefill", "together", "plans", "speculation", "capacity")
+SCENARIOS = ("decode", "prefill", "together", "plans", "speculation", "endless", "capacity")
 KV_GIB = 3.0
 PEER_KEY = "WINNOW_BENCH_PEER_KEY"
 
@@ -88,6 +88,8 @@ def run(bench: Bench, field: Field, wanted: tuple[str, ...]) -> None:
         bench.plans(field.server(INT8))
     if "speculation" in wanted:
         bench.speculation(field.server(INT8).client)
+    if "endless" in wanted:
+        bench.endless(field.server(INT8).client)
     if "capacity" in wanted:
         sizes = bench.sizes
         gib = arena_gib(field.server(INT8).client, sizes.capacity_fits, sizes.capacity_context)

@@ -28,6 +28,8 @@ class Ask:
     plan: dict[str, Any] | None = None
     """None where the server knows no plans"""
     speculative: dict[str, Any] | None = None
+    forced: list[int] = field(default_factory=list)
+    """The first of these tokens; their logprobs are asked for"""
 
 
 @dataclass
@@ -42,6 +44,8 @@ class Completion:
     cached_tokens: int = 0
     compression: dict[str, Any] | None = None
     accepted_tokens: int = 0
+    logprobs: list[float] = field(default_factory=list)
+    """Of the tokens of an answer that was forced"""
     is_done: bool = False
 
     @property
@@ -144,6 +148,8 @@ class Client:
             body["compression"] = ask.plan
         if ask.speculative is not None:
             body["speculative"] = ask.speculative
+        if ask.forced:
+            body |= {"forced": ask.forced, "logprobs": 0}
         return body
 
 
@@ -154,6 +160,8 @@ def _take(chunk: dict[str, Any], into: Completion) -> None:
         if choice.get("text") or choice.get("finish_reason"):
             into.arrivals.append(time.perf_counter())
             into.text += choice.get("text") or ""
+        if choice.get("logprobs"):
+            into.logprobs += choice["logprobs"]["token_logprobs"]
     usage = chunk.get("usage")
     if usage:
         into.tokens = usage["completion_tokens"]

@@ -18,6 +18,11 @@ SPECULATION: dict[str, dict[str, Any]] = {
     "token_recycling": {"method": "token_recycling", "tokens": 4},
 }
 
+ENDLESS: dict[str, dict[str, Any]] = {
+    OFF: {},
+    "window of 2048": {"kv": {"evict": _evict("streaming_llm", 2048, positions="compact", block=512, interval=512)}},
+}
+
 SPEED: dict[str, dict[str, Any]] = {
     OFF: {},
     "int8": {"kv": {"format": "int8"}},

@@ -39,6 +39,7 @@ class Sizes:
     capacity_fits: int = 4
     capacity_requests: int = 24
     capacity_tokens: int = 256
+    endless_contexts: int = 4
 
 
 QUICK = Sizes(
@@ -144,6 +145,25 @@ class Bench:
                         raise BenchError(f"{name} says something else of {kind}")
                     self._add(table, name, kind, "tok/s", done.decode_tok_s)
                     table.add(name, f"{kind}: guessed", "tokens", done.accepted_tokens)
+
+    # Endless texts ---------------------------------------------------------------------------------------------------
+
+    def endless(self, client: Client) -> None:
+        """What the model loses on a real text far beyond its context, in a window of constant size."""
+        context, begin = client.get("/v1/models").json()["data"][0]["max_model_len"], 128
+        part = context // 2
+        title = f"Loss on one text beyond the context of {context} tokens, in nats a token"
+        table = self.report.table("endless", title, base_column=plans.OFF)
+        text = self.book.prompt("endless", self.sizes.endless_contexts * context)
+        for name, plan in plans.ENDLESS.items():
+            read = text[: context - 1] if name == plans.OFF else text
+            ask = Ask(read[:begin], len(read) - begin + 1, plan, forced=read[begin:])
+            (done,) = client.complete([ask])
+            for first in range(0, len(done.logprobs) - 1, part):
+                losses = done.logprobs[max(0, first - begin) : first - begin + part]
+                self._add(table, f"tokens {first} to {first + part}", name, "nats", -sum(losses) / len(losses))
+            if done.compression:
+                table.add("held at the end", name, "MiB", done.compression["bytes_held"] / MIB)
 
     # Capacity --------------------------------------------------------------------------------------------------------
 
