@@ -1,7 +1,8 @@
 """The draft model: a small model with the target's vocabulary, in an engine of its own beside the target's.
 
-It says what may come next (`speculation.methods.draft`). What it has read of a running text is kept in the pages of its
-own arena, so that it reads each token once; its own requests come first, and these pages go when theirs run out.
+It says what may come next (`speculation.methods.draft`), goes on with prompts before they are read (policies that look
+ahead), and reads prompts that are to be shortened. The last two are requests of its engine. What it has read of a
+running text is kept in its arena as well, so that it reads each token once; these pages go when its requests need them.
 """
 
 from __future__ import annotations
@@ -13,8 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from winnow.engine.answers import Answers
+from winnow.engine.compression.plan import Plan
+from winnow.engine.compression.registry import prompt_policy
+from winnow.engine.errors import PromptTooLong
+from winnow.engine.messages import Output, SamplingParams, Shorten, Submit
 from winnow.engine.pages import Ints, OutOfPages
-from winnow.engine.scheduler import ScheduledBatch
+from winnow.engine.recital import Recital
+from winnow.engine.scheduler import ScheduledBatch, Scheduler
 from winnow.engine.sequence import Sequence, reading
 
 if TYPE_CHECKING:
@@ -63,7 +70,55 @@ class Draft:
         """Longest text that it reads"""
         self._arena, self._cache, self._runner = engine.arena, engine.cache, engine.runner
         self._followers: dict[Sequence, Follower] = {}
+        self._ahead: dict[str, tuple[Sequence, list[int]]] = {}
+        """request id -> who waits, and what was said so far"""
         engine.pressure.spare = self._give_way
+
+    # Its own requests -------------------------------------------------------------------------------------------------
+
+    def look_ahead(self, seq: Sequence, most: int) -> None:
+        """Finds out up to `most` tokens that may follow the prompt of a sequence, which waits for them. PromptTooLong
+        where it cannot read as much."""
+        count = min(most, seq.sampling.max_tokens)
+        if seq.prompt_tokens + count > self.max_len:
+            path = "compression.kv.evict.policy"
+            asked = f"{seq.prompt_tokens} prompt tokens and {count} ahead exceed the draft model's {self.max_len}"
+            raise PromptTooLong(path, f"{path}: {asked}")
+        sampling = SamplingParams(temperature=0.0, max_tokens=count, stop_token_ids=seq.sampling.stop_token_ids)
+        prompt = seq.tokens[: seq.prompt_tokens].tolist()
+        self.engine.submit(Submit(seq.request_id, prompt, sampling, cache_salt=seq.salt))
+        self._ahead[seq.request_id] = seq, []
+
+    def reads(self, request: Shorten) -> bool:
+        """Whether a prompt is shortened by what a model finds in it. RequestError where the plan is wrong."""
+        plan = Plan.parse({"prompt": request.plan}).prompt
+        return plan is not None and prompt_policy(plan.policy).signal.reads_prompt
+
+    def step(self, scheduler: Scheduler, answers: Answers) -> None:
+        """One step of its own requests. Who has waited for them is added to `scheduler`; what there is to tell goes to
+        `answers`."""
+        self._settle()
+        for output in self.engine.step() if self.engine.can_step else ():
+            if isinstance(output, Output):
+                seq, said = self._ahead[output.request_id]
+                said += output.token_ids
+                if output.finish_reason is not None:
+                    del self._ahead[output.request_id]
+                    for choice in (seq, *seq.siblings):
+                        choice.recital = Recital([np.array(said, np.int32)])
+                    scheduler.add(seq)
+            else:
+                self._ahead.pop(output.request_id, None)
+                answers.tell([output])
+
+    def forget(self, request_id: str) -> None:
+        self._ahead.pop(request_id, None)
+        self.engine.abort(request_id)
+
+    @property
+    def waiting(self) -> list[Sequence]:
+        """Sequences that wait for what comes behind their prompts."""
+        return [seq for seq, _ in self._ahead.values()]
 
     # Texts that run ---------------------------------------------------------------------------------------------------
 
@@ -104,14 +159,14 @@ class Draft:
         rows = [row for row, (follower, _) in enumerate(chunks) if not follower.left]
         return [chunks[row][0] for row in rows], logits if len(rows) == len(chunks) else logits[rows]
 
-    def settle(self) -> None:
+    def _settle(self) -> None:
         """Lets go of texts that run no longer."""
         for follower in [follower for follower in self._followers.values() if not follower.target.is_running]:
             self._let_go(follower)
 
     @property
     def is_idle(self) -> bool:
-        return not self._followers
+        return self.engine.is_idle and not self._followers
 
     def _begin(self, seq: Sequence) -> Follower | None:
         arena, cache = self._arena, self._cache

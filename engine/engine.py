@@ -119,6 +119,8 @@ class Engine:
         """One pass of the model over whoever can run; returns what there is to tell."""
         began = time.perf_counter()
         self.answers.tell(self.shortener.poll())
+        if self.draft is not None:
+            self.draft.step(self.scheduler, self.answers)
         try:
             batch = self.scheduler.schedule()  # who runs, with which tokens, guesses and pages
             if not batch.seqs:
@@ -145,16 +147,24 @@ class Engine:
 
     def submit(self, request: Submit) -> None:
         """Queues a request. RequestError where it cannot be served."""
-        self.scheduler.add(self.intake.sequence(request))
+        seq = self.intake.sequence(request)
+        if self.draft is not None and seq.plan.evict is not None and seq.plan.evict.looks_ahead:
+            self.draft.look_ahead(seq, seq.plan.evict.looks_ahead)
+        else:
+            self.scheduler.add(seq)
 
     def shorten(self, request: Shorten) -> None:
         """Begins to shorten a prompt; the answer is among the outputs of a later step. RequestError as for `submit`."""
-        if (seq := self.intake.reader(request)) is not None:
+        if self.draft is not None and self.draft.reads(request):
+            self.draft.engine.shorten(request)
+        elif (seq := self.intake.reader(request)) is not None:
             self.scheduler.add(seq)
 
     def abort(self, request_id: str) -> None:
         """Ends all choices of a request and gives their pages back."""
         self.answers.abort(request_id)
+        if self.draft is not None:
+            self.draft.forget(request_id)
 
     def finish(self, request_id: str, index: int) -> list[StepOutput]:
         """Ends one choice whose text is complete (a stop string) and reports on it."""
@@ -165,7 +175,8 @@ class Engine:
 
     @property
     def can_step(self) -> bool:
-        return bool(self.scheduler.running or self.scheduler.waiting)
+        is_draft_at_work = self.draft is not None and self.draft.engine.can_step
+        return is_draft_at_work or bool(self.scheduler.running or self.scheduler.waiting)
 
     @property
     def is_idle(self) -> bool:

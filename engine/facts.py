@@ -51,10 +51,11 @@ def stats_of(engine: Engine) -> EngineStats:
     counters, freed, drafts = engine.scheduler.counters, engine.compressor.freed, engine.speculator.counters
     cached = 0 if engine.cache is None else engine.cache.reclaimable()
     draft = None if engine.draft is None else stats_of(engine.draft.engine)
+    waiting = [*engine.scheduler.waiting, *([] if engine.draft is None else engine.draft.waiting)]
     return EngineStats(
         running=len(engine.scheduler.running),
-        waiting=len(engine.scheduler.waiting),
-        waiting_tokens=sum(seq.length for seq in engine.scheduler.waiting),
+        waiting=len(waiting),
+        waiting_tokens=sum(seq.length for seq in waiting),
         pages_free=engine.arena.free_count,
         pages_cached=cached,
         pages_total=engine.arena.total,

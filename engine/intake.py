@@ -121,6 +121,7 @@ class Intake:
         plan = resolve_quality(Plan.parse(request.plan), engine.frontier, engine.name)
         plan.check_windows(engine.has_windows)
         plan.check_formats(engine.formats)
+        plan.check_draft(engine.draft is not None)
         longest = longest_text(plan, engine.info)
         if length + new > longest:
             raise PromptTooLong("max_tokens", f"{length} prompt tokens and {new} new ones exceed the model's {longest}")

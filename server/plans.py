@@ -51,6 +51,7 @@ class Plans:
         plan.sealed_format(PageFormat.parse(info.compute_format))
         plan.check_windows(info.has_windows)
         plan.check_formats(info.formats)
+        plan.check_draft(info.draft_max_len is not None)
         check_profiles(plan, info.profiles, model)
         return plan
 

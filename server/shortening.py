@@ -37,10 +37,10 @@ def shorten_request(
     if length > longest:
         message = f"{prompt_param}: {length} tokens, and this server shortens at most {longest}"
         raise PromptTooLong(prompt_param, message)
-    if signal.reads_prompt and length > info.max_model_len:
-        message = (
-            f"'{plan.policy}' has the model read the whole prompt: {length} tokens, of at most {info.max_model_len}"
-        )
+    reads = info.max_model_len if info.draft_max_len is None else info.draft_max_len
+    if signal.reads_prompt and length > reads:
+        model = "the model" if info.draft_max_len is None else "the draft model"
+        message = f"'{plan.policy}' has {model} read the whole prompt: {length} tokens, of at most {reads}"
         raise PromptTooLong(prompt_param, message)
     return Shorten(
         request_id=uuid4().hex,

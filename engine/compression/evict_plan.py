@@ -11,7 +11,15 @@ from pydantic_core import PydanticCustomError
 from winnow.engine.compression.budget import MAX_TOKENS, Budget, is_everything, tokens_of
 from winnow.engine.compression.knobs import any_method, method_model
 from winnow.engine.compression.merge_plan import AnyMerge, merge_model
-from winnow.engine.compression.policy import HearsNewest, PolicyParams, Reciting, SetsBudgets, StagedPolicy, Voting
+from winnow.engine.compression.policy import (
+    HearsNewest,
+    LooksAhead,
+    PolicyParams,
+    Reciting,
+    SetsBudgets,
+    StagedPolicy,
+    Voting,
+)
 from winnow.engine.compression.registry import EVICTION, OWN_MERGE, eviction_policy, merge_method
 from winnow.engine.compression.signals import Signal
 from winnow.engine.errors import PlanNotSupported
@@ -115,6 +123,12 @@ class Evict(PolicyParams):
         policy = _reciting(self.policy)
         return 0 if policy is None else policy.recital_chunk(self)
 
+    @property
+    def looks_ahead(self) -> int:
+        """Tokens that a draft model says behind the prompt, at most, before its eviction; 0: none is asked."""
+        policy = _looking_ahead(self.policy)
+        return 0 if policy is None else policy.lookahead(self)
+
     def stage_bounds(self, layers: int) -> tuple[int, ...]:
         """`Staging.bounds` of a policy that acts amid the prefill, () of all others; PlanNotSupported if the model is
         not that deep."""
@@ -161,6 +175,12 @@ class Evict(PolicyParams):
 def _reciting(name: str) -> Reciting | None:
     policy = eviction_policy(name)
     return policy if isinstance(policy, Reciting) else None
+
+
+@cache
+def _looking_ahead(name: str) -> LooksAhead | None:
+    policy = eviction_policy(name)
+    return policy if isinstance(policy, LooksAhead) else None
 
 
 @cache

@@ -32,6 +32,7 @@ from winnow.engine.compression.pressure_plan import OnPressure
 from winnow.engine.compression.prompt.plan import AnyPrompt, Prompt, prompt_model
 from winnow.engine.compression.read import AnyRead, Read, read_model
 from winnow.engine.compression.registry import EVICTION, MERGE, MIX, PROMPT, READ
+from winnow.engine.config import NO_DRAFT
 from winnow.engine.errors import PlanNotSupported, RequestError
 from winnow.kernels.layout import PageFormat
 
@@ -183,6 +184,12 @@ class Plan(Part):
         if has_windows and self.mix is not None:
             path = "compression.kv.mix"
             raise PlanNotSupported(path, f"{path}: this model's sliding windows need lanes in order of positions")
+
+    def check_draft(self, has_draft: bool) -> None:
+        """PlanNotSupported where the plan's policy looks ahead and the server has no draft model to do it."""
+        if self.evict is not None and self.evict.looks_ahead and not has_draft:
+            path = "compression.kv.evict.policy"
+            raise PlanNotSupported(path, f"{path}: '{self.evict.policy}' {NO_DRAFT}")
 
     def budget_tokens(self, seen: int) -> int:
         """Tokens that a lane keeps of `seen`, before layers and heads share them out; at least 1."""

@@ -139,6 +139,15 @@ class Reciting(Protocol):
 
 
 @runtime_checkable
+class LooksAhead(Protocol):
+    """A policy that hears the prompt's newest queries, and behind them those of what a draft model goes on with: the
+    model reads them like a recital (engine/recital.py)."""
+
+    def lookahead(self, params: Any) -> int:
+        """Tokens that the draft model says, at most."""
+
+
+@runtime_checkable
 class StagedPolicy(EvictionPolicy, Protocol):
     """An eviction policy that acts amid the prefill: the layers above the one that chooses read only what it chose."""
 

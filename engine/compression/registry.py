@@ -34,6 +34,7 @@ EVICTION: dict[str, str] = {
     "expected_attention": "winnow.engine.compression.eviction.expected_attention:ExpectedAttention",
     "lacache": "winnow.engine.compression.eviction.lacache:LaCache",
     "kvzip": "winnow.engine.compression.eviction.kvzip:KVzip",
+    "spec_kv": "winnow.engine.compression.eviction.spec_kv:SpecKV",
     "random": "winnow.engine.compression.eviction.random:Random",
 }
 

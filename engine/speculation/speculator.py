@@ -69,8 +69,6 @@ class Speculator:
 
     def propose(self, running: list[Sequence]) -> None:
         """Writes guesses behind the texts of those that asked for them and have but one token to read."""
-        if self._tools.draft is not None:
-            self._tools.draft.settle()
         eager = [seq for seq in running if seq.speculation is not None and seq.is_decoding]
         for method, group in _by_method(eager):
             most = [_room(seq) for seq in group]

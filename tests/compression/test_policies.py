@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from winnow.engine.compression.plan import Evict, Plan
-from winnow.engine.compression.policy import LaneView, QueryMoments, Reciting, SetsBudgets, StagedPolicy
+from winnow.engine.compression.policy import LaneView, LooksAhead, QueryMoments, Reciting, SetsBudgets, StagedPolicy
 from winnow.engine.compression.registry import EVICTION, eviction_policy
 from winnow.engine.compression.select import keep_sets
 from winnow.engine.errors import RequestError
@@ -41,8 +41,9 @@ def kept_by(evict: Evict, view: LaneView, budget: int) -> list[list[set[int]]]:
 
 
 def test_every_policy_has_an_oracle() -> None:
-    """Those that act amid the prefill, or are told by a recital, have theirs in tests/engine."""
-    elsewhere = {name for name in EVICTION if isinstance(eviction_policy(name), StagedPolicy | Reciting)}
+    """Those that act amid the prefill, or are told by what is read behind it, have theirs in tests/engine."""
+    kinds = StagedPolicy | Reciting | LooksAhead
+    elsewhere = {name for name in EVICTION if isinstance(eviction_policy(name), kinds)}
     assert set(ORACLES) == set(EVICTION) - elsewhere
 
 

@@ -9,7 +9,7 @@ from winnow.kernels.layout import PageFormat
 
 from ..compression.knobs import BUDGETED
 
-ONCE = {"kvzip", "prompt_distill"}
+ONCE = {"kvzip", "prompt_distill", "spec_kv"}
 """Policies that evict at the end of a prompt only"""
 LEAD_INS = [[3, 9, 4], [11, 2], [8]]
 """What kvzip's prompts are repeated after"""

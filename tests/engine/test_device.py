@@ -17,6 +17,7 @@ from ..models.checkpoints import prompt_of, random_model
 from ..prompt.messages import TEXT, message
 from .bench import Bench, Choice, Seen, assert_same, pages_for
 from .device import OpsThere, waiting
+from .drafts import first_layers
 from .plans import KV, LEAD_INS, evict
 from .profiles import profiles_of
 
@@ -33,7 +34,10 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
 
 def benches(tiny: Decoder, there: Decoder, **settings: Any) -> tuple[Bench, Bench]:
     settings = {"max_step_tokens": 64} | settings
-    return Bench(tiny, **settings), Bench(there, ops=THERE, profiles=profiles_of(tiny), **settings)
+    return (
+        Bench(tiny, draft=first_layers(tiny), **settings),
+        Bench(there, ops=THERE, profiles=profiles_of(tiny), draft=first_layers(there), **settings),
+    )
 
 
 @pytest.mark.parametrize("name", KV)
@@ -51,7 +55,7 @@ def test_plans(tiny: Decoder, there: Decoder, name: str) -> None:
 @pytest.mark.parametrize("name", KV)
 def test_steps_between_events_ask_nothing_of_the_device(there: Decoder, tiny: Decoder, name: str) -> None:
     """But for the sampled tokens, for whose copy the sampler waits when all else is under way."""
-    engine = Bench(there, ops=THERE, profiles=profiles_of(tiny), max_step_tokens=64).engine
+    engine = Bench(there, ops=THERE, profiles=profiles_of(tiny), draft=first_layers(there), max_step_tokens=64).engine
     del engine.runner.run  # which copies logits for the bench
     compress, events = engine.compressor.compress, []
 

@@ -16,6 +16,7 @@ from winnow.kernels.dispatch import backend
 from winnow.kernels.layout import PageFormat
 
 from ..engine.bench import Bench, Seen
+from ..engine.drafts import first_layers
 from ..engine.plans import KV, LEAD_INS, evict
 from ..engine.profiles import profiles_of
 from ..models.checkpoints import prompt_of, random_model
@@ -40,11 +41,11 @@ class Pair:
 
     def bench(self, **settings: Any) -> Bench:
         """An engine on the reference backend."""
-        return Bench(self.here, ops=backend("reference"), **(COMMON | settings))
+        return Bench(self.here, ops=backend("reference"), draft=first_layers(self.here), **(COMMON | settings))
 
     def gpu_bench(self, **settings: Any) -> Bench:
         settings = {"device": "cuda", "profiles": profiles_of(self.here)} | COMMON | settings
-        return Bench(self.there, ops=backend("triton"), **settings)
+        return Bench(self.there, ops=backend("triton"), draft=first_layers(self.there), **settings)
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,12 @@ from transformers import (
 )
 
 from winnow.engine.compression.prompt.units import starts_of
+from winnow.engine.errors import PromptTooLong
 from winnow.engine.messages import Shorten
 from winnow.engine.models.decoder import Decoder
 
-from ..engine.bench import Bench
+from ..engine.bench import Bench, pages_for
+from ..engine.drafts import first_layers
 from .encoders import LONGEST
 from .messages import QUESTION, TEXT, context_positions, message, without
 
@@ -141,6 +143,21 @@ def test_spec_pc(
             pieces.append(([place], max(score[other] for other in around if other in inside)))
     shortened = Bench(tiny, max_step_tokens=max_step_tokens).shorten(request)
     assert shortened.prompt == kept_of(request, pieces, int(0.3 * len(pieces)))
+
+
+@pytest.mark.parametrize("plan", [{"policy": "selective"}, {"policy": "spec_pc", "pool": 3}])
+def test_what_a_draft_model_finds_is_what_counts(tiny: Decoder, plan: dict[str, Any]) -> None:
+    draft = first_layers(tiny)
+    request = message(plan | {"keep": 0.4}, [TEXT, SHORT])
+    bench = Bench(tiny, draft=draft, max_step_tokens=64)
+    left = bench.shorten(request)
+    assert left == Bench(draft).shorten(request)
+    assert left != Bench(tiny).shorten(request)
+    stats = bench.engine.stats
+    assert stats.steps_total == 0  # of the model itself
+    assert stats.draft_pages_free == stats.draft_pages_total
+    with pytest.raises(PromptTooLong, match="exceed the 96 of the model that is to rank them"):
+        Bench(tiny, draft=draft, draft_pages=pages_for(draft, 96)).shorten(request)
 
 
 # extractive ---------------------------------------------------------------------------------------------------------

@@ -29,9 +29,9 @@ class PromptSignal(StrEnum):
     """What a policy must know of the context; the engine finds out before it asks for scores."""
 
     SURPRISAL = "surprisal"
-    """-log p of each token under the serving model, from one pass over the prompt"""
+    """-log p of each token, from one pass of the draft model over the prompt, or of the model where there is none"""
     ATTENTION = "attention"
-    """What the prompt's last queries pay to each token, from one pass of the draft model over the prompt"""
+    """What the prompt's last queries pay to each token, from one pass of the same model"""
     EMBEDDINGS = "embeddings"
     """A vector of unit length for the question and for each unit's text, by an embedding model"""
     LABELS = "labels"
@@ -39,7 +39,8 @@ class PromptSignal(StrEnum):
 
     @property
     def reads_prompt(self) -> bool:
-        """Whether the model must read the whole prompt, which therefore has to fit its context."""
+        """Whether the draft model, or the model where there is none, must read the whole prompt, which therefore has to
+        fit its context."""
         return self in (PromptSignal.SURPRISAL, PromptSignal.ATTENTION)
 
 

@@ -2,9 +2,9 @@
 
     score(unit) = mean over its tokens of -log p(token | everything before it)
 
-p is the serving model's own. The reference asks GPT-2 about each sentence alone, keeps the units above a percentile of
-their scores, and takes its phrases from a parser; here one pass reads the prompt as it stands, the budget is in tokens,
-and a phrase reaches up to a punctuation mark.
+p is that of the server's draft model, or of the serving model where it has none. The reference asks GPT-2 about each
+sentence alone, keeps the units above a percentile of their scores, and takes its phrases from a parser; here one pass
+reads the prompt as it stands, the budget is in tokens, and a phrase reaches up to a punctuation mark.
 
 A token that nothing precedes has no probability: it does not count, and a unit of nothing else stays.
 """
@@ -20,7 +20,7 @@ from winnow.engine.compression.prompt.policy import Floats, PromptParams, Prompt
 
 
 class Selective:
-    """Drop what the model could have guessed (self-information)."""
+    """Drop what the draft model, or without one the model itself, could have guessed (self-information)."""
 
     signal = PromptSignal.SURPRISAL
 

@@ -22,7 +22,7 @@ from winnow.engine.compression.prompt.policy import Floats, PromptParams, Prompt
 
 
 class SpecPC:
-    """Keep the tokens that a draft model's last queries attend to."""
+    """Keep the tokens that the last queries of the draft model, or without one of the model itself, attend to."""
 
     signal = PromptSignal.ATTENTION
 
