@@ -7,7 +7,8 @@ namespace winnow {
 
 // PageFormat in kernels/formats
 enum Format : uint8_t {
-  F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3, INT2 = 4, FP8 = 5, F16 = 6, MUSTAFAR50 = 7, MUSTAFAR70 = 8, FORMATS = 9
+  F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3, INT2 = 4, FP8 = 5, F16 = 6, MUSTAFAR50 = 7, MUSTAFAR70 = 8,
+  GEAR = 9, FORMATS = 10
 };
 constexpr int MOST_PARTS = 16;
 

@@ -8,7 +8,7 @@
 namespace winnow {
 namespace TARGET {
 
-constexpr bool is_opened(Format fmt) { return fmt == MUSTAFAR50 || fmt == MUSTAFAR70; }
+constexpr bool is_opened(Format fmt) { return fmt == MUSTAFAR50 || fmt == MUSTAFAR70 || fmt == GEAR; }
 
 // Where the tokens of a page belong, for formats that go by it.
 struct Place {
@@ -22,6 +22,7 @@ struct Place {
 }  // namespace TARGET
 }  // namespace winnow
 
+#include "formats/gear.h"
 #include "formats/mustafar.h"
 
 namespace winnow {
@@ -31,12 +32,14 @@ namespace TARGET {
 static void open_keys(Format fmt, const PageShape& shape, int dim, const uint8_t* page, const Place&, float* keys) {
   switch (fmt) {
     case MUSTAFAR50: case MUSTAFAR70: open_mustafar(shape, 0, dim, page, keys, 1, shape.capacity); break;
+    case GEAR: open_gear(shape, dim, true, page, keys); break;
     default: break;
   }
 }
 static void open_values(Format fmt, const PageShape& shape, int dim, const uint8_t* page, const Place&, float* values) {
   switch (fmt) {
     case MUSTAFAR50: case MUSTAFAR70: open_mustafar(shape, 2, dim, page, values, dim, 1); break;
+    case GEAR: open_gear(shape, dim, false, page, values); break;
     default: break;
   }
 }
@@ -48,6 +51,10 @@ static void seal_opened(Format fmt, const PageShape& shape, int dim, uint8_t* pa
     case MUSTAFAR50: case MUSTAFAR70:
       seal_mustafar(shape, 0, dim, page, keys, 1, stride);
       seal_mustafar(shape, 2, dim, page, values, dim, 1);
+      break;
+    case GEAR:
+      seal_gear(shape, dim, true, page, keys, stride);
+      seal_gear(shape, dim, false, page, values, dim);
       break;
     default: break;
   }

@@ -4,19 +4,11 @@
 
 #include "codec.h"
 #include "kernels.h"
+#include "scratch.h"
 #include "simd.h"
 
 namespace winnow {
 namespace TARGET {
-
-struct Scratch {  // per thread, reused between calls
-  char* bytes = nullptr;
-  size_t size = 0;
-  char* need(size_t n) {
-    if (n > size) { std::free(bytes); bytes = (char*)std::malloc(n); size = bytes ? n : 0; }
-    return bytes;
-  }
-};
 
 struct Lane {
   const int32_t* table;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+from winnow.kernels.formats.gear import Gear
 from winnow.kernels.formats.mustafar import Mustafar
 from winnow.kernels.formats.opened import Opened
 
@@ -20,6 +21,7 @@ class PageFormat(IntEnum):
     F16 = 6
     MUSTAFAR50 = 7
     MUSTAFAR70 = 8
+    GEAR = 9
 
     @property
     def label(self) -> str:
@@ -88,6 +90,7 @@ BITS: dict[PageFormat, int] = {
 OPENED: dict[PageFormat, Opened] = {
     PageFormat.MUSTAFAR50: Mustafar(percent=50),
     PageFormat.MUSTAFAR70: Mustafar(percent=70),
+    PageFormat.GEAR: Gear(),
 }
 
 _KIVI = "with a scale and a zero for each key channel of a page and each token's value (KIVI, arXiv:2402.02750)"
@@ -103,4 +106,5 @@ WHAT: dict[PageFormat, str] = {
     PageFormat.F16: "half precision: five bits of exponent, eleven of fraction; what is beyond 65504 becomes that",
     PageFormat.MUSTAFAR50: f"the largest half {_MUSTAFAR} (Mustafar, arXiv:2505.22913)",
     PageFormat.MUSTAFAR70: f"the largest 30 % {_MUSTAFAR} (Mustafar, arXiv:2505.22913)",
+    PageFormat.GEAR: "int4 after 2 % outliers are taken out, and its error at rank 2 (GEAR, arXiv:2403.05527)",
 }

@@ -28,10 +28,9 @@ from torch import Tensor
 
 from winnow.kernels.layout import PageFormat, PageLayout
 from winnow.kernels.reference.formats import CODECS, Place
-from winnow.kernels.reference.formats.mustafar import F16_MAX
+from winnow.kernels.reference.integers import F16_MAX, MIN_SCALE, pack, quantize, unpack
 
 E4M3_MAX = 448.0
-MIN_SCALE = 1e-6
 
 _FLOAT = {PageFormat.F32: torch.float32, PageFormat.BF16: torch.bfloat16, PageFormat.F16: torch.float16}
 
@@ -67,7 +66,7 @@ def encode_pages(
     elif fmt.is_integer:
         k_codes, k_scale, k_zero = quantize(_blocks(keys, layout.key_block(fmt)), fmt)
         v_codes, v_scale, v_zero = quantize(_blocks(values, layout.value_block(fmt)), fmt)
-        parts = [_pack(k_codes, fmt), _pack(v_codes, fmt), k_scale, k_zero, v_scale, v_zero]
+        parts = [pack(k_codes, fmt), pack(v_codes, fmt), k_scale, k_zero, v_scale, v_zero]
     elif fmt is PageFormat.FP8:
         (k_codes, k_scale), (v_codes, v_scale) = quantize_fp8(keys), quantize_fp8(values)
         parts = [k_codes, v_codes, k_scale, v_scale]
@@ -89,16 +88,6 @@ def as_float(x: Tensor, fmt: PageFormat) -> Tensor:
     return (x.clamp(-F16_MAX, F16_MAX) if fmt is PageFormat.F16 else x).to(_FLOAT[fmt])
 
 
-def quantize(x: Tensor, fmt: PageFormat) -> tuple[Tensor, Tensor, Tensor]:
-    """x [..., group] f32 -> codes [..., group] uint8, one a byte; scale and zero [...] f16."""
-    levels = 2**fmt.bits - 1
-    lo, hi = x.amin(dim=-1), x.amax(dim=-1)
-    scale = ((hi - lo) / levels).clamp(MIN_SCALE, F16_MAX).half()
-    zero = lo.clamp(-F16_MAX, F16_MAX).half()
-    codes = ((x - zero.float()[..., None]) / scale.float()[..., None] + 0.5).floor().clamp(0, levels)
-    return codes.to(torch.uint8), scale, zero
-
-
 def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [n, rows, columns] f32 -> codes of the same shape, e4m3; scale [n, 1] f16."""
     scale = (x.abs().amax(dim=(1, 2)) / E4M3_MAX).clamp(MIN_SCALE, F16_MAX).half()
@@ -116,7 +105,7 @@ def _decode_integers(raw: Tensor, layout: PageLayout, fmt: PageFormat) -> tuple[
             raw[:, first:until].view(torch.float16).float().unflatten(1, (-1, rows, 1))
             for first, until in ((scale, zero), (zero, last))
         )
-        return (_unpack(packed, fmt).float() * scales + zeros).transpose(1, 2).flatten(2)
+        return (unpack(packed, fmt).float() * scales + zeros).transpose(1, 2).flatten(2)
 
     keys = side(at.keys, at.values, at.k_scale, at.k_zero, at.v_scale, dim, layout.key_block(fmt))
     values = side(at.values, at.k_scale, at.v_scale, at.v_zero, at.end, capacity, layout.value_block(fmt))
@@ -137,24 +126,6 @@ def _decode_fp8(raw: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor]:
 def _blocks(x: Tensor, block: int) -> Tensor:
     """[n, rows, columns] -> [n, columns / block, rows, block]"""
     return x.unflatten(2, (-1, block)).transpose(1, 2)
-
-
-def _pack(codes: Tensor, fmt: PageFormat) -> Tensor:
-    if fmt is PageFormat.INT4:
-        low, high = codes.chunk(2, dim=-1)
-        return low | (high << 4)
-    if fmt is PageFormat.INT2:
-        first, second, third, fourth = codes.unflatten(-1, (-1, 4)).unbind(-1)
-        return first | (second << 2) | (third << 4) | (fourth << 6)
-    return codes
-
-
-def _unpack(packed: Tensor, fmt: PageFormat) -> Tensor:
-    if fmt is PageFormat.INT4:
-        return torch.cat([packed & 15, packed >> 4], dim=-1)
-    if fmt is PageFormat.INT2:
-        return torch.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], dim=-1).flatten(-2)
-    return packed
 
 
 def _as_bytes(part: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from winnow.kernels.layout import PageFormat, PageLayout
-from winnow.kernels.reference.codec import decode_pages, encode_pages, quantize, quantize_fp8
+from winnow.kernels.reference.codec import decode_pages, encode_pages, quantize_fp8
+from winnow.kernels.reference.integers import quantize
 
 from .build import randn
 
@@ -154,6 +155,60 @@ def test_mustafar_lies_in_a_page_as_it_says(layout: PageLayout) -> None:
                     assert page[place : place + 2].view(np.float16)[0] == np.float16(x[t, d])
                     place += 2
         assert place in at.parts
+
+
+def _gear(rows: torch.Tensor, is_keys: bool, rank: int, loops: int = 3) -> torch.Tensor:
+    """What a side is after its compression, rows [R, N], in the steps of the original and with its QR."""
+    columns = rows.shape[1]
+    k = max(1, round(columns / 100))
+    ends = [rows.topk(k, dim=-1, largest=largest) for largest in (False, True)]
+    level = rows.clone()
+    for end in ends:
+        level.scatter_(-1, end.indices, rows.mean(-1, keepdim=True).expand(-1, k))
+    low, high = level.amin(-1, keepdim=True).half().float(), level.amax(-1, keepdim=True)
+    step = ((high - level.amin(-1, keepdim=True)) / 15).half().float()
+    output = ((level - low) / step + 0.5).floor().clamp(0, 15) * step + low
+    for end in ends:
+        output.scatter_(-1, end.indices, end.values)
+    error = (rows - output).double()
+    by_token = error.T if is_keys else error
+    index = torch.arange(1, by_token.shape[1] * rank + 1)
+    channels = (index * 2654435761 % 2**32 / 2**32).double().view(-1, rank)
+    for i in range(loops):
+        if i == loops - 1:
+            channels = torch.linalg.qr(channels).Q
+        tokens = by_token @ channels
+        if i == loops - 1:
+            tokens = torch.linalg.qr(tokens).Q
+        channels = by_token.T @ tokens
+    change = (tokens @ channels.T).float()
+    restored = output + (change.T if is_keys else change)
+    for end in ends:
+        restored.scatter_(-1, end.indices, end.values)
+    return restored
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, PageLayout(128, PageFormat.BF16, 128)], ids=str)
+def test_gear_is_what_its_steps_say(layout: PageLayout) -> None:
+    fmt = PageFormat.GEAR
+    capacity, dim = layout.capacity(fmt), layout.head_dim
+    keys, values = (randn(capacity, dim, seed=seed) for seed in (1, 2))
+    keys += 3 * randn(capacity, 1, seed=3) * randn(1, dim, seed=4)
+    values[::7, 5] += 40
+    raw = _whole_page(layout, encode_pages(keys, values, layout, fmt))
+    k_held, v_held = decode_pages(raw, layout, fmt)
+    torch.testing.assert_close(k_held.T, _gear(keys.T, True, 2), atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(v_held, _gear(values, False, 2), atol=2e-3, rtol=1e-3)
+    assert torch.equal(v_held[::7, 5], values[::7, 5].half().float()), "outliers are kept"
+
+
+@pytest.mark.parametrize("x", [0.0, 0.5, 1e-9, 60000.0])
+def test_a_gear_page_of_one_number(x: float) -> None:
+    layout, fmt = PageLayout(32), PageFormat.GEAR
+    side = torch.full((layout.capacity(fmt), 32), x)
+    raw = _whole_page(layout, encode_pages(side, -side, layout, fmt))
+    for decoded, sign in zip(decode_pages(raw, layout, fmt), (1, -1), strict=True):
+        torch.testing.assert_close(decoded, sign * side, atol=2e-6, rtol=1e-3)
 
 
 def test_half_precision_ends_where_it_ends() -> None:

@@ -7,6 +7,7 @@ import methods
 from winnow.engine.compression.registry import EVICTION, MERGE, MIX, PROMPT, READ
 from winnow.engine.evaluation.plans import FORMATS
 from winnow.engine.evaluation.result import Result
+from winnow.kernels.formats import PageFormat
 
 
 def test_the_table_of_methods() -> None:
@@ -24,7 +25,7 @@ def test_the_table_of_methods() -> None:
     row = next(line for line in page.splitlines() if line.startswith("| `snapkv` |"))
     assert "| attention | 90%, 0.2 nats, 55% held | not measured | 25% / 75% |" in row
     assert "the uncompressed model finds 100% / -." in page
-    assert "| `int4` | not measured | 50% / - |" in page
+    assert f"| `int4` | {PageFormat.INT4.what} | not measured | 50% / - |" in page
     assert "| 80%, 0.5 nats, 52% held | not measured | not measured |" in page
     assert "needs a profile" in page
     widths = {line.count("|") for line in page.splitlines() if line.startswith("| `") and "not measured" in line}

@@ -8,8 +8,10 @@ from typing import Protocol
 from torch import Tensor
 
 from winnow.kernels.formats import PageFormat
+from winnow.kernels.formats.gear import Gear
 from winnow.kernels.formats.mustafar import Mustafar
 from winnow.kernels.kv import PagedKV
+from winnow.kernels.reference.formats.gear import GearCodec
 from winnow.kernels.reference.formats.mustafar import MustafarCodec
 
 
@@ -35,5 +37,7 @@ class Codec(Protocol):
 
 
 CODECS: dict[PageFormat, Codec] = {
-    fmt: MustafarCodec(sizes) for fmt in PageFormat if fmt.is_opened and isinstance(sizes := fmt.opened, Mustafar)
+    PageFormat.MUSTAFAR50: MustafarCodec(Mustafar(percent=50)),
+    PageFormat.MUSTAFAR70: MustafarCodec(Mustafar(percent=70)),
+    PageFormat.GEAR: GearCodec(Gear()),
 }

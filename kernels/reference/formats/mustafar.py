@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from winnow.kernels.formats.mustafar import Mustafar
+from winnow.kernels.reference.integers import F16_MAX
 
 if TYPE_CHECKING:
     from winnow.kernels.reference.formats import Place
 
-F16_MAX = 65504.0
 _BIT = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8)
 
 
