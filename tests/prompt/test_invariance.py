@@ -156,11 +156,12 @@ def test_an_aborted_one_leaves_nothing(requests: list[Shorten], tiny: Decoder, e
         bench.engine.shorten(request)
     bench.step()
     bench.step()
+    told = set(bench.shortened)  # texts are read in threads of their own, and some are soon done
     for request in requests:
         bench.engine.abort(request.request_id)
     assert bench.engine.is_idle
     bench.run()
-    assert not bench.shortened
+    assert set(bench.shortened) == told
     assert bench.held_pages == 0
     bench.engine.shortener.stop()
 

@@ -123,7 +123,7 @@ def test_the_packaged_encoder_knows_what_a_question_is_about() -> None:
 
     path = embedding_folder(None)
     if path is None:
-        pytest.skip("winnow[extractive] is not installed")
+        pytest.skip("winnow[extractive] is not installed: `make test` installs it")
     encoder = SentenceEncoder(path)
     question = encoder.embed("How tall is the tower?")
     about, beside = encoder.embed("The building has a height of 43 metres."), encoder.embed("She likes ice cream.")
