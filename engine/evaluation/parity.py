@@ -24,10 +24,13 @@ from winnow.engine.errors import EvalError
 from winnow.engine.evaluation.measures import Mean, Whole, distance
 from winnow.engine.evaluation.result import write_text
 from winnow.engine.evaluation.targets import Ask, EngineTarget
+from winnow.engine.recital import FIRST, LATER
 
-Ints = NDArray[np.int32]
+Bools = NDArray[np.bool_]
 WORKER = Path(__file__).with_name("kvpress_worker.py")
 BUDGETS = (0.25, 0.5, 0.75)
+TURN = "\n"
+"""What kvpress has before a repetition where there is no chat template"""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class Method:
     """What transformers must run for it"""
     sums: bool = False
     """Whether the press' means over the queries that could see a token are made sums again"""
+    wrapper: str = ""
+    """A press that takes the other one as its own"""
     note: str = ""
     """Why the two may differ"""
 
@@ -80,6 +85,32 @@ METHODS: dict[str, Method] = {
         "whichever topk likes there",
     ),
     "expected_attention": Method("expected_attention", {}, "ExpectedAttentionPress", note=SAME),
+    "kvzip": Method("kvzip", {"sinks": 4}, "KVzipPress", note=SAME + "; the same words ask for the repetition"),
+    "snapkv adaptive": Method(
+        "snapkv",
+        {"sinks": 0, "recent": 64, "head_budget": "adaptive"},
+        "SnapKVPress",
+        {"window_size": 64},
+        wrapper="AdaKVPress",
+        note=SAME,
+    ),
+    "snapkv pyramid": Method(
+        "snapkv",
+        {"sinks": 0, "recent": 64, "layer_budget": "pyramid"},
+        "PyramidKVPress",
+        {"window_size": 64},
+        note="another rule: here the protected window comes on top of every layer's share, as in the paper, and layers "
+        "keep what the budget says in all; PyramidKVPress counts the window as a part of the share, and where the last "
+        "layer would keep less than the window it falls back to SnapKV, as at 25 % of these prompts",
+    ),
+    "snapkv merging": Method(
+        "snapkv",
+        {"sinks": 0, "recent": 64, "merge": {"policy": "kv_merging"}},
+        "SnapKVPress",
+        {"window_size": 64},
+        wrapper="MergingPress",
+        note=SAME,
+    ),
 }
 
 
@@ -176,15 +207,19 @@ class Parity:
 class KeptTarget(EngineTarget):
     """An engine that also tells what its lanes kept when the prompt had been read."""
 
-    def kept_after(self, ask: Ask) -> tuple[Whole, Ints]:
-        """What a text was foretold, and [layers, kv_heads, kept] positions, ascending."""
-        kept: list[Ints] = []
+    def kept_after(self, ask: Ask) -> tuple[Whole, Bools]:
+        """What a text was foretold, and [layers, kv_heads, prompt] the tokens that were kept; all where the plan left
+        them alone."""
+        kept: list[Bools] = []
         settle, arena = self.engine.side.settle, self.engine.arena
 
         def watched(seq: Any) -> None:
             if seq.computed == seq.prompt_tokens and not kept:
-                count = int(arena.kept[seq.slot].max())
-                kept.append(arena.kv.positions[seq.slot][..., :count].numpy().copy())
+                counts, most = arena.kept[seq.slot], int(arena.kept[seq.slot].max())
+                held = np.arange(most) < counts[..., None]
+                lane, head, _ = np.nonzero(held)
+                kept.append(np.zeros((*counts.shape, seq.prompt_tokens), bool))
+                kept[0][lane, head, arena.kv.positions[seq.slot][..., :most].numpy()[held]] = True
             settle(seq)
 
         self.engine.side.settle = watched  # type: ignore[method-assign]
@@ -195,7 +230,7 @@ class KeptTarget(EngineTarget):
         if isinstance(answer, Exception):
             raise EvalError(f"a plan is refused: {answer}")
         assert isinstance(answer.foretold, Whole)
-        return answer.foretold, kept[0] if kept else np.empty((0, 0, 0), np.int32)
+        return answer.foretold, kept[0] if kept else np.ones((*self.engine.arena.kept.shape[1:], len(ask.prompt)), bool)
 
 
 def plan_of(name: str, budget: float) -> dict[str, Any]:
@@ -223,7 +258,7 @@ def compare(
     """
     names = [name for name in names if METHODS[name].policy in EVICTION]
     cases = [(name, budget) for name in names for budget in BUDGETS]
-    theirs = _kvpress(model, python, prompts, cases, threads, say)
+    theirs = _kvpress(target, model, python, prompts, cases, threads, say)
     off = [target.kept_after(Ask(prompt, {}, text, foretells=True))[0] for prompt, text in prompts]
     say("off")
     baseline = max(float(np.abs(_true(whole) - theirs[f"off/{i}/true"]).max()) for i, whole in enumerate(off))
@@ -253,15 +288,11 @@ def case_name(name: str, budget: float) -> str:
     return f"{name}:{budget}"
 
 
-def common_share(ours: Ints, theirs: Ints) -> float:
-    """Of [layers, kv_heads, kept] positions each, the share of ours that are theirs too, lane by lane."""
-    if ours.shape[:2] != theirs.shape[:2]:
-        raise EvalError(f"the two models have lanes {ours.shape[:2]} and {theirs.shape[:2]}")
-    size = 1 + int(max(ours.max(), theirs.max()))
-    masks = [np.zeros((*of.shape[:2], size), bool) for of in (ours, theirs)]
-    for mask, of in zip(masks, (ours, theirs), strict=True):
-        np.put_along_axis(mask, of, True, axis=2)
-    return float((masks[0] & masks[1]).sum() / masks[0].sum())
+def common_share(ours: Bools, theirs: Bools) -> float:
+    """Of the tokens [layers, kv_heads, prompt] that each keeps, the share of ours that are theirs too."""
+    if ours.shape != theirs.shape:
+        raise EvalError(f"the two models have lanes {ours.shape} and {theirs.shape}")
+    return float((ours & theirs).sum() / ours.sum())
 
 
 def write(parity: Parity, facts: dict[str, Any], path: Path) -> Path:
@@ -273,6 +304,7 @@ def _true(whole: Whole) -> NDArray[np.float32]:
 
 
 def _kvpress(
+    target: KeptTarget,
     model: Path,
     python: Path,
     prompts: Sequence[tuple[list[int], list[int]]],
@@ -285,6 +317,7 @@ def _kvpress(
         "threads": threads,
         "prompts": [prompt for prompt, _ in prompts],
         "texts": [text for _, text in prompts],
+        "lead_ins": dict(zip((FIRST, LATER, TURN), target.lead_ins, strict=True)),
         "cases": [
             {
                 "name": case_name(name, budget),
@@ -293,6 +326,7 @@ def _kvpress(
                 "ratio": 1 - budget,
                 "attention": METHODS[name].attention,
                 "sums": METHODS[name].sums,
+                "wrapper": METHODS[name].wrapper,
             }
             for name, budget in cases
         ],

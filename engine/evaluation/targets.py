@@ -79,7 +79,7 @@ class EngineTarget:
         from winnow.engine.recital import lead_ins
 
         self._tokenizer = load_tokenizer(model)
-        self._lead_ins = lead_ins(self._tokenizer)
+        self.lead_ins = lead_ins(self._tokenizer)
         settings = {"model": model, "device": device, "threads": threads, "kv_memory_gib": kv_memory_gib}
         if weights is not None:  # else the device's default
             settings["weights"] = weights
@@ -151,7 +151,7 @@ class EngineTarget:
                 if isinstance(prompt, RequestError):
                     raise prompt
                 plan = {part: of for part, of in ask.plan.items() if part != "prompt"}
-                submit = Submit(str(i), prompt, sampling, plan, forced=ask.forced, lead_ins=self._lead_ins)
+                submit = Submit(str(i), prompt, sampling, plan, forced=ask.forced, lead_ins=self.lead_ins)
                 self.engine.submit(submit)
             except RequestError as error:
                 refused[str(i)] = error
