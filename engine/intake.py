@@ -122,6 +122,8 @@ class Intake:
         plan.check_windows(engine.has_windows)
         plan.check_formats(engine.formats)
         plan.check_draft(engine.draft is not None)
+        if plan.mix is not None:
+            plan.mix.layer_merge(engine.config.layers)
         longest = longest_text(plan, engine.info)
         if length + new > longest:
             raise PromptTooLong("max_tokens", f"{length} prompt tokens and {new} new ones exceed the model's {longest}")

@@ -2,10 +2,11 @@
 
     lane:  [ shared prefix | sealed | rest | open ]     one row of `table` for each sequence, layer and KV head
 
-A page is free, or referenced by lanes and by the prefix cache; it returns to the free list when the last reference is
-dropped. What a sequence holds outside the arena (positions, bounds of pages, ...: `PagedKV`) counts as its memory
-too: for as many bytes the slot holds pages that hold nothing, its ballast. Every operation is vectorised over lanes;
-nothing here reads or writes page contents except copy-on-write.
+A page is free, or referenced by sequences and by the prefix cache; it returns to the free list when the last reference
+is dropped. A sequence refers to a page once, though lanes of two layers may share it. What a sequence holds outside the
+arena (positions, bounds of pages, ...: `PagedKV`) counts as its memory too: for as many bytes the slot holds pages that
+hold nothing, its ballast. Every operation is vectorised over lanes; nothing here reads or writes page contents except
+copy-on-write.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class PageArena:
         self._tail_shared = np.zeros(slots, bool)
         self._ballast: dict[int, Ints] = {}
         """Pages that stand for memory outside the arena"""
-        self._capacity = np.array([layout.capacity(fmt) for fmt in PageFormat], np.int32)
+        self._capacity: Ints = np.zeros(1 + max(PageFormat), np.int32)
+        self._capacity[list(PageFormat)] = [layout.capacity(fmt) for fmt in PageFormat]
         self.reclaim: Callable[[int], None] = lambda pages: None
         """Asks the prefix cache to give back at least so many pages"""
         self._view()
@@ -123,9 +125,18 @@ class PageArena:
         return freed
 
     def held(self, slot: int) -> Ints:
-        """[pages] of all lanes of the sequence."""
+        """[pages] of all lanes of the sequence, each once."""
         rows: Ints = self.table[slot]
-        return rows[np.arange(rows.shape[-1]) < self.columns[slot][..., None]]
+        own = np.arange(rows.shape[-1]) < self.columns[slot][..., None]
+        if PageFormat(self.rest_formats[slot]).spans_layers:
+            own[1:] &= ~self._shared_with_next(slot)
+        return rows[own]
+
+    def _shared_with_next(self, slot: int) -> NDArray[np.bool_]:
+        """[layers - 1, kv_heads, width]: entries that the lane of the same head, one layer up, has as well."""
+        rows, behind = self.table[slot], np.arange(self.table.shape[-1]) - self.sealed[slot][..., None]
+        is_rest = (behind >= 0) & (behind < self.rest[slot][..., None])
+        return is_rest[:-1] & is_rest[1:] & (rows[:-1] == rows[1:])
 
     def ballast(self, slot: int) -> int:
         """Pages that the slot holds for what lies outside the arena."""
@@ -171,7 +182,7 @@ class PageArena:
         or has them in sealed pages.
         """
         kept = self.kept[slots] - counts.reshape(-1, 1, 1)
-        open_tokens = kept - self.sealed[slots] * self._capacity[self.formats[slots]][:, None, None]
+        open_tokens = kept - self.sealed_tokens(slots)
         if (open_tokens < 0).any() or (counts < 0).any():
             raise ValueError("only tokens in a lane's open pages can be dropped")
         self.kept[slots] = kept
@@ -303,7 +314,7 @@ class PageArena:
             tokens_kept_mean=round(float(kept.mean()), 2),
             tokens_kept_max=int(kept.max()),
             bytes_uncompressed=self.layout.pages(seen) * self.lanes * self.layout.page_bytes,
-            bytes_held=(int(self.columns[slot].sum()) + self.ballast(slot)) * self.layout.page_bytes,
+            bytes_held=(len(self.held(slot)) + self.ballast(slot)) * self.layout.page_bytes,
             tokens_by_format=self._by_format(slot),
             tokens_read=rows,
             bytes_read=bytes_read,

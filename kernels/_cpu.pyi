@@ -54,8 +54,8 @@ def write_lanes(
 ) -> None: ...  # fmt: skip
 def repack(
     kv: KV, slot: int, keep: int, keep_width: int, counts: int, start: int, dst_table: int, dst_width: int,
-    dst_sealed: int, fmt: int, rest_start: int, rest_pages: int, rest_fmt: int, positions: int,
-    capacity: int,
+    dst_sealed: int, fmt: int, rest_start: int, rest_pages: int, rest_fmt: int, merged_from: int, t: float,
+    positions: int, capacity: int,
 ) -> None: ...  # fmt: skip
 def nearest_rows(
     x: int, x_counts: int, y: int, y_counts: int, lanes: int, n: int, m: int, dim: int, index: int, cosine: int

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from winnow.kernels.layer_merge import LayerMerge
 from winnow.kernels.layout import PageFormat, PageLayout
 from winnow.kernels.reading import ReadState
 from winnow.kernels.vote import Vote
@@ -118,6 +119,8 @@ class Rest:
     pages: Tensor
     """[layers, kv_heads] int32: its pages, `start` included"""
     fmt: PageFormat
+    merge: LayerMerge | None = None
+    """For `PageFormat.MINI_CACHE`: lanes of layers that are merged move the same tokens, to the same pages here"""
 
 
 @dataclass(slots=True)

@@ -22,7 +22,7 @@ from winnow.engine.compression.change import Change, Turn, from_place
 from winnow.engine.compression.destination import destination
 from winnow.engine.compression.mixer import by_position, mix_formats
 from winnow.engine.compression.plan import Evict
-from winnow.engine.compression.policy import LaneView, SetsBudgets, StagedPolicy
+from winnow.engine.compression.policy import EvictionPolicy, LaneView, MergesLayers, SetsBudgets, StagedPolicy
 from winnow.engine.compression.registry import eviction_policy
 from winnow.engine.compression.select import keep_mask, keep_sets, layer_budgets, packed
 from winnow.engine.compression.side_state import SideState
@@ -100,7 +100,7 @@ class Compressor:
                 chosen = index, scores
             elif (count := counts.cpu().numpy().astype(np.int32)) is not None and (count < kept).any():
                 keep, change = index, self._change(seq, evict, index, counts, scores)
-        before = int(arena.columns[slot].sum())
+        before = len(arena.held(slot))
         given_up = int(kept.flat[0]) - int(count.flat[0])
         if seq.plan.mix is not None:
             self._side.note_positions(seq, seen)
@@ -111,7 +111,7 @@ class Compressor:
         if change is not None and change.turn is not None:  # all lanes gave up as many
             seq.turned_back += given_up
         # A lane may take more pages than before, where what is left of a sealed page no longer fills one.
-        self.freed.bytes += max(0, before - int(arena.columns[slot].sum())) * arena.layout.page_bytes
+        self.freed.bytes += max(0, before - len(arena.held(slot))) * arena.layout.page_bytes
         seq.vote_start = seq.timeline.vote_start(seen)
         self._side.settle(seq)
 
@@ -128,12 +128,9 @@ class Compressor:
         budgets = to_device(torch.tensor(shares), self._device)
         votes = max(0, seen - seq.timeline.vote_start(seen - 1))
         order = None if seq.plan.mix is None else by_position(self._arena, seq.slot)
-        # Tokens are read a layer at a time, since those of all layers together may be larger than the arena.
-        reads = not policy.signals.isdisjoint(READS)
-        blocks = [slice(i, i + 1) for i in range(layers)] if reads else [slice(0, layers)]
         chosen = []
-        for block in blocks:
-            view = self._view(seq, evict, block, seen, votes)
+        for block, reads in _blocks(policy, evict, layers):
+            view = self._view(seq, evict, block, seen, votes, reads)
             if order is not None:
                 view = view.taken(order[block, :, : view.positions.shape[-1]])
             scores = policy.score(view, evict)
@@ -168,20 +165,20 @@ class Compressor:
             recent=evict.recent_tokens(evict.budget_tokens(seq.computed)),
         )
 
-    def _view(self, seq: Sequence, evict: Evict, block: slice, seen: int, votes: int) -> LaneView:
-        """What the plan's policy is shown of some layers, whose positions are noted already."""
+    def _view(self, seq: Sequence, evict: Evict, block: slice, seen: int, votes: int, reads: bool) -> LaneView:
+        """What the plan's policy is shown of some layers, whose positions are noted already; `reads` tokens or not."""
         slot, kv, signals = seq.slot, self._arena.kv, evict.signals
         tokens = int(kv.kept[slot, block].max())
         kept = to_device(kv.kept[slot, block].long(), self._device)
         held = torch.arange(tokens, device=self._device) < kept[..., None]
-        reads = not signals.isdisjoint(READS)
-        keys, values = self._ops.read_lanes(kv, slot, block.start) if reads else (None, None)
+        read = [self._ops.read_lanes(kv, slot, layer) for layer in range(block.start, block.stop) if reads]
+        keys, values = (torch.stack(side) for side in zip(*read, strict=True)) if reads else (None, None)
         return LaneView(
             positions=kv.positions[slot][block, :, :tokens].long().masked_fill(~held, -1),
             kept=kept,
             layers=torch.arange(block.start, block.stop, device=self._device),
-            keys=None if keys is None or Signal.KEYS not in signals else keys[None],
-            values=None if values is None or Signal.VALUES not in signals else values[None],
+            keys=keys if Signal.KEYS in signals else None,
+            values=values if Signal.VALUES in signals else None,
             mass=kv.mass[slot][block, :, :tokens] if Signal.ATTENTION in signals else None,
             newest_mass=self._newest_mass(slot, block, tokens),
             newest_votes=max(0, seen - seq.timeline.newest_start(seen - 1)),
@@ -210,7 +207,8 @@ class Compressor:
             seq.distilled, seq.staging = staging.rows, None
             return
         policy = eviction_policy(evict.policy)
-        view = self._view(seq, evict, slice(layers.stop - 1, layers.stop), seq.prompt_tokens, votes=1)
+        block, reads = slice(layers.stop - 1, layers.stop), not policy.signals.isdisjoint(READS)
+        view = self._view(seq, evict, block, seq.prompt_tokens, votes=1, reads=reads)
         budget = evict.budget_tokens(seq.prompt_tokens)
         recent = evict.recent_tokens(budget)
         budgets = torch.full((1,), budget, device=self._device)
@@ -313,6 +311,19 @@ class Compressor:
             if stay.log_weights is not None:
                 weights.append(stay.log_weights.masked_fill(~held[layer], 0.0))
         return torch.stack(weights) if weights else None
+
+
+def _blocks(policy: EvictionPolicy, evict: Evict, layers: int) -> list[tuple[slice, bool]]:
+    """The layers that a policy is shown at a time, and whether their tokens are read: of as few layers as it must be,
+    since those of all of them together may be larger than the arena."""
+    if isinstance(policy, MergesLayers):
+        lower = policy.layer_merge(evict, layers).lower_layers(layers)
+        blocks = [(slice(0, lower.start), False), *((slice(layer, layer + 2), True) for layer in lower)]
+        blocks.append((slice(lower[-1] + 2, layers), False))
+        return [(block, reads) for block, reads in blocks if block.start < block.stop]
+    if policy.signals.isdisjoint(READS):
+        return [(slice(0, layers), False)]
+    return [(slice(layer, layer + 1), True) for layer in range(layers)]
 
 
 def _stacked(parts: Iterable[Tensor], padding: float) -> Tensor:

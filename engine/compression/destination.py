@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from winnow.engine.pages import Ints, OutOfPages, PageArena
 from winnow.engine.prefix_cache import PrefixCache
@@ -16,11 +17,12 @@ def destination(
     columns: Ints,
     sealed: Ints | None = None,
     rest_start: Ints | None = None,
+    shared: NDArray[np.bool_] | None = None,
 ) -> tuple[Ints, Ints]:
     """The lanes' new pages [layers, kv_heads, n]: own ones where nobody else refers to them, else fresh ones.
 
-    The first `start` stay, and the first `rest_start` of the second format, which go to column `sealed`. Also the
-    fresh ones alone.
+    The first `start` stay, and the first `rest_start` of the second format, which go to column `sealed`. Where `shared`
+    [layers, kv_heads, n] says so a lane has the page of the layer below. Also the fresh ones alone.
     """
     sealed = start if sealed is None else sealed
     rest_start = np.zeros_like(start) if rest_start is None else rest_start
@@ -32,6 +34,8 @@ def destination(
     source = np.where(place < start[..., None], place, behind + arena.sealed[slot][..., None])
     staying = np.take_along_axis(old, source.clip(0, old.shape[-1] - 1), -1)
     written = ~stays & (place < columns[..., None])
+    if shared is not None:
+        written &= ~shared
     old_behind = old_place - arena.sealed[slot][..., None]
     leaves = (old_place >= start[..., None]) & ((old_behind < 0) | (old_behind >= rest_start[..., None]))
     leaves &= old_place < arena.columns[slot][..., None]
@@ -57,4 +61,6 @@ def destination(
         table, needs_fresh = mine()
         fresh = arena.take(int(needs_fresh.sum()))
     table[needs_fresh] = fresh
+    if shared is not None:
+        table[1:] = np.where(shared[1:], table[:-1], table[1:])
     return table, fresh

@@ -2,7 +2,8 @@
 
 Nothing is evicted: the tokens that a policy would drop stay, at fewer bits. Important ones are held in `format`, the
 others in `rest`, and attention merges the parts. "mikv" lets `kv.evict` say who is important; the other methods have a
-choice of their own, which the engine carries out as if it were an eviction.
+choice of their own, which the engine carries out as if it were an eviction. With "mini_cache" the others lie in pages
+that lanes of two layers share.
 """
 
 from __future__ import annotations
@@ -14,18 +15,22 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from winnow.engine.compression.knobs import any_method, method_model, schemas
-from winnow.engine.compression.policy import PolicyParams, StagedPolicy
+from winnow.engine.compression.policy import MergesLayers, PolicyParams, StagedPolicy
 from winnow.engine.compression.registry import MIX, eviction_policy, mix_method
+from winnow.engine.errors import PlanNotSupported
+from winnow.kernels.layer_merge import LayerMerge
 from winnow.kernels.layout import PageFormat
 
-LOW = sorted((fmt for fmt in PageFormat if fmt.is_quantized), key=lambda fmt: -fmt.mean_bits)
+LOW = sorted((fmt for fmt in PageFormat if fmt.is_quantized and not fmt.spans_layers), key=lambda fmt: -fmt.mean_bits)
 """Formats of unimportant tokens"""
 
 if TYPE_CHECKING:
     HighFormat = str
     LowFormat = str
 else:
-    HighFormat = Literal[tuple(fmt.label for fmt in PageFormat if fmt.mean_bits > LOW[-1].mean_bits)]
+    HighFormat = Literal[
+        tuple(fmt.label for fmt in PageFormat if fmt.mean_bits > LOW[-1].mean_bits and not fmt.spans_layers)
+    ]
     LowFormat = Literal[tuple(fmt.label for fmt in LOW)]
 
 
@@ -34,6 +39,9 @@ class MixMethod(Protocol):
 
     format: ClassVar[str | None]
     """Of important tokens, unless the caller names another; None is the engine's compute format"""
+
+    rest: ClassVar[str | None]
+    """Of the other tokens, where the method has a format of its own for them; None lets the caller choose"""
 
     demotes: ClassVar[bool]
     """Whether a token that was important may lose its bits later on; otherwise it is judged once"""
@@ -51,7 +59,7 @@ class Mix(PolicyParams):
 
     policy: str
     format: HighFormat | None = Field(None, description="page format of important tokens; the engine's own if null")
-    rest: LowFormat = Field("int2", description="page format of the other tokens")
+    rest: str = Field("int2", description="page format of the other tokens")
 
     @model_validator(mode="after")
     def _rest_is_smaller(self) -> Self:
@@ -65,6 +73,17 @@ class Mix(PolicyParams):
     def demotes(self) -> bool:
         return mix_method(self.policy).demotes
 
+    def layer_merge(self, layers: int) -> LayerMerge | None:
+        """`MergesLayers.layer_merge`; None for other methods. PlanNotSupported where the model has no such layers."""
+        method = mix_method(self.policy)
+        if not isinstance(method, MergesLayers):
+            return None
+        merge = method.layer_merge(self, layers)
+        if not merge.lower_layers(layers):
+            path = "compression.kv.mix.start"
+            raise PlanNotSupported(path, f"{path}: no two of the model's {layers} layers are at this depth or above")
+        return merge
+
     @property
     def choice(self) -> dict[str, Any] | None:
         """`MixMethod.choice` of this method."""
@@ -75,8 +94,11 @@ class Mix(PolicyParams):
 def mix_model(name: str) -> type[Mix]:
     """The model of `mix` for one method."""
     method = mix_method(name)
-    fmt = (HighFormat | None, Field(method.format, description=Mix.model_fields["format"].description))
-    return method_model(Mix, name, method, format=fmt)
+    common = Mix.model_fields
+    fmt = (HighFormat | None, Field(method.format, description=common["format"].description))
+    formats = LowFormat if method.rest is None else Literal[method.rest]
+    rest = (formats, Field(method.rest or common["rest"].default, description=common["rest"].description))
+    return method_model(Mix, name, method, format=fmt, rest=rest)
 
 
 if TYPE_CHECKING:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from winnow.engine.compression.arrange import Tokens, arrange, moves
 from winnow.engine.compression.destination import destination
 from winnow.engine.compression.mix import Mix
-from winnow.engine.pages import PageArena
+from winnow.engine.pages import Ints, PageArena
 from winnow.engine.prefix_cache import PrefixCache
 from winnow.engine.sequence import Sequence
 from winnow.kernels.dispatch import Backend
 from winnow.kernels.host import to_device
 from winnow.kernels.kv import Rest
+from winnow.kernels.layer_merge import LayerMerge
 from winnow.kernels.layout import PageFormat
 
 
@@ -70,10 +73,12 @@ def mix_formats(
     parts = (way.count, way.sealed, way.rest, way.start, way.rest_start, way.written)
     count, high, low, start, rest_start, moved = torch.stack(parts).int().unflatten(1, lanes).cpu().numpy()
     columns = high + low - (high * capacity + low * layout.capacity(rest_fmt) - count) // layout.page_tokens
-    table, fresh = destination(arena, cache, slot, start, columns, high, rest_start)
+    merge = mix.layer_merge(len(columns))
+    shared = None if merge is None else _shared(merge, columns, high, low)
+    table, fresh = destination(arena, cache, slot, start, columns, high, rest_start, shared)
     keep = way.keep.int().unflatten(0, lanes)
     first, rest_first, written = (torch.from_numpy(part) for part in (start, rest_start, moved))
-    target = Rest(rest_first, torch.from_numpy(low), rest_fmt)
+    target = Rest(rest_first, torch.from_numpy(low), rest_fmt, merge)
     try:
         ops.repack(kv, slot, keep, written, first, torch.from_numpy(table), torch.from_numpy(high), fmt, target)
     except Exception:
@@ -81,3 +86,12 @@ def mix_formats(
         raise
     arena.replace(slot, table, columns, count, high, low)
     return way.index.unflatten(0, lanes)
+
+
+def _shared(merge: LayerMerge, columns: Ints, high: Ints, low: Ints) -> NDArray[np.bool_]:
+    """[layers, kv_heads, most]: where lanes, of `high` pages and `low` behind them, have those of the layer below."""
+    behind = np.arange(max(1, int(columns.max()))) - high[..., None]
+    is_shared = (behind >= 0) & (behind < low[..., None])
+    upper = np.zeros(len(columns), bool)
+    upper[[layer + 1 for layer in merge.lower_layers(len(columns))]] = True
+    return is_shared & upper[:, None, None]

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from winnow.kernels.formats import PageFormat
 
-FORMATS = {fmt.label: fmt.what for fmt in PageFormat}
+FORMATS = {fmt.label: fmt.what for fmt in PageFormat if not fmt.spans_layers}
 """What each page format does, by the name that a request writes"""
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 from pydantic import BaseModel, ConfigDict
 
 from winnow.engine.compression.signals import Signal
+from winnow.kernels.layer_merge import LayerMerge
 from winnow.kernels.vote import Vote
 
 if TYPE_CHECKING:
@@ -127,7 +128,17 @@ class SetsBudgets(Protocol):
     """A policy that says itself how many tokens each lane keeps; `head_budget` and `layer_budget` are refused."""
 
     def lane_budgets(self, view: LaneView, params: Any) -> Tensor:
-        """[layers, kv_heads] int64: tokens that the view's lanes keep, at least one; more than kept means all."""
+        """[layers, kv_heads] int64: tokens that the view's lanes keep; more than kept means all. At least one, unless
+        the others are only held in another format."""
+
+
+@runtime_checkable
+class MergesLayers(Protocol):
+    """A method of `kv.mix` whose other tokens lie in pages that lanes of two layers share: `score` is shown these two
+    together, and keys and values of no other layers."""
+
+    def layer_merge(self, params: Any, layers: int) -> LayerMerge:
+        """Which layers of a model of so many these are."""
 
 
 @runtime_checkable

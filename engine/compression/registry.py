@@ -66,6 +66,7 @@ MIX: dict[str, str] = {
     "mikv": "winnow.engine.compression.mixing.mikv:MiKV",
     "zipcache": "winnow.engine.compression.mixing.zipcache:ZipCache",
     "zipvl": "winnow.engine.compression.mixing.zipvl:ZipVL",
+    "mini_cache": "winnow.engine.compression.mixing.mini_cache:MiniCache",
 }
 
 

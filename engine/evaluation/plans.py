@@ -32,7 +32,9 @@ CONTROLS = ("random", "streaming_llm")
 """What any other eviction has to beat; they stand beside it at its budget"""
 BUDGETS = (0.5, 0.25)
 MERGED = "h2o:0.25"
-FORMATS = tuple(fmt.label for fmt in PageFormat if fmt not in (PageFormat.F32, PageFormat.BF16))
+FORMATS = tuple(
+    fmt.label for fmt in PageFormat if fmt not in (PageFormat.F32, PageFormat.BF16) and not fmt.spans_layers
+)
 OTHERS = dict.fromkeys(READ, "read") | dict.fromkeys(MIX, "mix")
 """The part of `kv` that a policy belongs to"""
 COMPOSED = ("snapkv:0.25:adaptive", "snapkv:0.25:pyramid", "snapkv:0.5+int8", "snapkv:0.25+int4")

@@ -267,6 +267,7 @@ def repack(
             raise ValueError(f"repack: a tensor of shape {tuple(tensor.shape)} does not fit the lanes {lanes}")
     if tuple(dst_table.shape[:2]) != lanes or (keep is not None and tuple(keep.shape[:2]) != lanes):
         raise ValueError("repack: the tables do not fit the lanes")
+    merge = None if rest is None else rest.merge
     _cpu.repack(
         native_kv(kv),
         slot,
@@ -281,6 +282,8 @@ def repack(
         address(rest_start),
         address(rest_pages),
         int(kv.layout.compute if rest is None else rest.fmt),
+        -1 if merge is None else merge.first,
+        0.0 if merge is None else merge.t,
         *_positions(kv, slot),
     )
 

@@ -21,14 +21,14 @@ def native_kv(kv: PagedKV) -> Any:
     key = (table, kept, sealed, formats, rest, rest_formats, kv.data.data_ptr(), kv.table.shape)
     if kv.native is None or kv.native[0] != key:
         layout = kv.layout
-        shapes = []
+        shapes = [[0] * 8] * (1 + max(PageFormat))  # of no capacity where no format has the number
         for fmt in PageFormat:
             o = layout.offsets(fmt)
             blocks = [layout.key_block(fmt), layout.value_block(fmt)]
             if fmt.is_opened:
-                shapes.append([layout.capacity(fmt), *blocks, o.values, 0, 0, 0, 0, *o.parts])
+                shapes[fmt] = [layout.capacity(fmt), *blocks, o.values, 0, 0, 0, 0, *o.parts]
             else:
-                shapes.append([layout.capacity(fmt), *blocks, o.values, o.k_scale, o.k_zero, o.v_scale, o.v_zero])
+                shapes[fmt] = [layout.capacity(fmt), *blocks, o.values, o.k_scale, o.k_zero, o.v_scale, o.v_zero]
         handle = _cpu.KV(
             kv.data.data_ptr(), kv.data.shape[0], layout.page_bytes, layout.head_dim, int(layout.compute), shapes
         )

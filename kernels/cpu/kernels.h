@@ -8,7 +8,7 @@ namespace winnow {
 // PageFormat in kernels/formats
 enum Format : uint8_t {
   F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3, INT2 = 4, FP8 = 5, F16 = 6, MUSTAFAR50 = 7, MUSTAFAR70 = 8,
-  GEAR = 9, FORMATS = 10
+  GEAR = 9, MINI_CACHE = 13, FORMATS = 14
 };
 constexpr int MOST_PARTS = 16;
 
@@ -83,6 +83,8 @@ struct Positions { const int32_t* data; int capacity; };  // of a slot, [layers,
 struct Rest {  // the second sealed part of lanes to write, Rest in kv.py; null arrays where there is none
   const int32_t *start, *pages;  // [layers, heads]
   Format fmt;
+  int merged_from;  // LayerMerge: the lower layer of the first pair, negative where none is merged; and t
+  double t;
 };
 
 struct Matrix {  // packed by pack(): panels of 16 output rows, [panels][cols][16]

@@ -198,10 +198,10 @@ NB_MODULE(_cpu, m) {
                               (Format)fmt), "write_lanes");
   }, release());
   m.def("repack", [](const PyKV& kv, int slot, uintptr_t keep, int keep_width, uintptr_t counts, uintptr_t start, uintptr_t dst_table,
-                     int dst_width, uintptr_t dst_sealed, int fmt, uintptr_t rest_start, uintptr_t rest_pages, int rest_fmt,
+                     int dst_width, uintptr_t dst_sealed, int fmt, uintptr_t rest_start, uintptr_t rest_pages, int rest_fmt, int merged_from, double t,
                      uintptr_t positions, int capacity) {
     const Positions of_slot = {at<const int32_t>(positions), capacity};
-    const Rest rest = {at<const int32_t>(rest_start), at<const int32_t>(rest_pages), (Format)rest_fmt};
+    const Rest rest = {at<const int32_t>(rest_start), at<const int32_t>(rest_pages), (Format)rest_fmt, merged_from, t};
     check(active->repack(kv, slot, at<const int32_t>(keep), keep_width, at<const int32_t>(counts), at<const int32_t>(start),
                          at<const int32_t>(dst_table), dst_width, at<const int32_t>(dst_sealed), (Format)fmt, rest, of_slot), "repack");
   }, release());

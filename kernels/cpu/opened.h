@@ -8,7 +8,10 @@
 namespace winnow {
 namespace TARGET {
 
-constexpr bool is_opened(Format fmt) { return fmt == MUSTAFAR50 || fmt == MUSTAFAR70 || fmt == GEAR; }
+constexpr bool is_opened(Format fmt) {
+  return fmt == MUSTAFAR50 || fmt == MUSTAFAR70 || fmt == GEAR || fmt == MINI_CACHE;
+}
+constexpr bool spans_layers(Format fmt) { return fmt == MINI_CACHE; }
 
 // Where the tokens of a page belong, for formats that go by it.
 struct Place {
@@ -16,6 +19,9 @@ struct Place {
   int layer, head;
   const int32_t* positions;  // of the page's tokens in the text; null where they are those in the lane
   int first;                 // place of the page's first token in the lane
+  // Of a page that spans layers, to seal it: the tokens of the upper layer, which lie as those of the lower one, and t.
+  const float *upper_keys = nullptr, *upper_values = nullptr;
+  double t = 0;
   int position(int t) const { return positions ? positions[t] : first + t; }
 };
 
@@ -23,31 +29,36 @@ struct Place {
 }  // namespace winnow
 
 #include "formats/gear.h"
+#include "formats/mini_cache.h"
 #include "formats/mustafar.h"
 
 namespace winnow {
 namespace TARGET {
 
 // A page's keys, to [dim][capacity], and its values, to [capacity][dim].
-static void open_keys(Format fmt, const PageShape& shape, int dim, const uint8_t* page, const Place&, float* keys) {
+static void open_keys(Format fmt, const PageShape& shape, int dim, const uint8_t* page, const Place& place, float* keys) {
   switch (fmt) {
     case MUSTAFAR50: case MUSTAFAR70: open_mustafar(shape, 0, dim, page, keys, 1, shape.capacity); break;
     case GEAR: open_gear(shape, dim, true, page, keys); break;
+    case MINI_CACHE: open_mini_cache_keys(shape, dim, page, place.layer, keys); break;
     default: break;
   }
 }
-static void open_values(Format fmt, const PageShape& shape, int dim, const uint8_t* page, const Place&, float* values) {
+static void open_values(Format fmt, const PageShape& shape, int dim, const uint8_t* page, const Place& place,
+                        float* values) {
   switch (fmt) {
     case MUSTAFAR50: case MUSTAFAR70: open_mustafar(shape, 2, dim, page, values, dim, 1); break;
     case GEAR: open_gear(shape, dim, false, page, values); break;
+    case MINI_CACHE: open_mini_cache_values(shape, dim, page, place.layer, values); break;
     default: break;
   }
 }
 
 // Writes a full page of tokens, keys [dim][stride] and values [capacity][dim].
 static void seal_opened(Format fmt, const PageShape& shape, int dim, uint8_t* page, const float* keys, int64_t stride,
-                        const float* values, const Place&) {
+                        const float* values, const Place& place) {
   switch (fmt) {
+    case MINI_CACHE: seal_mini_cache(shape, dim, page, keys, stride, values, place); break;
     case MUSTAFAR50: case MUSTAFAR70:
       seal_mustafar(shape, 0, dim, page, keys, 1, stride);
       seal_mustafar(shape, 2, dim, page, values, dim, 1);

@@ -46,11 +46,13 @@ struct Lane {
   }
 };
 
+// That of a slot; F32 for a number that no format has.
+INLINE Format format_of(const KV& kv, uint8_t fmt) { return fmt < FORMATS && kv.shapes[fmt].capacity ? (Format)fmt : F32; }
+
 // `positions` are those of the slot, [layers, heads, capacity], or null.
 INLINE Lane lane_of(const KV& kv, int slot, int layer, int head, const int32_t* positions = nullptr, int capacity = 0) {
   const int64_t i = ((int64_t)slot * kv.layers + layer) * kv.heads + head;
-  const Format fmt = kv.formats[slot] < FORMATS ? (Format)kv.formats[slot] : F32;
-  const Format rest_fmt = kv.rest_formats[slot] < FORMATS ? (Format)kv.rest_formats[slot] : F32;
+  const Format fmt = format_of(kv, kv.formats[slot]), rest_fmt = format_of(kv, kv.rest_formats[slot]);
   const int sealed_tokens = kv.sealed[i] * kv.shapes[fmt].capacity;
   if (positions) positions += ((int64_t)layer * kv.heads + head) * capacity;
   return {kv.table + i * kv.width, kv.width, kv.kept[i], kv.sealed[i], kv.rest[i], fmt, rest_fmt, sealed_tokens,
@@ -153,10 +155,19 @@ static bool read_lanes(const KV& kv, int slot, int layer, const Positions& posit
 // sealed + rest in `rest_fmt`, all full, then open ones. What lies between stays as it is.
 struct Target { int first, sealed, rest_start, rest; Format fmt, rest_fmt; };
 
+// What a lane whose pages span layers is written with: keys and values of the same tokens one layer up, or null in the
+// upper layer itself, whose pages are sealed already; and the other lane's table, null where it shares none.
+struct Shared {
+  const float *keys, *values;
+  double t;
+  const int32_t* table;
+};
+
 // Writes n tokens, keys [dim][n], values [n][dim] and positions [n], to the pages of `table`; `lane` is theirs. False
 // where the pages do not hold them.
 static bool write_lane(const KV& kv, const Lane& lane, int n, const float* keys, const float* values,
-                       const int32_t* positions, const Target& to, const int32_t* table, int width) {
+                       const int32_t* positions, const Target& to, const int32_t* table, int width,
+                       const Shared& shared = {}) {
   const int dim = kv.dim, closed = to.sealed + to.rest;
   const PageShape &packed = kv.shapes[to.fmt], &second = kv.shapes[to.rest_fmt], &open = kv.shapes[kv.compute];
   if (n < 0 || to.first < 0 || to.sealed < to.first || to.rest_start < 0 || to.rest < to.rest_start) return false;
@@ -173,8 +184,16 @@ static bool write_lane(const KV& kv, const Lane& lane, int n, const float* keys,
     if (c < closed) {
       const bool is_rest = c >= to.sealed;
       const PageShape& shape = is_rest ? second : packed;
-      const Place place = {kv, lane.layer, lane.head, positions + t, t};
-      seal_page(is_rest ? to.rest_fmt : to.fmt, shape, dim, page, keys + t, n, values + (int64_t)t * dim, place);
+      const Format fmt = is_rest ? to.rest_fmt : to.fmt;
+      const bool spans = spans_layers(fmt);
+      if (spans && (!shared.table || shared.table[c] != id)) return false;
+      Place place = {kv, lane.layer, lane.head, positions + t, t};
+      if (spans && shared.keys) {
+        place.upper_keys = shared.keys + t;
+        place.upper_values = shared.values + (int64_t)t * dim;
+        place.t = shared.t;
+      }
+      if (!spans || shared.keys) seal_page(fmt, shape, dim, page, keys + t, n, values + (int64_t)t * dim, place);
       t += shape.capacity;
       continue;
     }
@@ -218,40 +237,78 @@ static bool write_lanes(const KV& kv, int slot, int layer, int count, const floa
   return ok;
 }
 
+// Tokens of a lane that move, as they are read: keys [dim][n], values [n][dim], and positions [n].
+struct Moved {
+  float *keys, *values;
+  int32_t* positions;
+};
+
+// Reads the tokens `keep` of a lane, or the n ones from `first` on. False where one lies outside it; the memory is freed
+// with `keys` in either case.
+static bool read_moved(const KV& kv, const Lane& lane, const int32_t* keep, int n, int64_t first, bool seals, Moved* to) {
+  static thread_local Scratch scratch;
+  const int dim = kv.dim;
+  to->keys = (float*)std::malloc(sizeof(float) * 2 * (int64_t)n * dim + sizeof(int32_t) * (n + 1));
+  if (!to->keys) return false;
+  to->values = to->keys + (int64_t)n * dim;
+  to->positions = (int32_t*)(to->values + (int64_t)n * dim);
+  LaneReader reader(kv, lane, scratch);
+  for (int t = 0; t < n; t++) {
+    const int source = keep ? keep[t] : (int)first + t;
+    if (!reader.read(source, to->keys + t, n, to->values + (int64_t)t * dim)) return false;
+    to->positions[t] = seals && lane.positions ? lane.positions[source] : source;
+  }
+  return true;
+}
+
 // See repack in kernels/reference/pages.py. A lane's survivors are all read before the first page is written, so
-// a destination may be any of the lane's own pages.
+// a destination may be any of the lane's own pages. So are those of two lanes that share pages.
 static bool repack(const KV& kv, int slot, const int32_t* keep, int keep_width, const int32_t* counts,
                    const int32_t* start, const int32_t* dst_table, int dst_width, const int32_t* dst_sealed,
                    Format fmt, const Rest& rest, const Positions& positions) {
   if (slot < 0 || slot >= kv.slots || fmt >= FORMATS || rest.fmt >= FORMATS) return false;
-  const int lanes = kv.layers * kv.heads, dim = kv.dim;
+  if (rest.merged_from >= 0 && !rest.pages) return false;
+  const int lanes = kv.layers * kv.heads;
   const bool seals = is_opened(fmt) || (rest.pages && is_opened(rest.fmt));
   bool ok = true;
 #pragma omp parallel for schedule(dynamic, 1) reduction(&& : ok)
   for (int i = 0; i < lanes; i++) {
-    static thread_local Scratch scratch;
-    const Lane lane = lane_of(kv, slot, i / kv.heads, i % kv.heads, positions.data, positions.capacity);
-    if (!lane.has_positions(kv, positions, seals)) { ok = false; continue; }
-    LaneReader reader(kv, lane, scratch);
-    const Target to = {start[i], dst_sealed[i], rest.start ? rest.start[i] : 0, rest.pages ? rest.pages[i] : 0, fmt,
-                       rest.fmt};
-    const int n = counts[i], first = start[i];
-    if (n < 0 || first < 0 || (keep && n > keep_width)) { ok = false; continue; }
-    if (n == 0) {
-      ok = to.sealed == first && to.rest == to.rest_start && ok;
-      continue;
+    const int layer = i / kv.heads, depth = rest.merged_from < 0 ? -1 : layer - rest.merged_from;
+    if (depth > 0 && depth % 2) continue;  // comes with the layer below
+    const int group = depth >= 0 && layer + 1 < kv.layers ? 2 : 1;
+    Moved moved[2] = {};
+    bool good = true;
+    for (int k = 0; k < group; k++) {
+      const int j = i + k * kv.heads, n = counts[j];
+      const Lane lane = lane_of(kv, slot, layer + k, i % kv.heads, positions.data, positions.capacity);
+      good = good && n >= 0 && start[j] >= 0 && !(keep && n > keep_width) && lane.has_positions(kv, positions, seals);
+      const int64_t first = (int64_t)start[j] * kv.shapes[fmt].capacity;
+      good = good && read_moved(kv, lane, keep ? keep + (int64_t)j * keep_width : nullptr, n, first, seals, &moved[k]);
     }
-    float* keys = (float*)std::malloc(sizeof(float) * 2 * (int64_t)n * dim + sizeof(int32_t) * n);
-    float* values = keys + (int64_t)n * dim;
-    int32_t* at = (int32_t*)(values + (int64_t)n * dim);
-    bool good = keys != nullptr;
-    for (int t = 0; good && t < n; t++) {
-      const int source = keep ? keep[(int64_t)i * keep_width + t] : first * kv.shapes[fmt].capacity + t;
-      good = reader.read(source, keys + t, n, values + (int64_t)t * dim);
-      at[t] = good && seals && lane.positions ? lane.positions[source] : source;
+    for (int k = 0; k < group && good; k++) {
+      const int j = i + k * kv.heads;
+      const Lane lane = lane_of(kv, slot, layer + k, i % kv.heads);
+      const Target to = {start[j], dst_sealed[j], rest.start ? rest.start[j] : 0, rest.pages ? rest.pages[j] : 0, fmt,
+                         rest.fmt};
+      const int32_t* table = dst_table + (int64_t)j * dst_width;
+      Shared shared = {nullptr, nullptr, rest.t, nullptr};
+      if (group == 2) {
+        const int other = k ? i : i + kv.heads;
+        shared.table = dst_table + (int64_t)other * dst_width;
+        if (k == 0) {
+          shared.keys = moved[1].keys;
+          shared.values = moved[1].values;
+          good = counts[j] == counts[other] && start[j] == start[other] && dst_sealed[j] == dst_sealed[other] &&
+                 to.rest_start == rest.start[other] && to.rest == rest.pages[other] &&
+                 !(keep && std::memcmp(keep + (int64_t)j * keep_width, keep + (int64_t)other * keep_width,
+                                       sizeof(int32_t) * counts[j]));
+        }
+      }
+      good = good && write_lane(kv, lane, counts[j], moved[k].keys, moved[k].values, moved[k].positions, to, table,
+                                dst_width, shared);
     }
-    ok = good && write_lane(kv, lane, n, keys, values, at, to, dst_table + (int64_t)i * dst_width, dst_width) && ok;
-    std::free(keys);
+    for (const Moved& part : moved) std::free(part.keys);
+    ok = ok && good;
   }
   return ok;
 }

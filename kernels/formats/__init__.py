@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import IntEnum
 
 from winnow.kernels.formats.gear import Gear
+from winnow.kernels.formats.mini_cache import MiniCache
 from winnow.kernels.formats.mustafar import Mustafar
 from winnow.kernels.formats.opened import Opened
 
@@ -22,6 +23,7 @@ class PageFormat(IntEnum):
     MUSTAFAR50 = 7
     MUSTAFAR70 = 8
     GEAR = 9
+    MINI_CACHE = 13
 
     @property
     def label(self) -> str:
@@ -45,7 +47,7 @@ class PageFormat(IntEnum):
             return self.bits
         side = 128
         parts = (*self.opened.key_parts(side, side), *self.opened.value_parts(side, side))
-        return 8 * sum(parts) / (2 * side * side)
+        return 8 * sum(parts) / (2 * side * side * (2 if self.spans_layers else 1))
 
     @property
     def is_float(self) -> bool:
@@ -66,6 +68,11 @@ class PageFormat(IntEnum):
     def is_opened(self) -> bool:
         """A page is decoded whole before any of it is read: see kernels/formats/opened.py."""
         return self in OPENED
+
+    @property
+    def spans_layers(self) -> bool:
+        """A page holds tokens of two lanes, those of a KV head in adjacent layers. Only `kv.mix` makes such pages."""
+        return self is PageFormat.MINI_CACHE
 
     @property
     def opened(self) -> Opened:
@@ -91,6 +98,7 @@ OPENED: dict[PageFormat, Opened] = {
     PageFormat.MUSTAFAR50: Mustafar(percent=50),
     PageFormat.MUSTAFAR70: Mustafar(percent=70),
     PageFormat.GEAR: Gear(),
+    PageFormat.MINI_CACHE: MiniCache(),
 }
 
 _KIVI = "with a scale and a zero for each key channel of a page and each token's value (KIVI, arXiv:2402.02750)"
@@ -107,4 +115,6 @@ WHAT: dict[PageFormat, str] = {
     PageFormat.MUSTAFAR50: f"the largest half {_MUSTAFAR} (Mustafar, arXiv:2505.22913)",
     PageFormat.MUSTAFAR70: f"the largest 30 % {_MUSTAFAR} (Mustafar, arXiv:2505.22913)",
     PageFormat.GEAR: "int4 after 2 % outliers are taken out, and its error at rank 2 (GEAR, arXiv:2403.05527)",
+    PageFormat.MINI_CACHE: "one direction of a token's vectors in two layers and the norms of both, in half precision "
+    "(MiniCache, arXiv:2405.14366)",
 }

@@ -9,7 +9,8 @@ and with a second format in between, whose own leading pages stay as well:
 
                 -> [ `dst_sealed` pages in `fmt` | `rest.pages` pages in `rest.fmt` | the rest in the compute format ]
 
-A token that leaves one quantized page for another is read back as a number and quantized again.
+A token that leaves one quantized page for another is read back as a number and quantized again. Where lanes of two
+layers share the pages of the second format, those are sealed once, from the tokens of both.
 """
 
 from __future__ import annotations
@@ -132,18 +133,30 @@ def repack(
     for name, part in {**shapes, "pages of rest": rest.pages}.items():
         if tuple(part.shape) != lanes:
             raise ValueError(f"{name} must be {list(lanes)}, not {list(part.shape)}")
+    lower_layers = range(0) if rest.merge is None else rest.merge.lower_layers(lanes[0])
     for layer in range(lanes[0]):
         for head in range(lanes[1]):
             index = _tokens(kv, slot, layer, head, keep, int(counts[layer, head]), int(start[layer, head]), fmt)
             if not has_rest and bool((index.diff() <= 0).any()):
                 raise IndexError("tokens to keep must ascend")
             keys, values = read_lane(kv, slot, layer, head)
-            sealed = int(dst_sealed[layer, head])
-            parts = [
-                (int(start[layer, head]), sealed, fmt),
-                (sealed + int(rest.start[layer, head]), sealed + int(rest.pages[layer, head]), rest.fmt),
-            ]
-            place = Place(kv, layer, head, lane_positions(kv, slot, layer, head)[index])
+            sealed, first, last = (int(part[layer, head]) for part in (dst_sealed, rest.start, rest.pages))
+            parts = [(int(start[layer, head]), sealed, fmt), (sealed + first, sealed + last, rest.fmt)]
+            upper: tuple[Tensor, Tensor] | None = None
+            if layer in lower_layers:
+                numbers = [keep, counts, start, dst_sealed, rest.start, rest.pages]
+                numbers.append(dst_table[..., sealed + first : sealed + last])
+                if any(part is not None and not part[layer, head].equal(part[layer + 1, head]) for part in numbers):
+                    raise ValueError(f"layers {layer} and {layer + 1} are merged, but move other tokens or elsewhere")
+                upper_keys, upper_values = read_lane(kv, slot, layer + 1, head)
+                upper = upper_keys[index], upper_values[index]
+            elif layer - 1 in lower_layers:  # the pages that it shares are sealed already
+                shared = (sealed - parts[0][0]) * kv.layout.capacity(fmt)
+                own = torch.ones(len(index), dtype=torch.bool)
+                own[shared : shared + (last - first) * kv.layout.capacity(rest.fmt)] = False
+                index, parts[1] = index[own], (sealed + last, sealed + last, rest.fmt)
+            t = 0.0 if rest.merge is None else rest.merge.t
+            place = Place(kv, layer, head, lane_positions(kv, slot, layer, head)[index], upper, t)
             _write_lane(place, keys[index], values[index], dst_table[layer, head], parts)
 
 
@@ -193,7 +206,8 @@ def _write_lane(
             raise IndexError(f"a lane of {last} pages in a table {table.shape[0]} wide")
         if count:
             part = slice(done, done + count)
-            at = replace(place, positions=place.positions[part])
+            upper = None if place.upper is None else (place.upper[0][part], place.upper[1][part])
+            at = replace(place, positions=place.positions[part], upper=upper)
             raw = encode_pages(keys[part], values[part], layout, fmt, at)
             kv.data[check_pages(kv, table[first:last]), : raw.shape[1]] = raw
         done += count

@@ -28,7 +28,7 @@ KV: dict[str, dict[str, Any]] = {
     "h2o, proportional": evict("h2o", merge={"policy": "kv_merging", "fraction": 0.5, "proportional": True}),
     "prompt_distill, keeping": evict("prompt_distill", lower="keep"),
     "compact": evict("streaming_llm", budget=40, positions="compact", block=32),
-    **{fmt.label: {"format": fmt.label, "residual": 5} for fmt in PageFormat},
+    **{fmt.label: {"format": fmt.label, "residual": 5} for fmt in PageFormat if not fmt.spans_layers},
     "snapkv, int4": evict("snapkv") | {"format": "int4"},
     **{mix: {"mix": {"policy": mix}} | (evict("h2o") if mix == "mikv" else {}) for mix in MIX},
     **{read: {"read": {"policy": read, "tokens": 40, "sinks": 2, "recent": 8, "dense_layers": 0}} for read in READ},

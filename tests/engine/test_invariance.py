@@ -114,6 +114,8 @@ MIXED: list[dict[str, Any]] = [
     },
     {"mix": {"policy": "zipcache", "share": 0.4, "every": 20}, "residual": 4},
     {"mix": {"policy": "zipvl", "tau": 0.8, "every": 16}, "residual": 0},
+    {"mix": {"policy": "mini_cache", "every": 16}, "residual": 0},
+    {"mix": {"policy": "mini_cache", "format": None, "gamma": 0.3, "every": 9, "start": 0.0}, "residual": 12},
 ]
 
 

@@ -13,32 +13,15 @@ from winnow.engine.compression.plan import Plan
 from winnow.engine.errors import PlanNotSupported
 from winnow.engine.models.decoder import Decoder
 from winnow.engine.models.loader import load_model
-from winnow.kernels.dispatch import Backend, backend
+from winnow.kernels.dispatch import Backend
 from winnow.kernels.layout import PageFormat, PageLayout
 from winnow.kernels.reference.codec import decode_pages, encode_pages
 
 from ..models.checkpoints import prompt_of, random_model
 from .bench import Bench, assert_same
+from .lanes import TOKENS, lanes_after
 
-TOKENS = 420
 H2O = {"policy": "h2o", "budget": 0.4, "sinks": 2}
-
-
-def lanes_after(
-    bench: Bench, plan: dict[str, Any], new: int = 1
-) -> tuple[list[tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """Keys and values of all layers when `new` tokens are generated, and the tables of the sequence."""
-    name = f"request {len(bench.seen)}"
-    bench.submit(name, prompt_of(TOKENS, 5), new + 1, plan)
-    while not bench.running or bench.sequence(name).computed < TOKENS + new - 1:
-        bench.step()
-    kv, slot = bench.engine.arena.kv, bench.sequence(name).slot
-    read = [backend("cpu").read_lanes(kv, slot, layer) for layer in range(kv.table.shape[1])]
-    tables = {name: getattr(kv, name)[slot].clone() for name in ("kept", "sealed", "rest")}
-    if slot in kv.positions:
-        tables["positions"] = kv.positions[slot].clone().long()
-    bench.run()
-    return read, tables
 
 
 def stored(layout: PageLayout, parts: list[Tensor], fmt: PageFormat) -> list[Tensor]:

@@ -204,6 +204,70 @@ def test_integrity_is_checked(arena: PageArena, damage: str) -> None:
         arena.check_integrity(NONE)
 
 
+# Pages that two layers share -----------------------------------------------------------------------------------------
+
+
+def merged(arena: PageArena, tokens: int) -> int:
+    """A sequence of two layers, whose first page is one for both lanes of a head."""
+    packed = arena.layout.capacity(PageFormat.MINI_CACHE)
+    slot = arena.open_slot(PageFormat.F32, PageFormat.MINI_CACHE)
+    arena.extend(ints(slot), ints(tokens))
+    columns = 1 - (packed - tokens) // 16
+    table = arena.table[slot, :, :, :columns].copy()
+    table[1, :, 0] = table[0, :, 0]
+    arena.replace(slot, table, lanes(*[columns] * 4), lanes(*[tokens] * 4), lanes(0, 0, 0, 0), lanes(1, 1, 1, 1))
+    return slot
+
+
+def test_a_page_of_two_layers_is_held_once(arena: PageArena) -> None:
+    packed = arena.layout.capacity(PageFormat.MINI_CACHE)
+    slot = merged(arena, packed + 20)
+    assert held(arena) == len(arena.held(slot)) == 2 + 4 * 2
+    assert arena.report(slot, packed + 20).bytes_held == 10 * arena.layout.page_bytes
+    arena.extend(ints(slot), ints(13))
+    assert held(arena) == 2 + 4 * 3
+    arena.truncate(ints(slot), ints(13))
+    assert held(arena) == 2 + 4 * 2
+    with pytest.raises(ValueError, match="open pages"):
+        arena.truncate(ints(slot), ints(21))
+    assert arena.close_slot(slot) == 10
+    assert held(arena) == 0
+
+
+def test_a_fork_shares_pages_of_two_layers(arena: PageArena) -> None:
+    packed = arena.layout.capacity(PageFormat.MINI_CACHE)
+    first = merged(arena, packed + 20)
+    second = arena.open_slot(PageFormat.F32, PageFormat.MINI_CACHE)
+    arena.fork(first, second)
+    assert held(arena) == 10
+    arena.extend(ints(second), ints(1))
+    assert held(arena) == 10 + 4, "open pages are copied, pages of two layers are not"
+    assert arena.close_slot(first) == 4
+    assert arena.close_slot(second) == 10
+
+
+def test_a_truncated_copy_of_a_partly_filled_page_is_its_own(arena: PageArena) -> None:
+    """Where full pages of a second format lie before it, too."""
+    packed = arena.layout.capacity(PageFormat.MINI_CACHE)
+    first = merged(arena, packed + 32)
+    second = arena.open_slot(PageFormat.F32, PageFormat.MINI_CACHE)
+    arena.fork(first, second)
+    arena.truncate(ints(second), ints(packed % 16 or 5))
+    shared = arena.table[first, ..., 2].copy()
+    assert np.array_equal(arena.table[second, ..., 2], shared)
+    arena.extend(ints(second), ints(1))
+    assert not np.isin(arena.table[second, ..., 2], shared).any()
+    assert held(arena) == 10 + 4
+
+
+def test_no_other_page_may_be_in_two_lanes(arena: PageArena) -> None:
+    slot = merged(arena, arena.layout.capacity(PageFormat.MINI_CACHE) + 20)
+    arena.refs[arena.table[slot, 1, 0, 1]] = 0
+    arena.table[slot, 1, 0, 1] = arena.table[slot, 0, 0, 1]
+    with pytest.raises(AssertionError, match="two lanes"):
+        arena.check_integrity(NONE)
+
+
 # Truncation --------------------------------------------------------------------------------------------------------
 
 

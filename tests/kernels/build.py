@@ -13,6 +13,9 @@ from winnow.kernels.kv import LaneBatch, PagedKV
 from winnow.kernels.layout import PageFormat, PageLayout
 from winnow.kernels.reference.codec import as_float, encode_pages, float_views
 
+FORMATS = [fmt for fmt in PageFormat if not fmt.spans_layers]
+"""Those whose pages one lane has for itself"""
+
 
 @dataclass(frozen=True)
 class Held:

@@ -12,10 +12,10 @@ from winnow.kernels.dispatch import Backend
 from winnow.kernels.kv import LaneBatch
 from winnow.kernels.layout import PageFormat, PageLayout
 
-from .build import Held, State, build, one_sequence, randn
+from .build import FORMATS, Held, State, build, one_sequence, randn
 
 F32, BF16, INT8, INT4, INT2, FP8, F16, *_ = PageFormat
-OPENED = [fmt for fmt in PageFormat if fmt.is_opened]
+OPENED = [fmt for fmt in FORMATS if fmt.is_opened]
 
 MIXED = [
     Held((12,), fmt=INT8, sealed=(0, 1)),

@@ -13,7 +13,7 @@ from winnow.kernels.dispatch import Backend, backend
 from winnow.kernels.kv import Rest
 from winnow.kernels.layout import PageFormat, PageLayout
 
-from .build import Held, assert_same_bits, build, fixed, int32
+from .build import FORMATS, Held, assert_same_bits, build, fixed, int32
 from .repacking import stored
 
 LANES = 2
@@ -47,7 +47,7 @@ def _mixes() -> st.SearchStrategy[Mix]:
     mixes=st.tuples(*[_mixes()] * LANES),
     formats=st.sampled_from(
         [(PageFormat.INT4, PageFormat.INT2), (PageFormat.INT8, PageFormat.INT4), (PageFormat.BF16, PageFormat.INT2)]
-        + [(PageFormat.F16, fmt) for fmt in PageFormat if fmt.is_opened]
+        + [(PageFormat.F16, fmt) for fmt in FORMATS if fmt.is_opened]
     ),
     compute=st.sampled_from([PageFormat.F32, PageFormat.BF16]),
     fresh=st.booleans(),

@@ -9,10 +9,10 @@ import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from winnow.engine.compression.part import FORMATS
 from winnow.engine.compression.registry import EVICTION, MERGE
 from winnow.engine.messages import EngineStats, FrontierPoint
 from winnow.engine.models.tokenizer import Tokenizer
-from winnow.kernels.formats import PageFormat
 from winnow.server import __version__
 
 from .conftest import HELLO, Connect
@@ -32,7 +32,7 @@ async def test_models(http: httpx.AsyncClient) -> None:
     assert set(compression["policies"]) == set(EVICTION)
     assert set(compression["merges"]) == set(MERGE)
     assert compression["policies"]["snapkv"]["properties"]["window"]["maximum"] == 1024
-    assert compression["formats"] == {fmt.label: fmt.what for fmt in PageFormat}
+    assert compression["formats"] == FORMATS
     assert compression["profiles"]["light"]["kv"]["format"] == "int8"
     assert compression["schema"]["properties"]["kv"]
 

@@ -19,6 +19,7 @@ class MiKV:
     """Store what `kv.evict` would drop in `rest`, and what it keeps in `format`."""
 
     format = None
+    rest = None
     demotes = True
 
     class Params(PolicyParams):

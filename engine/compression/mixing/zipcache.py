@@ -30,6 +30,7 @@ class ZipCache:
     """Hold the most salient tokens in `format`, the others in `rest`."""
 
     format = "int4"
+    rest = None
     demotes = False
     signals = frozenset({Signal.ATTENTION})
 

@@ -30,6 +30,7 @@ class ZipVL:
     """Hold the tokens that make up most of a layer's attention in `format`, the others in `rest`."""
 
     format = "int4"
+    rest = None
     demotes = False
     signals = frozenset({Signal.ATTENTION})
 

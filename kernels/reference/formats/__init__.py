@@ -12,6 +12,7 @@ from winnow.kernels.formats.gear import Gear
 from winnow.kernels.formats.mustafar import Mustafar
 from winnow.kernels.kv import PagedKV
 from winnow.kernels.reference.formats.gear import GearCodec
+from winnow.kernels.reference.formats.mini_cache import MiniCacheCodec
 from winnow.kernels.reference.formats.mustafar import MustafarCodec
 
 
@@ -24,6 +25,10 @@ class Place:
     head: int
     positions: Tensor
     """[n * capacity] int64: where the tokens stand in the text"""
+    upper: tuple[Tensor, Tensor] | None = None
+    """Keys and values [n * capacity, D] f32 of the same tokens one layer up, where pages are sealed for both"""
+    t: float = 0.0
+    """`LayerMerge.t`"""
 
 
 class Codec(Protocol):
@@ -40,4 +45,5 @@ CODECS: dict[PageFormat, Codec] = {
     PageFormat.MUSTAFAR50: MustafarCodec(Mustafar(percent=50)),
     PageFormat.MUSTAFAR70: MustafarCodec(Mustafar(percent=70)),
     PageFormat.GEAR: GearCodec(Gear()),
+    PageFormat.MINI_CACHE: MiniCacheCodec(),
 }
