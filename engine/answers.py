@@ -63,7 +63,7 @@ class Answers:
     def _commit(self, seq: Sequence, draw: Draw) -> None:
         if draw.is_bad:
             if self._cache is not None:  # whoever begins alike must not begin with these pages
-                self._cache.drop(seq.block_keys)
+                self._cache.drop([*seq.block_keys, seq.document_key])
             return self.lose(seq.request_id, "the model's output for this prompt is not a number")
         seq.append(draw)
         self._totals.generated_tokens += len(draw.tokens)

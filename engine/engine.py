@@ -6,8 +6,6 @@ import logging
 import time
 from collections.abc import Mapping
 
-import numpy as np
-
 from winnow.engine.answers import Answers, StepOutput
 from winnow.engine.calibration.store import NO_PROFILES, Profile
 from winnow.engine.compression.apply import Compressor
@@ -25,7 +23,7 @@ from winnow.engine.intake import Intake
 from winnow.engine.memory import arena_pages
 from winnow.engine.messages import EngineInfo, EngineStats, FrontierPoint, Output, Shorten, Submit
 from winnow.engine.models.decoder import Decoder
-from winnow.engine.pages import PageArena
+from winnow.engine.pages import NO_PAGES, PageArena
 from winnow.engine.prefix_cache import PrefixCache
 from winnow.engine.progress import Progress
 from winnow.engine.runner import Runner
@@ -194,6 +192,8 @@ class Engine:
 
     def check_integrity(self) -> None:
         """AssertionError if a page is lost, counted wrongly or in two places."""
-        self.arena.check_integrity(np.empty(0, np.int32) if self.cache is None else self.cache.pages())
+        if self.cache is not None:
+            self.cache.check_integrity()
+        self.arena.check_integrity(NO_PAGES if self.cache is None else self.cache.pages())
         if self.draft is not None:
             self.draft.engine.check_integrity()

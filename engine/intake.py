@@ -13,6 +13,7 @@ from winnow.engine.calibration.registry import check_profiles
 from winnow.engine.compression.plan import Plan
 from winnow.engine.compression.reach import longest_text
 from winnow.engine.compression.timeline import Timeline
+from winnow.engine.document import document_seed, document_tokens
 from winnow.engine.errors import PlanNotSupported, PromptTooLong, RequestError
 from winnow.engine.messages import Shorten, Submit
 from winnow.engine.recital import Recital, parts_of
@@ -40,10 +41,11 @@ class Intake:
         check_combination(speculation, plan)
         check_profiles(plan, engine.profiles, engine.name)
         stage_bounds = self._stage_bounds(plan)
-        room = engine.max_model_len - length
-        parts = parts_of(plan.evict, np.array(request.prompt, np.int32), request.lead_ins, room)
-        timeline = Timeline.of(plan, length, engine.arena.layout)
-        engine.side.check_room(timeline, length + max([sampling.max_tokens, *map(len, parts)]))
+        tokens = room_for(request.prompt, sampling.max_tokens, request.forced)
+        document = tokens[: document_tokens(request, plan)]
+        parts = parts_of(plan.evict, document, request.lead_ins, engine.max_model_len - len(document))
+        timeline = Timeline.of(plan, length, engine.arena.layout, len(document))
+        engine.side.check_room(timeline, max([len(tokens), *(len(document) + len(part) for part in parts)]))
         seed = int.from_bytes(os.urandom(8), "little") if sampling.seed is None else sampling.seed
         self._arrivals += 1
         first, *siblings = [
@@ -54,11 +56,11 @@ class Intake:
                 sampling=sampling,
                 plan=plan,
                 timeline=timeline,
-                tokens=room_for(request.prompt, sampling.max_tokens, request.forced),
+                tokens=tokens.copy(),
                 length=length + len(request.forced),
                 prompt_tokens=length,
                 seed=choice_seed(seed, index),
-                plan_seed=seed & (1 << 64) - 1,
+                plan_seed=document_seed(document) if request.document else seed & (1 << 64) - 1,
                 salt=request.cache_salt,
                 speculation=speculation,
                 forced=len(request.forced),
@@ -68,9 +70,12 @@ class Intake:
             for index in range(sampling.n)
         ]
         if engine.cache is not None:
-            keys = engine.cache.keys(first.tokens[:length], first.salt)
+            keys = engine.cache.keys(tokens[:length], first.salt)
+            document_key = b""
+            if request.document and not timeline.never_acts:
+                document_key = engine.cache.document_key(document, plan.fingerprint, first.salt, parts)
             for seq in (first, *siblings):
-                seq.block_keys = keys
+                seq.block_keys, seq.document_key = keys, document_key
         first.siblings = siblings
         return first
 

@@ -46,6 +46,8 @@ class Submit(msgspec.Struct, frozen=True, tag="submit", omit_defaults=True):
     """What the output begins with; it is read after the prompt's plan was carried out, and counts as generated."""
     lead_ins: list[list[int]] = []
     """`recital.lead_ins`, for plans under which the model repeats its prompt"""
+    document: int = 0
+    """How many of the prompt's first tokens a plan of scope 'document' compresses; 0: nothing follows, all of them"""
 
 
 class ContextPart(msgspec.Struct, frozen=True, array_like=True):
@@ -114,6 +116,10 @@ class CompressionReport(msgspec.Struct, frozen=True):
     """Bytes that the same tokens read with no `kv.read`"""
     squeezed_at: int | None = None
     """Tokens it had read when pages ran out and `on_pressure` came into force; None if it did not"""
+    document_tokens: int = 0
+    """Tokens of the document that was compressed before the rest of the prompt was read; 0 where there is none"""
+    found_document: bool = False
+    """Whether the prefix cache had it, compressed"""
 
 
 class Output(msgspec.Struct, frozen=True, tag="output", omit_defaults=True):
@@ -213,6 +219,10 @@ class EngineStats(msgspec.Struct, frozen=True, tag="stats"):
     generated_tokens_total: int = 0
     prefix_hit_tokens_total: int = 0
     prefix_query_tokens_total: int = 0
+    documents: int = 0
+    """Compressed documents in the prefix cache"""
+    document_hit_tokens_total: int = 0
+    document_query_tokens_total: int = 0
     preemptions_total: int = 0
     evicted_tokens_total: int = 0
     """Lane tokens that policies evicted"""

@@ -12,11 +12,13 @@ copy-on-write.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from winnow.engine.lanes import Lanes
 from winnow.engine.messages import CompressionReport
 from winnow.kernels.dispatch import Backend
 from winnow.kernels.host import to_device
@@ -255,18 +257,54 @@ class PageArena:
 
         OutOfPages, where there are none to stand for its side state, leaves everything as it was.
         """
-        self._ballast[target] = self.take(self.ballast(source))
-        lanes = (self.table, self.columns, self.kept, self.sealed, self.rest)
-        for rows in (*lanes, self.formats, self.rest_formats):
-            rows[target] = rows[source]
-        self.kv.stale.add(target)
-        self.share(self.held(source))
-        self._tail_shared[[source, target]] = True
-        for side in self.kv.sides:
-            if source in side:
-                side[target] = side[source].clone()
-        if source in self.kv.votes:
-            self.kv.votes[target] = self.kv.votes[source]
+        self.restore(target, self._lanes_of(source))
+        self._tail_shared[source] = True
+
+    def note(self, slot: int) -> Lanes:
+        """What a sequence holds now, as it will stay: with a reference of its own to each page, and pages for its own
+        copy of the side state. Its next token copies its open page. OutOfPages leaves everything as it was."""
+        lanes = self._lanes_of(slot)
+        ballast = self.take(len(lanes.ballast))
+        self.share(self.held(slot))
+        self._tail_shared[slot] = True
+        sides = tuple(None if side is None else side.clone() for side in lanes.sides)
+        return replace(lanes, ballast=ballast, sides=sides)
+
+    def restore(self, slot: int, lanes: Lanes) -> None:
+        """Gives an empty sequence what another held; its next token copies the open page. OutOfPages leaves everything
+        as it was."""
+        self.share(lanes.held)  # first: to find free pages the prefix cache may drop what it has of these
+        try:
+            self._ballast[slot] = self.take(len(lanes.ballast))
+        except OutOfPages:
+            self.release(lanes.held)
+            raise
+        width = lanes.table.shape[-1]
+        self._reserve_width(width)
+        self.table[slot, :, :, :width] = lanes.table
+        self.kv.stale.add(slot)
+        self.columns[slot], self.kept[slot] = lanes.columns, lanes.kept
+        self.sealed[slot], self.rest[slot] = lanes.sealed, lanes.rest
+        self.formats[slot], self.rest_formats[slot] = lanes.formats
+        self._tail_shared[slot] = True
+        for side, noted in zip(self.kv.sides, lanes.sides, strict=True):
+            if noted is not None:
+                side[slot] = noted.clone()
+        if lanes.vote is not None:
+            self.kv.votes[slot] = lanes.vote
+
+    def _lanes_of(self, slot: int) -> Lanes:
+        return Lanes(
+            table=self.table[slot, :, :, : int(self.columns[slot].max())].copy(),
+            columns=self.columns[slot].copy(),
+            kept=self.kept[slot].copy(),
+            sealed=self.sealed[slot].copy(),
+            rest=self.rest[slot].copy(),
+            formats=(int(self.formats[slot]), int(self.rest_formats[slot])),
+            sides=tuple(side.get(slot) for side in self.kv.sides),
+            vote=self.kv.votes.get(slot),
+            ballast=self._ballast.get(slot, NO_PAGES),
+        )
 
     def _unshare_tail(self, slot: int) -> None:
         """Copies the partly filled last page of each lane where others refer to it too."""

@@ -1,9 +1,10 @@
-"""Recitals: a prompt that has been read is read again, as if the model were repeating it (KVzip, arXiv:2505.23416).
+"""Recitals: a document that has been read is read again, as if the model were repeating it (KVzip, arXiv:2505.23416).
 
-    lanes during a part:    [ the prompt | lead-in, a part of the prompt ]     the second half is dropped after it
+    lanes during a part:    [ the document | lead-in, a part of it ]     the second half is dropped after it
 
-What the rows of a recital attend to in the prompt is what repeating it takes, whatever will be asked of it. They are
-read like those of a prompt, in chunks and among others, behind the prompt's last position; they vote and leave nothing.
+The document is the whole prompt unless the request says where it ends. What the rows of a recital attend to in it is
+what repeating it takes, whatever will be asked of it. They are read like those of a prompt, in chunks and among others,
+behind the document's last position; they vote and leave nothing.
 """
 
 from __future__ import annotations
@@ -49,37 +50,37 @@ def lead_ins(tokenizer: Tokenizer) -> list[list[int]]:
     return [tokenizer.encode(text, False) for text in (FIRST, LATER, turn)]
 
 
-def parts_of(evict: Evict | None, prompt: Ints, said: Sequence[Sequence[int]], room: int) -> list[Ints]:
-    """Token ids of each part: some tokens of the prompt behind their lead-in, no more than `room` in all. None where
+def parts_of(evict: Evict | None, document: Ints, said: Sequence[Sequence[int]], room: int) -> list[Ints]:
+    """Token ids of each part: some tokens of the document behind their lead-in, no more than `room` in all. None where
     the plan's policy asks for no recital.
 
     Raises:
-        PromptTooLong: the model's context leaves no room behind the prompt
+        PromptTooLong: the model's context leaves no room behind the document
     """
     if evict is None or not evict.recital_chunk:
         return []
     first, later, turn = (np.array(tokens, np.int32) for tokens in (*said, (), (), ())[:3])
     chunk = min(evict.recital_chunk, room - max(len(first), len(later) + OVERLAP) - len(turn))
-    if chunk < min(LEAST, len(prompt)):
+    if chunk < min(LEAST, len(document)):
         path = "compression.kv.evict.policy"
         raise PromptTooLong(path, f"{path}: the prompt leaves no room in the model's context to be repeated behind it")
-    parts = [np.concatenate((first, turn, prompt[:chunk]))]
-    for start in range(chunk, len(prompt), chunk):
-        lead = (later, prompt[max(0, start - OVERLAP) : start], turn)
-        parts.append(np.concatenate((*lead, prompt[start : start + chunk])))
+    parts = [np.concatenate((first, turn, document[:chunk]))]
+    for start in range(chunk, len(document), chunk):
+        lead = (later, document[max(0, start - OVERLAP) : start], turn)
+        parts.append(np.concatenate((*lead, document[start : start + chunk])))
     return parts
 
 
 @dataclass(eq=False)
 class Recital:
-    """How far a sequence has got with repeating its prompt."""
+    """How far a sequence has got with repeating its document."""
 
     parts: list[Ints]
     part: int = 0
     done: int = 0
     """Rows of the part that have been read"""
     logits: Tensor | None = None
-    """[vocab] after the prompt's last token, from which the first token is sampled when all is over"""
+    """[vocab] after the prompt's last token, if that is repeated too: the first token is sampled from it in the end"""
 
     @property
     def is_over(self) -> bool:
@@ -114,7 +115,7 @@ def end_parts(seqs: Sequence[Seq], arena: PageArena) -> None:
     slots = np.array([seq.slot for seq, _ in ended], np.int32)
     arena.truncate(slots, np.array([recital.done for _, recital in ended], np.int32))
     for seq, recital in ended:
-        seq.positions_known = min(seq.positions_known, seq.prompt_tokens)
+        seq.positions_known = min(seq.positions_known, seq.document_tokens)
         recital.part, recital.done = recital.part + 1, 0
 
 
@@ -123,7 +124,7 @@ def keep_for_later(seqs: Sequence[Seq], rows: NDArray[np.int64], logits: Tensor)
     and who has ended it has them back."""
     changed = logits
     for row, seq in zip(rows.tolist(), seqs, strict=True):
-        if seq.recital is None or not seq.is_running or seq.computed != seq.prompt_tokens:
+        if seq.recital is None or seq.has_question or not seq.is_running or seq.computed != seq.prompt_tokens:
             continue
         if seq.recital.logits is None:
             seq.recital.logits = logits[row].clone()

@@ -65,6 +65,8 @@ class SchedulerCounters:
     preemptions: int = 0
     hit_tokens: int = 0
     queried_tokens: int = 0
+    document_hit_tokens: int = 0
+    document_queried_tokens: int = 0
 
 
 class Scheduler:
@@ -167,18 +169,20 @@ class Scheduler:
             promised = sum(len(other.siblings) for other in self.running)
             if self._arena.free_slots - promised < 1 + len(seq.siblings):
                 return
-            hits = self._match(seq)
-            hit_tokens = 0 if hits is None else hits.shape[-1] * self._arena.layout.page_tokens
-            # Matched blocks are in use from here on, so that they do not count as pages that could be given back.
-            self._start(seq, hits, hit_tokens)
+            # What is found is in use from here on, so that it does not count as pages that could be given back.
+            self._start(seq)
+            hit_tokens, found = seq.computed, seq.has_question and seq.computed == seq.document_tokens
             if len(self.running) > 1 and not self._make_room():
                 self._stop(seq)
                 return
             self.waiting.popleft()
             if not seq.sampled:
-                seq.cached_tokens = hit_tokens
+                seq.cached_tokens, seq.found_document = hit_tokens, found
                 self.counters.hit_tokens += hit_tokens
                 self.counters.queried_tokens += seq.length
+                if seq.document_key:
+                    self.counters.document_hit_tokens += seq.document_tokens * found
+                    self.counters.document_queried_tokens += seq.document_tokens
             busy += min(seq.remaining, self._max_step_tokens)
 
     def _make_room(self) -> bool:
@@ -192,11 +196,11 @@ class Scheduler:
         """Pages that a sequence will still take to read what it knows, before its plan gives any back."""
         if seq.reciting is None and seq.remaining <= 1:
             return self._arena.lanes + self._side.pages_to_extend(seq, 1)  # the next page of each lane
-        if seq.computed >= seq.prompt_tokens:
+        if seq.computed >= seq.document_tokens:
             more = min(seq.length, seq.chunk_end) - seq.computed
         else:
             more = seq.timeline.intact_tokens - int(self._arena.kept[seq.slot].max())
-        if seq.recital is not None and seq.computed <= seq.prompt_tokens:
+        if seq.recital is not None and seq.computed <= seq.document_tokens:
             more += seq.recital.growth
         count = max(1, more)
         growth = np.array([count], np.int32)
@@ -215,22 +219,35 @@ class Scheduler:
         self._arena.reclaim(missing)
         return True
 
+    def _start(self, seq: Sequence) -> None:
+        """Begins with what the prefix cache has: the compressed document, or blocks of the prompt."""
+        seq.restart()  # also sets where its queries begin to vote
+        seq.slot = self._arena.open_slot(seq.timeline.fmt, seq.timeline.rest)
+        if not self._adopt_document(seq) and (blocks := self._match(seq)) is not None:
+            seq.computed = blocks.shape[-1] * self._arena.layout.page_tokens
+            self._arena.adopt(seq.slot, blocks, seq.computed)
+        self._admit_sampling(seq)
+        self.running.append(seq)
+        self.running.sort(key=lambda other: (other.arrival, other.index))
+
+    def _adopt_document(self, seq: Sequence) -> bool:
+        """False where it is not cached, or no pages are there for a copy of its side state."""
+        document = self._cache.document(seq.document_key) if self._cache is not None and seq.document_key else None
+        if document is None:
+            return False
+        try:
+            self._arena.restore(seq.slot, document.lanes)
+        except OutOfPages:
+            return False
+        seq.begin_behind_document(document.positions_known, document.turned_back)
+        return True
+
     def _match(self, seq: Sequence) -> Ints | None:
         """Cached pages that the sequence may start with: at least one token is left to compute, and every query that
         a policy or a probe must see. None for a prompt read in stages: what its lower layers hand on is in no page."""
         if self._cache is None or not seq.block_keys or seq.stage_bounds:
             return None
         return self._cache.match(seq.block_keys[: seq.first_needed // self._cache.block_tokens])
-
-    def _start(self, seq: Sequence, hits: Ints | None, hit_tokens: int) -> None:
-        seq.restart()  # also sets where its queries begin to vote
-        seq.slot = self._arena.open_slot(seq.timeline.fmt, seq.timeline.rest)
-        if hits is not None:
-            self._arena.adopt(seq.slot, hits, hit_tokens)
-            seq.computed = hit_tokens
-        self._admit_sampling(seq)
-        self.running.append(seq)
-        self.running.sort(key=lambda other: (other.arrival, other.index))
 
     def _admit_sampling(self, seq: Sequence) -> None:
         prompt, output = seq.tokens[: seq.prompt_tokens], seq.tokens[seq.prompt_tokens : seq.length]
@@ -260,8 +277,8 @@ class Scheduler:
             sibling.squeezed_at, sibling.calm = seq.squeezed_at, seq.calm
             if sibling.recital is not None:
                 sibling.recital.skip()
-            sibling.positions_known, sibling.cached_tokens = seq.positions_known, seq.cached_tokens
-            sibling.turned_back = seq.turned_back
+            sibling.positions_known, sibling.turned_back = seq.positions_known, seq.turned_back
+            sibling.cached_tokens, sibling.found_document = seq.cached_tokens, seq.found_document
             self._admit_sampling(sibling)
             self.running.append(sibling)
         return sibling.is_running
@@ -280,8 +297,12 @@ class Scheduler:
 
     def report(self, seq: Sequence) -> CompressionReport:
         """What a running sequence holds now."""
-        squeezed_at = None if seq.squeezed_at == NEVER else seq.squeezed_at
-        return msgspec.structs.replace(self._arena.report(seq.slot, seq.computed), squeezed_at=squeezed_at)
+        return msgspec.structs.replace(
+            self._arena.report(seq.slot, seq.computed),
+            squeezed_at=None if seq.squeezed_at == NEVER else seq.squeezed_at,
+            document_tokens=seq.document_tokens if seq.has_question else 0,
+            found_document=seq.found_document,
+        )
 
     def preempt(self, seq: Sequence) -> None:
         """Takes a running sequence's pages; it is the next to be admitted again."""

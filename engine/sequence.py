@@ -43,9 +43,12 @@ class Sequence:
     seed: int
     """Of this choice's random draws, 64 bits"""
     plan_seed: int
-    """Of its policies' random draws: that of the request's first choice, since choices share a compressed prompt"""
+    """Of its policies' random draws: that of the request's first choice, since choices share a compressed prompt, or
+    of the document, which requests share"""
     block_keys: list[bytes] = field(default_factory=list)
     """Prefix cache keys of the prompt's full blocks"""
+    document_key: bytes = b""
+    """Prefix cache key of the compressed document; empty where there is none to be shared"""
     salt: str = ""
     forced: int = 0
     """How many tokens after the prompt are the caller's"""
@@ -67,6 +70,8 @@ class Sequence:
     """Places by which the newest tokens stand before their position in the text (compact positions)"""
     cached_tokens: int = 0
     """Prompt tokens that the prefix cache had when the sequence first ran"""
+    found_document: bool = False
+    """Whether these are the document, compressed"""
     last_report: CompressionReport | None = None
     """What it held when it was last preempted"""
     speculation: Speculation | None = None
@@ -93,9 +98,18 @@ class Sequence:
         return self.length - self.computed if self.reciting is None else self.reciting.left
 
     @property
+    def document_tokens(self) -> int:
+        return self.timeline.document_tokens
+
+    @property
+    def has_question(self) -> bool:
+        """Part of the prompt is read over what its plan has left of the document."""
+        return self.document_tokens < self.prompt_tokens
+
+    @property
     def reciting(self) -> Recital | None:
-        """The recital, from the prompt's end on until it is over."""
-        if self.recital is None or self.computed != self.prompt_tokens or self.recital.is_over:
+        """The recital, from the document's end on until it is over."""
+        if self.recital is None or self.computed != self.document_tokens or self.recital.is_over:
             return None
         return self.recital
 
@@ -199,7 +213,7 @@ class Sequence:
         plan = self.plan.under_pressure
         assert plan is not None
         self.squeezed_at, self.drafted, self.calm = self.computed, 0, (self.plan, self.timeline)
-        self.plan, self.timeline = plan, Timeline.of(plan, self.prompt_tokens, layout)
+        self.plan, self.timeline = plan, Timeline.of(plan, self.prompt_tokens, layout, self.document_tokens)
 
     def relax(self) -> None:
         """The plan that ruled before `squeeze` rules again."""
@@ -214,7 +228,7 @@ class Sequence:
     def accumulates_votes(self) -> bool:
         """Votes count since the request began, through evictions (h2o)."""
         evict = self.plan.evict
-        return evict is not None and evict.voters(self.prompt_tokens) is None
+        return evict is not None and evict.voters(self.document_tokens) is None
 
     def restart(self) -> None:
         """Forgets what was computed; the tokens stay."""
@@ -226,6 +240,14 @@ class Sequence:
         if self.recital is not None:
             self.recital.restart()
         self.vote_start = self.timeline.vote_start(0)
+
+    def begin_behind_document(self, positions_known: int, turned_back: int) -> None:
+        """For a sequence whose lanes hold its document, compressed already; the numbers are as another left them."""
+        self.computed = self.document_tokens
+        self.positions_known, self.turned_back = positions_known, turned_back
+        self.vote_start = self.timeline.vote_start(self.computed)
+        if self.recital is not None:
+            self.recital.skip()
 
     def append(self, draw: Draw) -> None:
         count = len(draw.tokens)

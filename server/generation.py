@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from uuid import uuid4
 
 from winnow.engine.compression.plan import Plan
@@ -15,13 +16,26 @@ from winnow.engine.messages import EngineInfo, Output, Submit
 from winnow.engine.speculation.speculation import Speculation
 from winnow.server.admission import Flight
 from winnow.server.choice import Choice, Piece
-from winnow.server.marks import PromptSource, Tokenize
+from winnow.server.marks import HOW_TO_MARK, MarkedPrompt, PromptSource, Tokenize
 from winnow.server.plans import described, labels
 from winnow.server.protocol.common import GenerationRequest
 from winnow.server.service import Service
 from winnow.server.shortening import shorten_request
 from winnow.server.stops import StopStrings
 from winnow.server.usage import Usage
+
+
+@dataclass(frozen=True)
+class ReadPrompt:
+    """What the model reads of a prompt."""
+
+    tokens: list[int]
+    question: int = 0
+    """The last tokens, read when the document before them has been compressed; 0: all are read at once"""
+
+    @property
+    def document(self) -> int:
+        return len(self.tokens) - self.question if self.question else 0
 
 
 class Generation:
@@ -75,23 +89,26 @@ class Generation:
             self.usage.speculates = speculation is not None
             self.has_plan = not plan.is_off
             self.usage.plan = described(plan) if self.has_plan else None
-            tokens = [await self._read(i, plan, flight, info) for i in range(len(self.prompts))]
+            prompts = [await self._read(i, plan, flight, info) for i in range(len(self.prompts))]
             forced = await flight.wait(service.in_thread(self.forced)) if self.forced is not None else []
-            submits = [self._submit(prompt, forced, info, plan, speculation) for prompt in tokens]
-            flight.take(sum(map(len, tokens)) + len(forced) * len(submits))
-            self.usage.prompt_tokens = sum(map(len, tokens))
+            submits = [self._submit(prompt, forced, info, plan, speculation) for prompt in prompts]
+            self.usage.prompt_tokens = sum(len(submit.prompt) for submit in submits)
+            flight.take(self.usage.prompt_tokens + len(forced) * len(submits))
             self._observe_request(submits)
             async with aclosing(merge([service.client.generate(submit) for submit in submits])) as outputs:
                 async for piece in self._follow(outputs, submits, flight, labels(plan, info.compute_format)):
                     yield piece
 
-    async def _read(self, index: int, plan: Plan, flight: Flight, info: EngineInfo) -> list[int]:
-        """A prompt's tokens: what the plan leaves of them."""
+    async def _read(self, index: int, plan: Plan, flight: Flight, info: EngineInfo) -> ReadPrompt:
         prompt, request = self.prompts[index], self.request
-        # The server's own plan shortens what there is to shorten; a request that asks for it must mark something.
-        if plan.shortens is None or (request.compression is None and not prompt.is_marked):
-            return await flight.wait(self.service.in_thread(prompt.tokens))
+        looks_at_marks = plan.shortens is not None or plan.kv.scope is not None
+        # The server's own plan does what it can with marks; a request that asks for it must mark something.
+        if not looks_at_marks or (request.compression is None and not prompt.is_marked):
+            return ReadPrompt(await flight.wait(self.service.in_thread(prompt.tokens)))
         marked = await flight.wait(self.service.in_thread(prompt.marked))
+        question = 0 if plan.kv.scope is None else len(marked.tokens) - self._document(marked)
+        if plan.shortens is None:
+            return ReadPrompt(marked.tokens, question)
         asked = shorten_request(
             marked, plan.shortens, info, self.service.settings, self.prompt_param, request.cache_salt
         )
@@ -101,7 +118,13 @@ class Generation:
         self.service.metrics.shortened(plan.shortens.policy, shortened)
         if self.prefixes is not None:
             self.prefixes[index] = None  # an echo is of what was read
-        return shortened.prompt
+        return ReadPrompt(shortened.prompt, question)
+
+    def _document(self, marked: MarkedPrompt) -> int:
+        if not marked.document:
+            path = "compression.kv.scope"
+            raise RequestError(path, f"{path}: no token is marked as context: {HOW_TO_MARK[self.prompt_param]}")
+        return marked.document
 
     async def _follow(
         self,
@@ -143,15 +166,16 @@ class Generation:
             yield piece
 
     def _submit(
-        self, prompt: list[int], forced: list[int], info: EngineInfo, plan: Plan, speculation: Speculation | None
+        self, prompt: ReadPrompt, forced: list[int], info: EngineInfo, plan: Plan, speculation: Speculation | None
     ) -> Submit:
-        limit = self._output_tokens(len(prompt), len(forced), info, plan)
+        limit = self._output_tokens(len(prompt.tokens), len(forced), info, plan)
         if self.request.min_tokens > limit:
             message = f"min_tokens is {self.request.min_tokens}, and at most {limit} tokens can be generated"
             raise RequestError("min_tokens", message, "invalid_value")
         return Submit(
             request_id=uuid4().hex,
-            prompt=prompt,
+            prompt=prompt.tokens,
+            document=0 if plan.is_off else prompt.document,
             sampling=self.request.sampling(self.service.sampling_defaults, self.service.tokenizer.eos_token_ids, limit),
             plan={} if plan.is_off else plan.to_wire(),
             forced=forced,

@@ -1,8 +1,9 @@
-"""Which parts of a prompt may be shortened, and where they lie among its tokens.
+"""Which parts of a prompt are context, and where they lie among its tokens.
 
 In a chat these are the text parts marked {"type": "text", "text": …, "context": true} of any message that is no system
-prompt; in a completion the texts of `context`. Everything else is left as it is, to the token: a token that is only
-partly marked is not.
+prompt; in a completion the texts of `context`. `compression.prompt` may shorten them; everything else is left as it is,
+to the token: a token that is only partly marked is not. For `compression.kv.scope` the document ends with the last of
+them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ from winnow.server.templates import chat_text
 if TYPE_CHECKING:
     from winnow.engine.models.tokenizer import Tokenizer
 
+HOW_TO_MARK = {
+    "messages": 'mark text parts as context: {"type": "text", "text": …, "context": true}',
+    "prompt": 'give texts of the prompt in "context"',
+}
 Span = tuple[int, int]
 """Characters of a text"""
 Tokenize = Callable[[], list[int]]
@@ -32,6 +37,12 @@ class MarkedPrompt:
     parts: list[ContextPart]
     question: str
     """What the request asks: the unmarked text of the last user message, or of the prompt"""
+
+    @property
+    def document(self) -> int:
+        """Tokens up to the last marked one, but for the last of all, which the answer begins from; 0 if none is."""
+        ends = (part.first + len(part.ends) for part in self.parts)
+        return min(max(ends, default=0), len(self.tokens) - 1)
 
 
 @dataclass(frozen=True)

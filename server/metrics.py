@@ -125,6 +125,7 @@ class EngineCollector(Collector):
             ("kv_pages_cached", "Pages that only the prefix cache holds", stats.pages_cached),
             ("kv_page_bytes", "Bytes of a page", info.page_bytes if info else 0),
             ("draft_kv_cache_usage_perc", "Share of the draft model's pages in use; 1 is all", drafting),
+            ("kv_documents_cached", "Compressed documents that the prefix cache holds", stats.documents),
             ("engine_ready", "1 when the engine takes requests", float(self.client.is_ready)),
             ("engine_heartbeat_age_seconds", "Since the engine was last heard", self.client.heartbeat_age_s),
         ]
@@ -133,6 +134,8 @@ class EngineCollector(Collector):
             ("generation_tokens", "Tokens generated", stats.generated_tokens_total),
             ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache", stats.prefix_query_tokens_total),
             ("prefix_cache_hits", "Prompt tokens found in the prefix cache", stats.prefix_hit_tokens_total),
+            ("document_cache_queries", "Document tokens looked up compressed", stats.document_query_tokens_total),
+            ("document_cache_hits", "Document tokens found compressed", stats.document_hit_tokens_total),
             ("num_preemptions", "Sequences put back for want of pages", stats.preemptions_total),
             ("num_squeezes", "Sequences compressed further for want of pages", stats.squeezes_total),
             ("kv_evicted_tokens", "Lane tokens that policies evicted", stats.evicted_tokens_total),

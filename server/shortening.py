@@ -9,13 +9,8 @@ from winnow.engine.compression.prompt.policy import PromptSignal
 from winnow.engine.compression.registry import prompt_policy
 from winnow.engine.errors import PlanNotSupported, PromptTooLong, RequestError
 from winnow.engine.messages import EngineInfo, Shorten
-from winnow.server.marks import MarkedPrompt
+from winnow.server.marks import HOW_TO_MARK, MarkedPrompt
 from winnow.server.settings import Settings
-
-HOW_TO_MARK = {
-    "messages": 'mark text parts that may be shortened: {"type": "text", "text": …, "context": true}',
-    "prompt": 'give the text that may be shortened in "context"',
-}
 
 
 def shorten_request(

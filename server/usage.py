@@ -16,7 +16,8 @@ class Usage:
     tokens_kept.mean / tokens_seen is the share of the context that was kept and bytes_held / bytes_uncompressed that of
     the memory. A page that several sequences share counts once for each of them. `read` is there under a plan that lets
     generated tokens read a part: bytes that one reads on average, and would with no such plan. Such a plan frees
-    nothing: bytes_held does not fall for it, and grows by what is kept to choose by.
+    nothing: bytes_held does not fall for it, and grows by what is kept to choose by. `document` is there where one was
+    compressed apart: its tokens, and those of them that did not have to be, since an earlier request had.
 
     `prompt_tokens` is what the model read: of a prompt that was shortened, what was left of it.
     """
@@ -66,7 +67,7 @@ def _prompt(shortened: list[tuple[int, Shortened]]) -> dict[str, Any]:
 
 
 def _kept(plan: dict[str, Any] | None, reports: list[CompressionReport]) -> dict[str, Any]:
-    said = {
+    said: dict[str, Any] = {
         "plan": plan,
         "sequences": len(reports),
         "squeezed": sum(report.squeezed_at is not None for report in reports),
@@ -79,6 +80,11 @@ def _kept(plan: dict[str, Any] | None, reports: list[CompressionReport]) -> dict
         "bytes_uncompressed": sum(report.bytes_uncompressed for report in reports),
         "bytes_held": sum(report.bytes_held for report in reports),
     }
+    if any(report.document_tokens for report in reports):
+        said["document"] = {
+            "tokens": sum(report.document_tokens for report in reports),
+            "reused": sum(report.document_tokens for report in reports if report.found_document),
+        }
     if formats := sorted({fmt for report in reports for fmt in report.tokens_by_format}):
         said["tokens_by_format"] = {
             fmt: round(sum(report.tokens_by_format.get(fmt, 0.0) for report in reports), 3) for fmt in formats

@@ -77,10 +77,13 @@ class Compressor:
     # Events ----------------------------------------------------------------------------------------------------------
 
     def apply(self, seq: Sequence) -> None:
-        """Compresses a sequence that stands at an event. OutOfPages leaves it untouched, to be tried again."""
+        """Compresses a sequence that stands at an event, and lets others begin with what is left of a document.
+        OutOfPages leaves it untouched, to be tried again."""
         distils = seq.distilled is not None and seq.computed == seq.prompt_tokens
         evicts = not distils and seq.timeline.evicts_at(seq.computed)
         self.compress(seq, seq.plan.evict if evicts else None, distils)
+        if seq.document_key and seq.computed == seq.document_tokens and self._cache is not None:
+            self._cache.keep_document(seq.document_key, seq.slot, seq.positions_known, seq.turned_back)
 
     def compress(self, seq: Sequence, evict: Evict | None, distils: bool = False) -> None:
         """Evicts or distils, if so told, and seals. OutOfPages leaves the sequence untouched."""

@@ -39,6 +39,10 @@ class Maximum(Part):
             if evict is None or type(evict.budget) is not type(self.budget) or evict.budget > self.budget:
                 path = f"{at}.kv.evict.budget"
                 raise RequestError(path, f"{path} must be given, as a {unit} of at most {self.budget}, on this server")
+            if plan.kv.scope is not None and evict.during == "prefill":
+                path = f"{at}.kv.scope"
+                why = "what follows a document is not evicted, and this server has a largest eviction budget"
+                raise RequestError(path, f"{path}: {why}; leave it out, or evict during 'both'")
         if self.format is not None:
             held = plan.format if plan.format is not None else PageFormat.F32
             if held.mean_bits > PageFormat.parse(self.format).mean_bits:

@@ -17,7 +17,7 @@ import json
 from collections.abc import Collection, Mapping
 from functools import cached_property
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -31,7 +31,7 @@ from winnow.engine.compression.plan_errors import explain
 from winnow.engine.compression.pressure_plan import OnPressure
 from winnow.engine.compression.prompt.plan import AnyPrompt, Prompt, prompt_model
 from winnow.engine.compression.read import AnyRead, Read, read_model
-from winnow.engine.compression.registry import EVICTION, MERGE, MIX, PROMPT, READ
+from winnow.engine.compression.registry import EVICTION, MERGE, MIX, PROMPT, READ, eviction_policy
 from winnow.engine.config import NO_DRAFT
 from winnow.engine.errors import PlanNotSupported, RequestError
 from winnow.kernels.layout import PageFormat
@@ -50,6 +50,11 @@ class KV(Part):
     mix: AnyMix | None = Field(None, description="how unimportant tokens are held at fewer bits, instead of evicted")
     residual: int = Field(32, ge=0, le=65536, description="newest tokens that stay unquantized")
     read: AnyRead | None = None
+    scope: Literal["document"] | None = Field(
+        None,
+        description="'document': what messages mark as context, and all before it, is compressed before the rest of "
+        "the prompt is read, and kept for later requests on it; the whole prompt if unset",
+    )
 
     @model_validator(mode="after")
     def _parts_go_together(self) -> KV:
@@ -60,6 +65,25 @@ class KV(Part):
         if self.read is not None and self.format is not None and PageFormat.parse(self.format).is_opened:
             why = "`kv.read` reads parts of pages, and those of '{format}' are opened whole"
             raise PydanticCustomError("combination", why, {"at": "read", "format": self.format})
+        return self
+
+    @model_validator(mode="after")
+    def _a_document_is_compressed_whatever_is_asked(self) -> KV:
+        if self.scope is None:
+            return self
+        acts = self.format is not None or self.mix is not None
+        if not acts and (self.evict is None or self.evict.during == "decode"):
+            why = "has no effect without `format`, `mix`, or an `evict` that is not for decode alone"
+            raise PydanticCustomError("unused", why, {"at": "scope"})
+        chooser = self.evict if self.mix is None or self.mix.choice is None else self.mix
+        if chooser is not None and not eviction_policy(chooser.policy).query_agnostic:
+            agnostic = [name for name in EVICTION if eviction_policy(name).query_agnostic]
+            raise PydanticCustomError(
+                "combination",
+                "'{policy}' goes by what later tokens look at, and a document is compressed before the question is "
+                "read; these ask for none: {others}",
+                {"at": "scope", "policy": chooser.policy, "others": ", ".join(agnostic)},
+            )
         return self
 
 

@@ -109,6 +109,10 @@ class EvictionPolicy(Protocol):
     signals: ClassVar[frozenset[Signal]]
     """What `score` reads of the view beside positions and kept lengths"""
 
+    query_agnostic: ClassVar[bool]
+    """Whether what it keeps is meant for any question: false if it goes by what later tokens attend to, so that it
+    must have read the question. If true, a document may be compressed before it (`kv.scope`)"""
+
     Params: ClassVar[type[PolicyParams]]
     """The method's own knobs; the request's `evict` object holds them beside the common ones"""
 

@@ -80,7 +80,7 @@ class SideState:
         if self._hears_newest(seq):
             kv.earlier_mass[slot] = kv.mass[slot].clone()
         if slot in kv.mass:
-            kv.votes[slot] = seq.plan.evict.vote(seq.prompt_tokens)
+            kv.votes[slot] = seq.plan.evict.vote(seq.document_tokens)
         if self._counts_queries(seq, upto) and slot not in kv.moments:
             kv.moments[slot] = torch.zeros(self._moments, dtype=torch.float64, device=self._device)
 
@@ -117,7 +117,7 @@ class SideState:
         if not _notes(plan):
             return
         tokens = timeline.most_tokens(text_tokens)
-        beside = self.most_pages(plan, timeline.prompt_tokens, tokens)
+        beside = self.most_pages(plan, timeline.document_tokens, tokens)
         if arena.lanes * (arena.layout.pages(tokens) + 1) + beside > arena.total:
             names = " and ".join(f"'{part.policy}'" for part in (plan.evict, plan.read) if part is not None)
             raise PromptTooLong(
@@ -151,7 +151,7 @@ class SideState:
                 parts["mass"] = torch.float32
             if self._hears_newest(seq) or seq.slot in self._arena.kv.earlier_mass:
                 parts["earlier_mass"] = torch.float32
-            if seq.vote_start != NEVER and seq.plan.evict.vote(seq.prompt_tokens).is_noisy:
+            if seq.vote_start != NEVER and seq.plan.evict.vote(seq.document_tokens).is_noisy:
                 parts["noise"] = torch.float32
         return parts
 

@@ -1,9 +1,10 @@
 """When a plan acts on a sequence: fixed positions of its text, whatever the schedule.
 
-A sequence is compressed when it has reached an event: the end of its prompt, then every `interval` generated tokens
-(eviction) and every full page of them (sealing). With compact positions the prompt has events too: where budget and
-block have been read, and every block from there on. No chunk crosses an event, so a sequence that is preempted and read
-again goes through the same states as one that was not.
+A sequence is compressed when it has reached an event: the end of its document, then every `interval` tokens behind it
+(eviction) and every full page of them (sealing). The document is the whole prompt unless the request says otherwise.
+With compact positions the document has events too: where budget and block have been read, and every block from there
+on. No chunk crosses an event, so a sequence that is preempted and read again goes through the same states as one that
+was not.
 """
 
 from __future__ import annotations
@@ -24,18 +25,22 @@ class Timeline:
 
     plan: Plan
     prompt_tokens: int
+    document_tokens: int
+    """Those that are compressed at once when they have been read; the rest of the prompt is read over what they left"""
     fmt: PageFormat
     """Format of sealed pages"""
     rest: PageFormat | None
     """Format of the pages behind them, for plans that mix two"""
     seal_every: int
-    """Generated tokens between two sealings; 0 where nothing is sealed"""
+    """Tokens behind the document between two sealings; 0 where nothing is sealed"""
 
     @classmethod
-    def of(cls, plan: Plan, prompt_tokens: int, layout: PageLayout) -> Timeline:
+    def of(cls, plan: Plan, prompt_tokens: int, layout: PageLayout, document_tokens: int | None = None) -> Timeline:
+        """`document_tokens`: the whole prompt if None."""
         fmt = plan.sealed_format(layout.compute)
         seal_every = 0 if fmt is layout.compute else layout.capacity(fmt)
-        return cls(plan, prompt_tokens, fmt, plan.rest_format, seal_every)
+        document_tokens = prompt_tokens if document_tokens is None else document_tokens
+        return cls(plan, prompt_tokens, document_tokens, fmt, plan.rest_format, seal_every)
 
     @property
     def never_acts(self) -> bool:
@@ -45,7 +50,7 @@ class Timeline:
     @property
     def intact_tokens(self) -> int:
         """Tokens of the prompt that lanes hold, as they are without a plan, when the first event comes. They never hold
-        more while the prompt is read."""
+        more while the document is read."""
         return self.next_event(0)
 
     def most_tokens(self, text_tokens: int) -> int:
@@ -57,39 +62,39 @@ class Timeline:
 
     def evicts_at(self, position: int) -> bool:
         """Whether policies choose when `position` tokens have been read."""
-        if position < self.prompt_tokens:
+        if position < self.document_tokens:
             return position == self._next_block(position - 1)
-        if position == self.prompt_tokens:
+        if position == self.document_tokens:
             return self.plan.evicts_at_prefill_end
         interval = self.plan.interval
-        return interval > 0 and (position - self.prompt_tokens) % interval == 0
+        return interval > 0 and (position - self.document_tokens) % interval == 0
 
     def evicts_after(self, position: int) -> bool:
         """Whether an eviction is to come when `position` tokens have been read."""
-        return self.plan.interval > 0 or (position < self.prompt_tokens and self.plan.evicts_at_prefill_end)
+        return self.plan.interval > 0 or (position < self.document_tokens and self.plan.evicts_at_prefill_end)
 
     def acts_at(self, position: int) -> bool:
         if self.evicts_at(position):
             return True
-        generated = position - self.prompt_tokens
-        return self.seal_every > 0 and generated >= 0 and generated % self.seal_every == 0
+        behind = position - self.document_tokens
+        return self.seal_every > 0 and behind >= 0 and behind % self.seal_every == 0
 
     def next_event(self, position: int) -> int:
         """The first position after this one where a chunk must end."""
-        if position < self.prompt_tokens:
-            return min(self.prompt_tokens, self._next_block(position))
-        generated = position - self.prompt_tokens
+        if position < self.document_tokens:
+            return min(self.document_tokens, self._next_block(position))
+        behind = position - self.document_tokens
         steps = [every for every in (self.plan.interval, self.seal_every) if every]
-        return min((position + every - generated % every for every in steps), default=NEVER)
+        return min((position + every - behind % every for every in steps), default=NEVER)
 
     def chunk_end(self, position: int) -> int:
         """The first position after this one that a step may not go beyond."""
         end = self.next_event(position)
         if position < (newest := self.newest_start(position)):
             end = min(end, newest)
-        if self.plan.read is None or position < self.prompt_tokens:
+        if self.plan.read is None:
             return end
-        return min(end, position + STEP_ROWS)
+        return min(end, self.prompt_tokens if position < self.prompt_tokens else position + STEP_ROWS)
 
     def _next_block(self, position: int) -> int:
         """The first place after this one where blocks of the prompt end, wherever the prompt does."""
@@ -120,10 +125,10 @@ class Timeline:
 
     def _evictions_around(self, position: int) -> tuple[int, int]:
         """Where the last eviction was when `position` tokens have been read, 0 for none, and where the next one is."""
-        if position < self.prompt_tokens and self.plan.evicts_at_prefill_end:
-            return 0, self.prompt_tokens
+        if position < self.document_tokens and self.plan.evicts_at_prefill_end:
+            return 0, self.document_tokens
         if not self.plan.interval:
             return 0, NEVER
-        done = max(0, position - self.prompt_tokens) // self.plan.interval
-        event = self.prompt_tokens + (done + 1) * self.plan.interval
+        done = max(0, position - self.document_tokens) // self.plan.interval
+        event = self.document_tokens + (done + 1) * self.plan.interval
         return event - self.plan.interval if done or self.plan.evicts_at_prefill_end else 0, event

@@ -21,7 +21,8 @@ TEXT_PART = {
         "text": {"type": "string"},
         "context": {
             "type": "boolean",
-            "description": "whether compression.prompt may shorten this part; not in system messages",
+            "description": "whether compression.prompt may shorten this part, and the document of compression.kv.scope "
+            "reaches to its end; not in system messages",
         },
     },
 }

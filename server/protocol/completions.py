@@ -70,7 +70,9 @@ Texts = Annotated[
 class CompletionRequest(GenerationRequest):
     prompt: Prompts
     context: Texts = Field(
-        [], description="what compression.prompt may shorten: texts of the one prompt, each found in it exactly once"
+        [],
+        description="what compression.prompt may shorten, and to whose end the document of compression.kv.scope "
+        "reaches: texts of the one prompt, each found in it exactly once",
     )
     logprobs: int | None = Field(None, ge=0, description="likeliest tokens at each position; 0: the chosen one only")
     echo: bool = Field(False, description="the text starts with the prompt, as it was read; not with logprobs")

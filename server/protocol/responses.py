@@ -39,6 +39,14 @@ class ShortenedPrompt(Part):
     context_after: int
 
 
+class DocumentTokens(Part):
+    """Tokens of documents that were compressed before the rest of their prompts was read, and how many of them in an
+    earlier request."""
+
+    tokens: int
+    reused: int
+
+
 class Compression(Part):
     """What was kept, measured from pages. Each number is the sum over the request's sequences (prompts times n), of
     which `squeezed` were compressed as `plan.on_pressure` says."""
@@ -50,6 +58,7 @@ class Compression(Part):
     tokens_kept: TokensKept
     bytes_uncompressed: int
     bytes_held: int
+    document: DocumentTokens | None = None
     tokens_by_format: dict[str, float] | None = None
     prompt: ShortenedPrompt | None = None
 

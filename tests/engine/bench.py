@@ -118,10 +118,11 @@ class Bench:
         speculative: dict[str, Any] | None = None,
         lead_ins: Sequence[list[int]] = (),
         forced: Sequence[int] = (),
+        document: int = 0,
         **sampling: Any,
     ) -> None:
         params = SamplingParams(**({"temperature": 0.0, "max_tokens": tokens, "seed": 7} | sampling))
-        more = (speculative or {}, list(forced), list(lead_ins))
+        more = (speculative or {}, list(forced), list(lead_ins), document)
         self.engine.submit(Submit(request_id, list(prompt), params, plan or {}, salt, *more))
 
     def shorten(self, message: Shorten) -> Shortened:

@@ -106,7 +106,7 @@ def test_a_block_goes_before_the_one_that_it_continues(tiny: Decoder) -> None:
     assert len(keys) == 10
     while len(cache):
         cache.reclaim(1)
-        known = [key in cache._blocks for key in keys]
+        known = [key in cache for key in keys]
         assert known == sorted(known, reverse=True), "a block is left that nothing leads to"
     assert arena.free_count == arena.total
 

@@ -27,6 +27,7 @@ class A2SF:
     """Keep the tokens that queries attended to most, what newer queries say counting more."""
 
     signals = frozenset({Signal.ATTENTION})
+    query_agnostic = False
 
     class Params(PolicyParams):
         decay: float = Field(

@@ -28,6 +28,7 @@ class EMS:
     """Keep what all queries or the newest ones look at, and merge the best of the rest into it."""
 
     signals = frozenset({Signal.ATTENTION})
+    query_agnostic = False
 
     class Params(PolicyParams):
         window: int = Field(32, ge=1, le=1024, description="newest queries whose attention is the local score")

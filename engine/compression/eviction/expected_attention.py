@@ -29,6 +29,7 @@ class ExpectedAttention:
     """Keep the tokens that queries like those so far would attend to from later positions."""
 
     signals = frozenset({Signal.KEYS, Signal.VALUES, Signal.QUERIES})
+    query_agnostic = True
 
     class Params(PolicyParams):
         future: int = Field(512, ge=1, le=65536, description="positions to come over which RoPE is averaged")

@@ -24,6 +24,7 @@ class H2O:
     """Keep the tokens that all queries together attended to most, and the newest ones."""
 
     signals = frozenset({Signal.ATTENTION})
+    query_agnostic = False
 
     class Params(PolicyParams):
         pass

@@ -23,6 +23,7 @@ class KeyDiff:
     """Keep the tokens whose keys point away from the lane's mean direction."""
 
     signals = frozenset({Signal.KEYS})
+    query_agnostic = True
 
     class Params(PolicyParams):
         pass

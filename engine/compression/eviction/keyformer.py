@@ -30,6 +30,7 @@ class Keyformer:
     """Keep the tokens that all queries together attended to most, with some noise, and the newest ones."""
 
     signals = frozenset({Signal.ATTENTION})
+    query_agnostic = False
 
     class Params(PolicyParams):
         temperature: float = Field(1.0, ge=0.05, le=20, description="of the softmax while the prompt is read")

@@ -20,6 +20,7 @@ class KNorm:
     """Keep the tokens whose keys have the smallest norm."""
 
     signals = frozenset({Signal.KEYS})
+    query_agnostic = True
 
     class Params(PolicyParams):
         pass

@@ -31,6 +31,7 @@ class KVzip:
     """Keep what the model needs to repeat its prompt, whatever will be asked; the prompt is read twice."""
 
     signals = frozenset({Signal.ATTENTION})
+    query_agnostic = True
 
     class Params(PolicyParams):
         chunk: int = Field(2048, ge=64, le=65536, description="tokens of the prompt that are repeated at a time")

@@ -40,6 +40,7 @@ class LaCache:
     """Keep a ladder of tokens, earlier ones in lower layers, that gets sparser with age; no token is looked at."""
 
     signals: frozenset[Signal] = frozenset()
+    query_agnostic = True
 
     class Params(PolicyParams):
         span: int | None = Field(

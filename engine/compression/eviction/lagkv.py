@@ -27,6 +27,7 @@ class LagKV:
     """Keep the tokens whose keys and values stand out from those of the tokens after them."""
 
     signals = frozenset({Signal.KEYS, Signal.VALUES})
+    query_agnostic = True
 
     class Params(PolicyParams):
         lag: int = Field(128, ge=2, le=65536, description="tokens of a partition, scored against the next one")

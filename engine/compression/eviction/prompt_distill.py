@@ -28,6 +28,7 @@ class PromptDistill:
     """A middle layer chooses, and the layers above it read only what it chose."""
 
     signals = frozenset({Signal.ATTENTION})
+    query_agnostic = False
 
     class Params(PolicyParams):
         layer: int | None = Field(

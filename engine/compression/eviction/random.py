@@ -21,6 +21,7 @@ class Random:
     """Keep tokens at random, by the request's own seed."""
 
     signals: frozenset[Signal] = frozenset()
+    query_agnostic = True
 
     class Params(PolicyParams):
         pass

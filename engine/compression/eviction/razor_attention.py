@@ -36,6 +36,7 @@ class RazorAttention:
     """Keep all tokens in the heads that retrieve, and the first and the newest ones in the others."""
 
     signals: frozenset[Signal] = frozenset()
+    query_agnostic = True
 
     class Params(PolicyParams):
         induction: float = Field(0.14, ge=0, le=1, description="share of lanes that keep all for their induction score")

@@ -30,6 +30,7 @@ class SnapKV:
     """Keep what the newest queries look at."""
 
     signals = frozenset({Signal.ATTENTION})
+    query_agnostic = False
 
     class Params(PolicyParams):
         window: int = Field(64, ge=1, le=1024, description="queries at the end that vote")

@@ -31,6 +31,7 @@ class SpecKV:
     """Keep what a draft model's continuation of the prompt looks at."""
 
     signals = frozenset({Signal.ATTENTION})
+    query_agnostic = False
 
     class Params(PolicyParams):
         lookahead: int = Field(32, ge=1, le=1024, description="tokens that the draft model says behind the prompt")

@@ -27,6 +27,7 @@ class StreamingLLM:
     """Keep the first tokens and the newest ones."""
 
     signals: frozenset[Signal] = frozenset()
+    query_agnostic = True
 
     class Params(PolicyParams):
         positions: Literal["original", "compact"] = Field(

@@ -23,6 +23,7 @@ class TOVA:
     """Drop what the newest query attends to least, the same tokens in all heads of a layer."""
 
     signals = frozenset({Signal.ATTENTION})
+    query_agnostic = False
 
     class Params(PolicyParams):
         pass

@@ -37,6 +37,7 @@ class TriAttention:
     """Keep the tokens that the model's mean queries will look at."""
 
     signals = frozenset({Signal.KEYS})
+    query_agnostic = True
 
     class Params(PolicyParams):
         horizon: int = Field(

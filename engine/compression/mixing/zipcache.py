@@ -33,6 +33,7 @@ class ZipCache:
     rest = None
     demotes = False
     signals = frozenset({Signal.ATTENTION})
+    query_agnostic = False
 
     class Params(PolicyParams):
         share: float = Field(0.6, gt=0, le=1, description="tokens of a lane that are held in `format`")

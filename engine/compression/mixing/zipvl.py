@@ -33,6 +33,7 @@ class ZipVL:
     rest = None
     demotes = False
     signals = frozenset({Signal.ATTENTION})
+    query_agnostic = False
 
     class Params(PolicyParams):
         tau: float = Field(0.975, gt=0, le=1, description="share of a layer's attention mass that keeps its bits")
