@@ -21,7 +21,7 @@ from winnow.engine.speculation.registry import METHODS
 from winnow.engine.speculation.speculation import obstacle
 
 from ..engine.bench import Bench, Choice, pages_beside, pages_for
-from .world import MOST_CHOICES, MOST_NEW, PLANS, PROMPTS, answers, model
+from .world import MOST_CHOICES, MOST_NEW, PLANS, PROMPTS, answers, document_of, model
 
 SLOTS = 5
 
@@ -74,7 +74,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.count += 1
         chosen = Plan.parse({"kv": PLANS[plan]})
         speculative = {"method": method} if method is not None and obstacle(chosen) is None else {}
-        sampling = {"n": n, "temperature": temperature}
+        sampling = {"n": n, "temperature": temperature, "document": document_of(prompt, plan)}
         self.bench.submit(name, PROMPTS[prompt], tokens, chosen.to_wire(), salt, speculative, **sampling)
         self.asked[name] = Asked(prompt, plan, temperature, tokens, n)
 

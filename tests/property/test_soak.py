@@ -7,7 +7,7 @@ import random
 import numpy as np
 
 from ..engine.bench import Bench, pages_for
-from .world import MOST_CHOICES, PLANS, PROMPTS, answers, model
+from .world import MOST_CHOICES, PLANS, PROMPTS, answers, document_of, model
 
 REQUESTS = 1000
 
@@ -29,6 +29,7 @@ def test_nothing_leaks() -> None:
             salt=dice.choice(["", "", "a"]),
             n=dice.choice([1, 1, 1, 2, MOST_CHOICES]),
             temperature=temperature,
+            document=document_of(prompt, plan),
         )
         live[str(i)] = asked
         while len(engine.scheduler.waiting) > 8:
@@ -52,6 +53,7 @@ def test_nothing_leaks() -> None:
     assert aborted > 200
     assert checked > 500
     assert engine.stats.preemptions_total > 20
+    assert engine.stats.document_hit_tokens_total > 20 * 64
     assert engine.is_idle
     assert bench.held_pages == 0
     assert engine.arena.free_slots == 16

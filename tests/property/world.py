@@ -67,7 +67,22 @@ PLANS: list[dict[str, Any]] = [
         "format": "int8",
         "residual": 0,
     },
+    {"evict": {"policy": "kvzip", "budget": 0.5}, "scope": "document"},
+    {
+        "evict": {"policy": "expected_attention", "budget": 0.6, "during": "both", "interval": 6},
+        "format": "int8",
+        "residual": 0,
+        "scope": "document",
+    },
+    {"evict": {"policy": "random", "budget": 24, "merge": {"policy": "kv_merging"}}, "scope": "document"},
+    {"format": "int4", "residual": 0, "scope": "document"},
 ]
+
+
+def document_of(prompt: int, plan: int) -> int:
+    """Tokens that a plan of scope 'document' compresses before it reads the rest: several prompts share some."""
+    return min(64, len(PROMPTS[prompt]) - 1) if "scope" in PLANS[plan] else 0
+
 
 Answers = list[tuple[int, ...]]
 
@@ -85,6 +100,7 @@ def model() -> Decoder:
 def answers(prompt: int, plan: int, temperature: float) -> Answers:
     """The longest answers of a request's choices; a request for fewer tokens is answered with their beginning."""
     bench = Bench(model(), prefix_caching=False)
-    bench.submit("a", PROMPTS[prompt], MOST_NEW, {"kv": PLANS[plan]}, n=MOST_CHOICES, temperature=temperature)
+    more: dict[str, Any] = {"document": document_of(prompt, plan), "n": MOST_CHOICES, "temperature": temperature}
+    bench.submit("a", PROMPTS[prompt], MOST_NEW, {"kv": PLANS[plan]}, **more)
     bench.run()
     return [tuple(bench.seen["a", index].tokens) for index in range(MOST_CHOICES)]

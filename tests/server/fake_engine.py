@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 
+import msgspec
+
 from winnow.engine.messages import (
     CompressionReport,
     EngineInfo,
@@ -137,8 +139,12 @@ class FakeEngine:
             cached_tokens=self.cached_tokens if reason else 0,
             accepted_tokens=self.accepted_tokens if reason else 0,
             rejected_tokens=self.rejected_tokens if reason else 0,
-            compression=REPORT if reason else None,
+            compression=self._report(submit) if reason else None,
         )
+
+    def _report(self, submit: Submit) -> CompressionReport:
+        is_found = 0 < submit.document <= self.cached_tokens
+        return msgspec.structs.replace(REPORT, document_tokens=submit.document, found_document=is_found)
 
     @staticmethod
     def _logprobs(tokens: list[int], top: int | None) -> list[TokenLogprob] | None:

@@ -7,7 +7,7 @@ keeps what it has among the highest scores of all, as in the paper.
 
 Where we depart: the paper takes the softmax over the part that is being repeated and the repetition, to save work; here
 it is attention as it is, over the whole lane. For prompts of one part it is the same but for the sinks. A part is
-repeated behind the whole prompt, template and question included, since nobody says where the context ends.
+repeated behind the whole prompt, template and question included, unless a plan's scope is the document.
 """
 
 from __future__ import annotations
