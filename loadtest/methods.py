@@ -49,7 +49,9 @@ def methods(result: Result) -> str:
         "between the two, and the bytes held, of those under no plan. Answers are those found in generated tasks of "
         f"{ANSWERS_AT} tokens, where the context was compressed before the question was read / with the question in "
         f"it; the uncompressed model finds {_answers(result, OFF)}.",
-        *_table("Eviction: `kv.evict`, frees pages", HEAD, _evictions(result)),
+        *_table("Eviction: `kv.evict`, frees pages", (*HEAD, "documents"), _evictions(result)),
+        "",
+        "Documents: whether it keeps what serves any question, so that `kv.scope` may be 'document'.",
         *_table("Merging what was evicted: `kv.evict.merge`", (*HEAD[:3], f"with {MERGED}"), _merges(result)),
         *_table(
             "Reading a part: `kv.read`, frees nothing",
@@ -67,7 +69,8 @@ def _evictions(result: Result) -> Iterator[tuple[str, ...]]:
     for name in EVICTION:
         policy = eviction_policy(name)
         cells = (_measured(result, f"{name}:{budget}") for budget in BUDGETS)
-        yield f"`{name}`", _first_line(policy), _signals(policy), *cells, _answers(result, f"{name}:{BUDGETS[0]}")
+        answers, documents = _answers(result, f"{name}:{BUDGETS[0]}"), "yes" if policy.query_agnostic else "no"
+        yield f"`{name}`", _first_line(policy), _signals(policy), *cells, answers, documents
 
 
 def _merges(result: Result) -> Iterator[tuple[str, ...]]:
