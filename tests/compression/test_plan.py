@@ -78,7 +78,7 @@ NO_BUDGET = "must be a fraction in (0, 1] or a count of tokens from 1 to 1000000
         (
             {"kv": {"evicted": {}}},
             ".kv.evicted",
-            "is not a known field; known here: evict, format, mix, residual, read",
+            "is not a known field; known here: evict, format, mix, residual, read, scope",
         ),
         ({"kv": {"evict": []}}, ".kv.evict", "must be an object, not a list"),
         ({"kv": {"evict": {"budget": 0.5}}}, ".kv.evict.policy", f"is required; known policies: {POLICIES}"),
