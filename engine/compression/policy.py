@@ -65,7 +65,7 @@ class LaneView:
     seen: int
     """Tokens of the sequence so far, evicted ones included"""
     seed: int
-    """The request's own seed, 64 bits"""
+    """The request's own seed, or that of its document; 64 bits"""
     sinks: int
     """First tokens that the plan protects"""
     depth: int
