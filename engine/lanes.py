@@ -11,7 +11,7 @@ from torch import Tensor
 from winnow.kernels.vote import Vote
 
 if TYPE_CHECKING:
-    from winnow.engine.pages import Ints
+    from winnow.engine.pages import Ints, PageArena
 
 
 @dataclass(frozen=True)
@@ -30,17 +30,31 @@ class Lanes:
     sides: tuple[Tensor | None, ...]
     """`PagedKV.sides`"""
     vote: Vote | None
+    held: Ints
+    """[n] pages of all lanes, each once"""
     ballast: Ints
     """[n] pages that stand for the sides"""
 
-    @property
-    def held(self) -> Ints:
-        """[n] pages of all lanes."""
-        return self.table[self.table >= 0]
+    @classmethod
+    def of(cls, arena: PageArena, slot: int, ballast: Ints) -> Lanes:
+        """What a slot holds now: its rows are copied, its sides are not."""
+        kv = arena.kv
+        return cls(
+            table=arena.table[slot, :, :, : int(arena.columns[slot].max())].copy(),
+            columns=arena.columns[slot].copy(),
+            kept=arena.kept[slot].copy(),
+            sealed=arena.sealed[slot].copy(),
+            rest=arena.rest[slot].copy(),
+            formats=(int(arena.formats[slot]), int(arena.rest_formats[slot])),
+            sides=tuple(side.get(slot) for side in kv.sides),
+            vote=kv.votes.get(slot),
+            held=arena.held(slot),
+            ballast=ballast,
+        )
 
     @property
     def pages(self) -> Ints:
-        """[n] with those that stand for the sides."""
+        """[n] all that it refers to, each once."""
         return np.concatenate([self.held, self.ballast])
 
     @property

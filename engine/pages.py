@@ -257,18 +257,18 @@ class PageArena:
 
         OutOfPages, where there are none to stand for its side state, leaves everything as it was.
         """
-        self.restore(target, self._lanes_of(source))
+        self.restore(target, Lanes.of(self, source, self._ballast.get(source, NO_PAGES)))
         self._tail_shared[source] = True
 
     def note(self, slot: int) -> Lanes:
         """What a sequence holds now, as it will stay: with a reference of its own to each page, and pages for its own
         copy of the side state. Its next token copies its open page. OutOfPages leaves everything as it was."""
-        lanes = self._lanes_of(slot)
-        ballast = self.take(len(lanes.ballast))
-        self.share(self.held(slot))
+        ballast = self.take(self.ballast(slot))
+        lanes = Lanes.of(self, slot, ballast)
+        self.share(lanes.held)
         self._tail_shared[slot] = True
         sides = tuple(None if side is None else side.clone() for side in lanes.sides)
-        return replace(lanes, ballast=ballast, sides=sides)
+        return replace(lanes, sides=sides)
 
     def restore(self, slot: int, lanes: Lanes) -> None:
         """Gives an empty sequence what another held; its next token copies the open page. OutOfPages leaves everything
@@ -292,19 +292,6 @@ class PageArena:
                 side[slot] = noted.clone()
         if lanes.vote is not None:
             self.kv.votes[slot] = lanes.vote
-
-    def _lanes_of(self, slot: int) -> Lanes:
-        return Lanes(
-            table=self.table[slot, :, :, : int(self.columns[slot].max())].copy(),
-            columns=self.columns[slot].copy(),
-            kept=self.kept[slot].copy(),
-            sealed=self.sealed[slot].copy(),
-            rest=self.rest[slot].copy(),
-            formats=(int(self.formats[slot]), int(self.rest_formats[slot])),
-            sides=tuple(side.get(slot) for side in self.kv.sides),
-            vote=self.kv.votes.get(slot),
-            ballast=self._ballast.get(slot, NO_PAGES),
-        )
 
     def _unshare_tail(self, slot: int) -> None:
         """Copies the partly filled last page of each lane where others refer to it too."""

@@ -41,6 +41,7 @@ class MiniCache:
     rest = "mini_cache"
     demotes = True
     signals = frozenset({Signal.KEYS, Signal.VALUES})
+    query_agnostic = True
 
     class Params(PolicyParams):
         t: float = Field(0.6, ge=0, le=1, description="weight of the lower layer's direction in a shared one")
