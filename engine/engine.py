@@ -180,6 +180,10 @@ class Engine:
     def is_idle(self) -> bool:
         return not self.can_step and self.shortener.is_idle and (self.draft is None or self.draft.is_idle)
 
+    def stop(self) -> None:
+        """Ends the threads that work beside it."""
+        self.shortener.stop()
+
     # What it looks like ----------------------------------------------------------------------------------------------
 
     @property

@@ -33,6 +33,7 @@ def info_of(engine: Engine) -> EngineInfo:
         head_dim=engine.config.head_dim,
         compute_format=layout.compute.label,
         page_bytes=layout.page_bytes,
+        page_tokens=layout.page_tokens,
         total_pages=engine.arena.total,
         weights=engine.settings.weights,
         device=engine.settings.device,

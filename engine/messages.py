@@ -186,6 +186,8 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
     head_dim: int
     compute_format: str
     page_bytes: int
+    page_tokens: int
+    """Tokens of a page in the compute format"""
     total_pages: int
     weights: str
     profiles: tuple[str, ...] = ()
@@ -204,6 +206,8 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
     """Where the model runs: cpu or cuda"""
     draft_max_len: int | None = None
     """Longest text that the draft model reads; None where there is none"""
+    refuses: dict[str, str] = {}
+    """JSON paths of what a request cannot ask of this engine, and why; a format that it has can be asked for still"""
 
 
 class EngineStats(msgspec.Struct, frozen=True, tag="stats"):

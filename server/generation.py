@@ -85,7 +85,7 @@ class Generation:
             info = service.engine()
             request.check_vocabulary(info.vocab_size)
             plan = service.plans.resolve(request.compression, info, service.settings.model_to_name)
-            speculation = service.speculations.resolve(request.speculative, plan)
+            speculation = service.speculations.resolve(request.speculative, plan, info)
             self.usage.speculates = speculation is not None
             self.has_plan = not plan.is_off
             self.usage.plan = described(plan) if self.has_plan else None

@@ -7,6 +7,7 @@ from typing import Any
 
 from winnow.engine.calibration.frontier import resolve_quality
 from winnow.engine.calibration.registry import check_profiles
+from winnow.engine.compression.able import for_engine
 from winnow.engine.compression.maximum import Maximum
 from winnow.engine.compression.merge_plan import merge_schema
 from winnow.engine.compression.mix import mix_schema
@@ -44,7 +45,7 @@ class Plans:
         Raises
             RequestError
         """
-        named = Plan.resolve(asked, self.profiles, self.default, self.maximum)
+        named = for_engine(Plan.resolve(asked, self.profiles, self.default, self.maximum), info)
         plan = resolve_quality(named, info.frontier, model)
         if plan is not named and self.maximum is not None:
             self.maximum.check(plan)
@@ -55,9 +56,17 @@ class Plans:
         check_profiles(plan, info.profiles, model)
         return plan
 
+    def catalogue_of(self, info: EngineInfo | None) -> dict[str, Any]:
+        """`catalogue`, and what the engine says of it: null while it is not up."""
+        if info is None:
+            return self.catalogue | {"calibrated": None, "missing": None, "refused": None}
+        formats = {"formats": {name: what for name, what in FORMATS.items() if name in info.formats}}
+        said = {"calibrated": list(info.profiles), "missing": info.missing_policies, "refused": info.refuses}
+        return self.catalogue | formats | said
+
     @cached_property
     def catalogue(self) -> dict[str, Any]:
-        """For /v1/models: everything that a request can write under `compression`."""
+        """Everything that a request can write under `compression`."""
         return {
             "policies": evict_schema(),
             "merges": merge_schema(),

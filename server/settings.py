@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
@@ -21,6 +22,11 @@ from winnow.engine.compression.maximum import Maximum
 from winnow.engine.config import EngineSettings
 
 LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+NOT_OF_VLLM = {"page_tokens", "max_stream_len", "embedding_model", "llmlingua2_model", "speculative"}
+NOT_OF_VLLM |= {"draft_model", "draft_weights", "draft_memory_gib"}
+"""Settings of what only our own engine does"""
 
 
 class SettingsError(Exception):
@@ -100,6 +106,17 @@ class Settings(BaseSettings, EngineSettings):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
 
+    @field_validator("vllm_args", mode="before")
+    @classmethod
+    def _pairs(cls, value: object) -> object:
+        """`key=value` of the command line, where the value is YAML."""
+        if not isinstance(value, list):
+            return value
+        pairs = [str(pair).partition("=") for pair in value]
+        if unclear := [name for name, equals, _ in pairs if not equals]:
+            raise ValueError(f"'{unclear[0]}' should be key=value")
+        return {name: yaml.safe_load(text) for name, _, text in pairs}
+
     @field_validator("api_key")
     @classmethod
     def _usable(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
@@ -113,6 +130,8 @@ class Settings(BaseSettings, EngineSettings):
     def _consistent(self) -> Settings:
         if self.max_model_len is not None and self.max_queue_tokens < self.max_model_len:
             raise ValueError("max_queue_tokens must hold at least one prompt of max_model_len tokens")
+        if self.engine == "vllm" and (idle := sorted(NOT_OF_VLLM & self.model_fields_set)):
+            raise ValueError(f"{idle[0]} has no effect with engine: vllm")
         return self
 
     @classmethod
@@ -127,7 +146,7 @@ class Settings(BaseSettings, EngineSettings):
         return (init_settings, env_settings, YamlConfigSettingsSource(settings_cls))
 
     @property
-    def engine(self) -> EngineSettings:
+    def of_engine(self) -> EngineSettings:
         return EngineSettings(**{name: getattr(self, name) for name in EngineSettings.model_fields})
 
     @property

@@ -6,7 +6,8 @@ from functools import cached_property
 from typing import Any
 
 from winnow.engine.compression.plan import Plan
-from winnow.engine.errors import RequestError
+from winnow.engine.errors import PlanNotSupported, RequestError
+from winnow.engine.messages import EngineInfo
 from winnow.engine.speculation.speculation import (
     Speculation,
     check_combination,
@@ -32,7 +33,7 @@ class Speculations:
         except RequestError as error:
             raise SettingsError(error.message) from error
 
-    def resolve(self, asked: dict[str, Any] | None, plan: Plan) -> Speculation | None:
+    def resolve(self, asked: dict[str, Any] | None, plan: Plan, info: EngineInfo) -> Speculation | None:
         """Of a request whose `speculative` is `asked`; the server's default holds where the plan leaves room for it.
 
         Raises
@@ -41,6 +42,8 @@ class Speculations:
         if asked is None:
             return self.default if obstacle(plan) is None else None
         speculation = parse_speculation(asked)
+        if speculation is not None and (why := info.refuses.get("speculative")):
+            raise PlanNotSupported("speculative", f"speculative: {why}")
         check_draft(speculation, self._has_draft)
         check_combination(speculation, plan)
         return speculation

@@ -43,13 +43,9 @@ def _card(service: Service, name: str) -> dict[str, Any]:
             "head_dim": info.head_dim,
             "compute_format": info.compute_format,
             "page_bytes": info.page_bytes,
-            "page_tokens": service.settings.page_tokens,
+            "page_tokens": info.page_tokens,
             "total_pages": info.total_pages,
         },
-        "compression": service.plans.catalogue
-        | {
-            "calibrated": list(info.profiles) if info else None,
-            "missing": info.missing_policies if info else None,
-        },
+        "compression": service.plans.catalogue_of(info),
         "speculative": service.speculations.catalogue,
     }

@@ -69,15 +69,15 @@ class Serving:
 
 
 @contextmanager
-def serving(folder: Path, *options: str) -> Iterator[Serving]:
+def serving(folder: Path, *options: str, python: str = sys.executable, **variables: str) -> Iterator[Serving]:
     """A server of the default model that is ready; ended by SIGTERM, if it still runs, with status 0."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     log = folder / "server.log"
-    command = [sys.executable, "-m", "winnow.server.cli", "serve", "--port", str(port)]
+    command = [python, "-m", "winnow.server.cli", "serve", "--port", str(port)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WINNOW_")}
-    environment |= {"WINNOW_API_KEY": f"other,{KEY}", "OMP_WAIT_POLICY": "passive"}
+    environment |= {"WINNOW_API_KEY": f"other,{KEY}", "OMP_WAIT_POLICY": "passive"} | variables
     with (
         log.open("wb") as output,
         subprocess.Popen([*command, *options], stdout=output, stderr=output, env=environment) as process,

@@ -36,6 +36,7 @@ INFO = EngineInfo(
     head_dim=64,
     compute_format="f32",
     page_bytes=8192,
+    page_tokens=16,
     total_pages=1000,
     weights="int8",
 )

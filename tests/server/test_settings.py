@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 from winnow.engine.config import ON_CUDA, EngineSettings
 from winnow.engine.models.tokenizer import Tokenizer
+from winnow.engine.vllm.arguments import engine_arguments
 from winnow.kernels.layout import PageFormat
 from winnow.server import __version__
 from winnow.server.app import create_app
@@ -87,21 +89,21 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 
 def test_the_engines_part() -> None:
-    engine = load(weights="f32", max_seqs=7).engine
+    engine = load(weights="f32", max_seqs=7).of_engine
     assert type(engine) is EngineSettings
     assert (engine.weights, engine.max_seqs) == ("f32", 7)
 
 
 def test_defaults_are_the_devices(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (load().weights, load().page_tokens, load().kv_memory_gib) == ("int8", 16, 4)
-    assert load().engine.compute_format is PageFormat.F32
+    assert load().of_engine.compute_format is PageFormat.F32
     monkeypatch.setenv("WINNOW_DEVICE", "cuda")
     config.write_text("max_seqs: 3")
-    settings = load(config).engine
+    settings = load(config).of_engine
     assert (settings.weights, settings.page_tokens, settings.kv_memory_gib) == ("bf16", 32, None)
     assert (settings.compute_format, settings.max_seqs) == (PageFormat.BF16, 3)
-    assert load(weights="fp8").engine.compute_format is PageFormat.BF16
-    assert load(weights="f32", kv_memory_gib=1).engine.compute_format is PageFormat.F32
+    assert load(weights="fp8").of_engine.compute_format is PageFormat.BF16
+    assert load(weights="f32", kv_memory_gib=1).of_engine.compute_format is PageFormat.F32
 
 
 @pytest.mark.parametrize(
@@ -130,6 +132,7 @@ def test_the_config_that_shows_the_defaults() -> None:
     assert written == {name: getattr(defaults, name) for name in written}
     left_out = {"max_model_len", "threads", "api_key", "served_model_name", "compression", "max_compression"}
     left_out |= {"profiles", "speculative", "embedding_model", "llmlingua2_model", "draft_model", "draft_weights"}
+    left_out |= {"vllm_args"}
     left_out |= ON_CUDA.keys()  # each device has its own
     assert set(Settings.model_fields) - set(written) == left_out
 
@@ -206,3 +209,41 @@ Plans(load()).catalogue
 assert "torch" not in sys.modules, "torch was imported"
 """
     subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"WINNOW_CONFIG": ""}, timeout=120)
+
+
+def test_arguments_of_vllm(config: Path) -> None:
+    options = ["kv_cache_dtype=fp8", "tensor_parallel_size=2", "enable_expert_parallel=true", "hf_overrides={a: 1}"]
+    settings = load(engine="vllm", vllm_args=options)
+    assert settings.of_engine.vllm_args == {
+        "kv_cache_dtype": "fp8",
+        "tensor_parallel_size": 2,
+        "enable_expert_parallel": True,
+        "hf_overrides": {"a": 1},
+    }
+    assert (settings.weights, settings.max_seqs) == ("bf16", 256)
+    config.write_text("engine: vllm\ndevice: cuda\nvllm_args: {tensor_parallel_size: 4}")
+    assert load(config).vllm_args == {"tensor_parallel_size": 4}
+    assert load(config).kv_memory_gib is None
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"vllm_args": ["a=1"]}, "vllm_args"),
+        ({"engine": "vllm", "vllm_args": ["a"]}, "key=value"),
+        ({"engine": "vllm", "weights": "int8"}, "int8 is not for vLLM"),
+        ({"engine": "vllm", "page_tokens": 32}, "page_tokens"),
+        ({"engine": "vllm", "speculative": "prompt_lookup"}, "speculative"),
+        ({"engine": "sglang"}, "engine"),
+    ],
+)
+def test_what_does_not_go_with_vllm(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(SettingsError, match=named):
+        load(**options)
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "vllm").glob("*.yaml")), ids=lambda path: path.stem)
+def test_configs_for_vllm(path: Path) -> None:
+    settings = load(path).of_engine
+    assert settings.engine == "vllm"
+    assert settings.vllm_args.items() <= engine_arguments(settings, Path("/model")).items()
