@@ -136,6 +136,7 @@ def evaluate(
     weights: Annotated[
         str | None, typer.Option(help="How weights are held: int8 or f32; on a GPU bf16, fp8 or f32.")
     ] = None,
+    draft_model: Annotated[str | None, typer.Option(help="As for `winnow serve`; for plans that look ahead.")] = None,
     against_f32: Annotated[bool, typer.Option(help="Compare the weights with f32 ones too.")] = False,
     url: Annotated[
         str | None,

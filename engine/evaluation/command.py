@@ -45,6 +45,7 @@ class Options:
     model: str
     device: str
     weights: str | None
+    draft_model: str | None
     against_f32: bool
     resume: bool
     url: str | None
@@ -78,6 +79,8 @@ def run_plans(options: Options, console: Console) -> list[Path]:
     )
     if options.against_f32 and (options.url is not None or options.weights == "f32"):
         raise EvalError("--against-f32 needs an engine in this process, with weights that are not f32")
+    if options.draft_model is not None and options.url is not None:
+        raise EvalError("--draft-model needs an engine in this process; a server has its own")
     plans = read_plans(options.plans, _numbers("budgets", options.budgets, float))
     for name, why in check(plans).items():
         raise EvalError(f"{name}: {why}")
@@ -85,6 +88,8 @@ def run_plans(options: Options, console: Console) -> list[Path]:
     with console.status("loading the model") if console.is_terminal else nullcontext():
         target = _target(options)
     about: dict[str, Any] = {"model": options.url or options.model, "weights": target.weights, "text": digest(text)}
+    if options.draft_model is not None:
+        about["draft_model"] = options.draft_model
     if scope.text_prompts:
         about["text_new"] = scope.text_new
     result = Result(options.name, facts() | about, plans)
@@ -171,7 +176,9 @@ def run_parity(options: Options, python: Path, console: Console) -> list[Path]:
 def _target(options: Options) -> Target:
     if options.url is not None:
         return ServerTarget(options.url, os.environ.get(KEY))
-    return EngineTarget(options.model, options.weights, options.threads, options.kv_memory_gib, options.device)
+    return EngineTarget(
+        options.model, options.weights, options.threads, options.kv_memory_gib, options.device, options.draft_model
+    )
 
 
 def _progress(console: Console) -> Progress:

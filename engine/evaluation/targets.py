@@ -71,7 +71,15 @@ class Target(Protocol):
 class EngineTarget:
     """An engine in this process. All asks of a call share its batches."""
 
-    def __init__(self, model: str, weights: str | None, threads: int | None, kv_memory_gib: float, device: str = "cpu"):
+    def __init__(
+        self,
+        model: str,
+        weights: str | None,
+        threads: int | None,
+        kv_memory_gib: float,
+        device: str = "cpu",
+        draft_model: str | None = None,
+    ):
         # Here, so that the harness asks a server without torch.
         from winnow.engine.config import EngineSettings
         from winnow.engine.models.tokenizer import load_tokenizer
@@ -81,6 +89,7 @@ class EngineTarget:
         self._tokenizer = load_tokenizer(model)
         self.lead_ins = lead_ins(self._tokenizer)
         settings = {"model": model, "device": device, "threads": threads, "kv_memory_gib": kv_memory_gib}
+        settings |= {"draft_model": draft_model}
         if weights is not None:  # else the device's default
             settings["weights"] = weights
         self.engine = build_engine(EngineSettings.model_validate(settings))

@@ -320,6 +320,20 @@ def test_the_command(tiny_folder: Path, tmp_path: Path) -> None:
     assert "mine.json cannot be read" in other.output
 
 
+def test_a_plan_that_needs_a_draft_model(tiny_folder: Path, tmp_path: Path) -> None:
+    sizes = ["--tasks=none", "--text-prompts=1", "--text-context=128", "--text-new=8"]
+    model = [f"--model={tiny_folder}", "--weights=f32", "--threads=1", "--kv-memory-gib=0.1"]
+    arguments = ["eval", "--plans=spec_kv:0.5", *sizes, *model, f"--out={tmp_path}"]
+    for more, is_measured in (([], False), ([f"--draft-model={tiny_folder}"], True)):
+        done = CliRunner().invoke(app, [*arguments, *more])
+        assert done.exit_code == 0, done.output
+        data = json.loads((tmp_path / "eval.json").read_text("utf-8"))
+        assert ("needs a draft model" in data["refused"].get("spec_kv:0.5", "")) is not is_measured
+        assert any(cell["plan"] == "spec_kv:0.5" for cell in data["cells"]) is is_measured
+    done = CliRunner().invoke(app, [*arguments, "--draft-model=default", "--url=http://127.0.0.1:9"])
+    assert "--draft-model needs an engine in this process" in done.output
+
+
 @pytest.mark.parametrize(
     ("option", "why"),
     [
