@@ -31,7 +31,7 @@ from serving import arena_gib, winnow
 from winnow.engine.evaluation.text import PromptBook, corpus, digest
 from winnow.engine.models.tokenizer import Tokenizer, load_tokenizer
 
-SCENARIOS = ("decode", "prefill", "together", "plans", "speculation", "endless", "capacity")
+SCENARIOS = ("decode", "prefill", "together", "plans", "methods", "speculation", "endless", "capacity")
 KV_GIB = 3.0
 PEER_KEY = "WINNOW_BENCH_PEER_KEY"
 
@@ -86,6 +86,8 @@ def run(bench: Bench, field: Field, wanted: tuple[str, ...]) -> None:
         bench.together(field.contenders(INT8))
     if "plans" in wanted:
         bench.plans(field.server(INT8))
+    if "methods" in wanted:
+        bench.methods(field.server(INT8))
     if "speculation" in wanted:
         bench.speculation(field.server(INT8).client)
     if "endless" in wanted:
@@ -103,6 +105,10 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="A few minutes: smaller sizes, one round.")] = False,
     only: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(SCENARIOS)}; repeatable.")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of batch-1 measurements.")] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="Of the scenario 'methods', written as for `winnow eval`; formats and reads if unset."),
+    ] = None,
     peer: Annotated[
         list[str] | None, typer.Option(help=f"NAME=URL of another server; its API key in {PEER_KEY}. Repeatable.")
     ] = None,
@@ -119,6 +125,8 @@ def main(
     sizes = QUICK if quick else Sizes()
     if rounds is not None:
         sizes = replace(sizes, rounds=rounds)
+    if method:
+        sizes = replace(sizes, methods=tuple(method))
 
     console, began = Console(width=None if sys.stdout.isatty() else 140), time.monotonic()
     tokenizer = load_tokenizer(model)

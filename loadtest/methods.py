@@ -32,7 +32,7 @@ from winnow.kernels.formats import PageFormat
 
 BUDGETS = (0.5, 0.25)
 HEAD = ("method", "what it does", "sees", "keeps half", "keeps a quarter", "answers, keeping half")
-ANSWERS_AT = 1024
+ANSWERS_AT = 512
 """Tokens of the tasks whose answers are counted"""
 
 

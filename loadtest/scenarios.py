@@ -12,6 +12,8 @@ from client import Ask, BenchError, Client, Completion
 from contenders import TRANSFORMERS, Contender, Server
 from report import Report, Table, Target
 from serving import metric
+from winnow.engine.compression.registry import READ
+from winnow.engine.evaluation.plans import FORMATS, read_plan
 from winnow.engine.evaluation.text import PromptBook
 
 INT8, F32 = "winnow int8", "winnow f32"
@@ -32,6 +34,8 @@ class Sizes:
     together_prompt: int = 512
     together_tokens: int = 128
     plans: tuple[str, ...] = tuple(plans.SPEED)
+    methods: tuple[str, ...] = (*FORMATS, *(f"{policy}:tokens=0.25" for policy in READ))
+    """Written as for `winnow eval`"""
     plan_context: int = 7500
     plan_together: int = 16
     plan_together_rounds: int = 1
@@ -127,6 +131,22 @@ class Bench:
                 prompts = self.book.prompts(f"plans/{number}/{name}", count, sizes.together_prompt)
                 speed = server.under(name, plans.SPEED[name]).together(prompts, new)
                 self._add(table, name, f"{count} at once", "tok/s", speed.tok_s, speed.note)
+
+    def methods(self, server: Server) -> None:
+        """What decoding costs over pages of each format, and reading by each policy: in every round one after another,
+        each beside all others."""
+        sizes = self.sizes
+        title = f"Methods in one server ({server.name}), first to last of {sizes.decode_tokens} tokens"
+        table = self.report.table("methods", title, base_row=plans.OFF)
+        key = f"decode/{sizes.plan_context}"
+        prompt = self.book.prompt(key, sizes.plan_context)
+        named = {plans.OFF: {}, **{name: read_plan(name) for name in sizes.methods}}
+        for _ in range(sizes.rounds):
+            for name, plan in named.items():
+                done = server.under(name, plan).decode(key, prompt, sizes.decode_tokens)
+                self._add(table, name, f"decode at {sizes.plan_context}", "tok/s", done.tok_s, done.note)
+                if done.held_bytes is not None:
+                    table.add(name, f"held at {sizes.plan_context}", "MiB", done.held_bytes / MIB)
 
     # Speculation -----------------------------------------------------------------------------------------------------
 
