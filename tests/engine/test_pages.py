@@ -249,10 +249,12 @@ def test_a_fork_shares_pages_of_two_layers(arena: PageArena) -> None:
 def test_a_truncated_copy_of_a_partly_filled_page_is_its_own(arena: PageArena) -> None:
     """Where full pages of a second format lie before it, too."""
     packed = arena.layout.capacity(PageFormat.MINI_CACHE)
+    assert packed % 16, "or the page would not be partly filled by any count"
     first = merged(arena, packed + 32)
     second = arena.open_slot(PageFormat.F32, PageFormat.MINI_CACHE)
     arena.fork(first, second)
-    arena.truncate(ints(second), ints(packed % 16 or 5))
+    arena.extend(ints(second), ints(1))
+    arena.truncate(ints(second), ints(1 + packed % 16))
     shared = arena.table[first, ..., 2].copy()
     assert np.array_equal(arena.table[second, ..., 2], shared)
     arena.extend(ints(second), ints(1))

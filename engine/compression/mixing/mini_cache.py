@@ -12,11 +12,14 @@ so; the others, but for the newest `kv.residual`, are judged every `every` gener
 Keys are merged as they are stored, after RoPE: a token stands at one position in both layers, so that RoPE has turned
 both of its keys by the same angles, and neither d nor SLERP sees a rotation of both.
 
+What this costs depends on the model: the paper finds that adjacent layers agree from half depth on, while those of
+SmolLM2-135M stand at right angles to each other, more or less, so that there merging is far from free (METHODS.md).
+
 Where we depart:
 - KV heads are judged and merged one by one. The paper's vectors are those of a whole layer.
 - A token is divergent if its key or its value is. The paper has a set for each; here a token lies in one page.
 - The paper's text keeps the distinct pairs, its formula d < d_min + gamma (d_max - d_min) those that are alike.
-- The paper stores keys of any precision; here a shared direction is float16, as are norms.
+- Shared directions and norms are float16, whatever the engine computes in.
 """
 
 from __future__ import annotations
