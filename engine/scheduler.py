@@ -199,7 +199,7 @@ class Scheduler:
         if seq.computed >= seq.document_tokens:
             more = min(seq.length, seq.chunk_end) - seq.computed
         else:
-            more = seq.timeline.intact_tokens - int(self._arena.kept[seq.slot].max())
+            more = seq.timeline.peak_tokens - int(self._arena.kept[seq.slot].max())
         if seq.recital is not None and seq.computed <= seq.document_tokens:
             more += seq.recital.growth
         count = max(1, more)

@@ -53,6 +53,13 @@ class Timeline:
         more while the document is read."""
         return self.next_event(0)
 
+    @property
+    def peak_tokens(self) -> int:
+        """The most that lanes hold while the prompt is read, about: heads and layers may share a budget out."""
+        question = self.prompt_tokens - self.document_tokens
+        behind = min(question, self.plan.interval or question)
+        return max(self.intact_tokens, self.plan.budget_tokens(self.document_tokens) + behind)
+
     def most_tokens(self, text_tokens: int) -> int:
         """The most that a lane may hold of a text of so many tokens."""
         evict = self.plan.evict

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 from winnow.engine.compression.plan import Plan
 from winnow.engine.compression.registry import EVICTION, MIX, eviction_policy
@@ -18,6 +20,7 @@ from winnow.engine.prefix_cache import PrefixCache
 from ..models.checkpoints import prompt_of
 from .bench import Bench, Seen, assert_same, pages_beside, pages_for
 from .plans import KV, LEAD_INS, evict
+from .test_faults import stub
 
 DOCUMENT = prompt_of(150, 5)
 QUESTIONS = [prompt_of(length, 20 + length) for length in (1, 7, 70)]
@@ -35,6 +38,7 @@ PLANS: dict[str, dict[str, Any]] = {
     if name != "f32" and "read" not in kv and is_agnostic(kv)
 }
 PLANS |= {
+    "once": {"kv": {"evict": {"policy": "knorm", "budget": 0.4}, "scope": "document"}},
     "once, int8": {"kv": {"evict": {"policy": "knorm", "budget": 40}, "format": "int8", "scope": "document"}},
     "mikv": {"kv": {"mix": {"policy": "mikv"}, **evict("keydiff"), "scope": "document"}},
     "mikv, int8": {
@@ -271,6 +275,28 @@ def test_an_arena_in_which_the_prompt_just_fits(tiny: Decoder, name: str) -> Non
         for _ in range(2):
             assert_same(bench.alone([*document, *question], 20, plan, **more), wanted)
     bench.engine.check_integrity()
+
+
+def test_a_question_counts_before_it_is_read(tiny: Decoder) -> None:
+    """Requests whose documents fit together, and whose questions do not, come one after the other."""
+    bench = Bench(tiny, pages_for(tiny, 500))
+    for i in range(3):
+        bench.submit(str(i), prompt_of(330, i), 4, PLANS["once"], document=30)
+    bench.run()
+    assert bench.engine.stats.preemptions_total == 0
+    assert max(len(batch) for batch in bench.batches) == 1
+
+
+def test_a_document_of_no_numbers_is_not_kept(tiny: Decoder) -> None:
+    def spoil(last: Tensor, logits: Tensor) -> Tensor:
+        logits[last == QUESTIONS[1][-1]] = torch.nan
+        return logits
+
+    bench = Bench(stub(tiny, spoil))
+    bench.submit("bad", [*DOCUMENT, *QUESTIONS[1]], 4, KNORM, document=len(DOCUMENT))
+    bench.run()
+    assert bench.seen["bad", 0].rejected is not None
+    assert bench.engine.stats.documents == 0
 
 
 def test_an_abort_leaves_the_document(tiny: Decoder) -> None:
