@@ -48,6 +48,7 @@ def info_of(label: str) -> EngineInfo:
         ({"kv": {"format": "int8"}}, "compression.kv.format"),
         ({"kv": {"format": "bf16"}}, "compression.kv.format"),
         ({"kv": {"format": "fp8", "residual": 16}}, "compression.kv.residual"),
+        ({"kv": {"format": "fp8", "scope": "document"}}, "compression.kv.scope"),
         ({"kv": {"read": {"policy": "quest", "tokens": 64}}}, "compression.kv.read"),
         ({"kv": {"mix": {"policy": "zipcache", "format": "int8"}}}, "compression.kv.mix"),
         ({"prompt": {"policy": "selective", "keep": 0.5}}, "compression.prompt"),
