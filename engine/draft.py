@@ -44,7 +44,7 @@ class Follower:
         """Tokens that it must read before it can say another one."""
         return self.target.length + len(self.guess) - self.reader.computed
 
-    def surplus(self) -> int:
+    def rewind(self) -> int:
         """Forgets the guess; returns how many of the tokens that were read did not become the text's, or are its last
         one, which is read again for what follows it."""
         reader, target = self.reader, self.target
@@ -126,7 +126,7 @@ class Draft:
         """How far each text is read, its latest tokens known; None for one that there is no room for now."""
         followers = [self._followers.get(seq) or self._begin(seq) for seq in seqs]
         found = [follower for follower in followers if follower is not None]
-        surplus = np.array([follower.surplus() for follower in found], np.int32)
+        surplus = np.array([follower.rewind() for follower in found], np.int32)
         if surplus.any():
             self._arena.truncate(_slots(found), surplus)
         return followers

@@ -17,11 +17,11 @@ from hypothesis.stateful import (
 )
 
 from winnow.engine.compression.plan import Plan
-from winnow.engine.speculation.registry import METHODS, drafter_class
+from winnow.engine.speculation.registry import METHODS
 from winnow.engine.speculation.speculation import obstacle
 
 from ..engine.bench import Bench, Choice, pages_beside, pages_for
-from .world import MOST_CHOICES, MOST_NEW, PLANS, PROMPTS, answers, document_of, model
+from .world import MOST_CHOICES, MOST_NEW, PLANS, PROMPTS, answers, document_of, draft, model
 
 SLOTS = 5
 
@@ -45,15 +45,20 @@ class EngineMachine(RuleBasedStateMachine):
     ended: set[Choice]
 
     @initialize(
-        tokens=st.sampled_from([192, 256]), max_step_tokens=st.sampled_from([16, 50, 256]), prefix_caching=st.booleans()
+        tokens=st.sampled_from([192, 256]),
+        draft_tokens=st.sampled_from([144, 1000]),
+        max_step_tokens=st.sampled_from([16, 50, 256]),
+        prefix_caching=st.booleans(),
     )
-    def start(self, tokens: int, max_step_tokens: int, prefix_caching: bool) -> None:
+    def start(self, tokens: int, draft_tokens: int, max_step_tokens: int, prefix_caching: bool) -> None:
         self.bench = Bench(
             model(),
             pages_for(model(), tokens) + max(pages_beside(model(), {"kv": plan}, 1, tokens) for plan in PLANS),
             max_step_tokens=max_step_tokens,
             max_seqs=SLOTS,
             prefix_caching=prefix_caching,
+            draft=draft(),
+            draft_pages=pages_for(draft(), draft_tokens),
         )
         self.asked, self.ended = {}, set()
         self.count = 0
@@ -65,7 +70,7 @@ class EngineMachine(RuleBasedStateMachine):
         tokens=st.integers(1, MOST_NEW),
         n=st.integers(1, MOST_CHOICES),
         salt=st.sampled_from(["", "", "other"]),
-        method=st.sampled_from([None, *(name for name in METHODS if not drafter_class(name).needs_draft)]),
+        method=st.sampled_from([None, *METHODS]),
     )
     def submit(
         self, prompt: int, plan: int, temperature: float, tokens: int, n: int, salt: str, method: str | None
@@ -151,11 +156,12 @@ class EngineMachine(RuleBasedStateMachine):
                 assert seen.rejected is None
                 assert tuple(seen.tokens) == wanted[index][: len(seen.tokens)], (name, index, asked)
                 assert len(seen.tokens) == asked.tokens or (name, index) in self.ended
-        cache = self.bench.engine.cache
-        if cache is not None:
-            cache.reclaim(self.bench.engine.arena.total)
-        assert self.bench.engine.arena.free_count == self.bench.engine.arena.total
-        assert not np.any(self.bench.engine.arena.refs)
+        assert self.bench.engine.draft is not None
+        for engine in (self.bench.engine, self.bench.engine.draft.engine):
+            if engine.cache is not None:
+                engine.cache.reclaim(engine.arena.total)
+            assert engine.arena.free_count == engine.arena.total
+            assert not np.any(engine.arena.refs)
 
 
 def test_any_order_of_events() -> None:

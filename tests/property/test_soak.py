@@ -7,14 +7,14 @@ import random
 import numpy as np
 
 from ..engine.bench import Bench, pages_for
-from .world import MOST_CHOICES, PLANS, PROMPTS, answers, document_of, model
+from .world import MOST_CHOICES, PLANS, PROMPTS, answers, document_of, draft, model
 
 REQUESTS = 1000
 
 
 def test_nothing_leaks() -> None:
     dice = random.Random(0)
-    bench = Bench(model(), pages_for(model(), 500), max_seqs=16, max_step_tokens=100)
+    bench = Bench(model(), pages_for(model(), 500), max_seqs=16, max_step_tokens=100, draft=draft())
     engine = bench.engine
     live: dict[str, tuple[int, int, float]] = {}
     aborted = checked = 0

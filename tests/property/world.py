@@ -11,6 +11,7 @@ from winnow.engine.models.loader import load_model
 from winnow.kernels.dispatch import backend
 
 from ..engine.bench import Bench
+from ..engine.drafts import first_layers
 from ..models.checkpoints import prompt_of, random_model
 
 MOST_NEW = 60
@@ -76,6 +77,8 @@ PLANS: list[dict[str, Any]] = [
     },
     {"evict": {"policy": "random", "budget": 24, "merge": {"policy": "kv_merging"}}, "scope": "document"},
     {"format": "int4", "residual": 0, "scope": "document"},
+    # One token ahead: more depend on how many the request is for.
+    {"evict": {"policy": "spec_kv", "budget": 0.5, "window": 8, "lookahead": 1}, "format": "int8"},
 ]
 
 
@@ -96,10 +99,14 @@ def model() -> Decoder:
         return load_model(path, backend("cpu"), "f32")
 
 
+def draft() -> Decoder:
+    return first_layers(model(), 1)
+
+
 @cache
 def answers(prompt: int, plan: int, temperature: float) -> Answers:
     """The longest answers of a request's choices; a request for fewer tokens is answered with their beginning."""
-    bench = Bench(model(), prefix_caching=False)
+    bench = Bench(model(), prefix_caching=False, draft=draft())
     more: dict[str, Any] = {"document": document_of(prompt, plan), "n": MOST_CHOICES, "temperature": temperature}
     bench.submit("a", PROMPTS[prompt], MOST_NEW, {"kv": PLANS[plan]}, **more)
     bench.run()
