@@ -38,7 +38,7 @@ namespace TARGET {
 // A page's keys, to [dim][capacity], and its values, to [capacity][dim].
 static void open_keys(Format fmt, const PageShape& shape, int dim, const uint8_t* page, const Place& place, float* keys) {
   switch (fmt) {
-    case MUSTAFAR50: case MUSTAFAR70: open_mustafar(shape, 0, dim, page, keys, 1, shape.capacity); break;
+    case MUSTAFAR50: case MUSTAFAR70: open_mustafar(shape, 0, dim, page, keys, false); break;
     case GEAR: open_gear(shape, dim, true, page, keys); break;
     case MINI_CACHE: open_mini_cache_keys(shape, dim, page, place.layer, keys); break;
     default: break;
@@ -47,7 +47,7 @@ static void open_keys(Format fmt, const PageShape& shape, int dim, const uint8_t
 static void open_values(Format fmt, const PageShape& shape, int dim, const uint8_t* page, const Place& place,
                         float* values) {
   switch (fmt) {
-    case MUSTAFAR50: case MUSTAFAR70: open_mustafar(shape, 2, dim, page, values, dim, 1); break;
+    case MUSTAFAR50: case MUSTAFAR70: open_mustafar(shape, 2, dim, page, values, true); break;
     case GEAR: open_gear(shape, dim, false, page, values); break;
     case MINI_CACHE: open_mini_cache_values(shape, dim, page, place.layer, values); break;
     default: break;

@@ -110,6 +110,29 @@ INLINE VI to_int(V x) { VI r; for (int i = 0; i < LANES; i++) r[i] = (int32_t)x[
 #endif
 
 INLINE float clamp_f16(float x) { return x > 65504.f ? 65504.f : x < -65504.f ? -65504.f : x; }
+// Lane j of vector i becomes lane i of vector j.
+INLINE void transpose(V (&r)[LANES]) {
+  const VI low = {0, 8, 1, 9, 4, 12, 5, 13}, high = {2, 10, 3, 11, 6, 14, 7, 15};
+  const VI even = {0, 1, 8, 9, 4, 5, 12, 13}, odd = {2, 3, 10, 11, 6, 7, 14, 15};
+  const VI first = {0, 1, 2, 3, 8, 9, 10, 11}, second = {4, 5, 6, 7, 12, 13, 14, 15};
+  V a[LANES], b[LANES];
+#pragma GCC unroll 4
+  for (int i = 0; i < LANES; i += 2) {
+    a[i] = __builtin_shuffle(r[i], r[i + 1], low);
+    a[i + 1] = __builtin_shuffle(r[i], r[i + 1], high);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < LANES; i += 4)
+    for (int j = 0; j < 2; j++) {
+      b[i + 2 * j] = __builtin_shuffle(a[i + j], a[i + j + 2], even);
+      b[i + 2 * j + 1] = __builtin_shuffle(a[i + j], a[i + j + 2], odd);
+    }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    r[i] = __builtin_shuffle(b[i], b[i + 4], first);
+    r[i + 4] = __builtin_shuffle(b[i], b[i + 4], second);
+  }
+}
 INLINE float hsum(V v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
 INLINE float hmax(V v) { float m = v[0]; for (int i = 1; i < LANES; i++) m = v[i] > m ? v[i] : m; return m; }
 INLINE uint16_t to_bf16(float x) {  // round to nearest even
