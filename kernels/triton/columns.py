@@ -16,7 +16,7 @@ from torch import Tensor
 from winnow.kernels.kv import PagedKV
 from winnow.kernels.layout import PageFormat
 from winnow.kernels.triton.step import DeviceBatch
-from winnow.kernels.triton.tiles import BF16, FP8, INT2, INT4, INT8
+from winnow.kernels.triton.tiles import BF16, F16, FP8, INT2, INT4, INT8
 
 LANE = tl.constexpr(8)
 """Numbers of a lane: kept, sealed, rest, formats of the sealed and of the rest, slot"""
@@ -71,7 +71,8 @@ def capacity_of(fmt: tl.tensor, CAPACITIES: tl.constexpr) -> tl.tensor:
     capacity = tl.where(fmt == INT8, CAPACITIES[2], capacity)
     capacity = tl.where(fmt == INT4, CAPACITIES[3], capacity)
     capacity = tl.where(fmt == INT2, CAPACITIES[4], capacity)
-    return tl.where(fmt == FP8, CAPACITIES[5], capacity)
+    capacity = tl.where(fmt == FP8, CAPACITIES[5], capacity)
+    return tl.where(fmt == F16, CAPACITIES[6], capacity)
 
 
 @triton.jit

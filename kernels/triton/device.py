@@ -27,7 +27,7 @@ def device() -> torch.device:
 
 def formats() -> tuple[PageFormat, ...]:
     """Page formats that kernels read as they lie; none is opened here."""
-    return tuple(fmt for fmt in PageFormat if not fmt.is_opened and fmt is not PageFormat.F16)
+    return tuple(fmt for fmt in PageFormat if not fmt.is_opened)
 
 
 @cache

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from winnow.kernels.layout import PageFormat, PageLayout
 from winnow.kernels.reference.codec import E4M3_MAX, F16_MAX, MIN_SCALE
+from winnow.kernels.triton.device import formats
 from winnow.kernels.triton.tiles import (
     FP8,
     GROUP,
@@ -57,6 +58,8 @@ def encode(
         most: tokens that go to this part of one of these lanes.
     """
     assert values.stride(2) == 1
+    if fmt not in formats():
+        raise ValueError(f"this backend has no pages in {fmt.label}")
     capacity = layout.capacity(fmt)
     _encode[len(keys), triton.cdiv(most, capacity), 2](
         data,
@@ -194,10 +197,18 @@ def _put_floats(
         if (rows < ROWS) | (columns < COLUMNS):  # apart, so that full pages move in whole vectors
             inside = inside & (row < rows) & (column < columns)
             x = tl.load(source + row * row_stride + column * column_stride, mask=inside, other=0.0)
-            tl.store(to + row * COLUMNS + column, x.to(tl.float32).to(to.dtype.element_ty), mask=inside)
+            tl.store(to + row * COLUMNS + column, _rounded(x, to.dtype.element_ty), mask=inside)
         else:
             x = tl.load(source + row * row_stride + column * column_stride, mask=inside, other=0.0)
-            tl.store(to + row * COLUMNS + column, x.to(tl.float32).to(to.dtype.element_ty), mask=inside)
+            tl.store(to + row * COLUMNS + column, _rounded(x, to.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rounded(x: tl.tensor, TYPE: tl.constexpr) -> tl.tensor:
+    x = x.to(tl.float32)
+    if tl.float16 == TYPE:
+        x = tl.minimum(tl.maximum(x, -MOST_F16), MOST_F16)
+    return x.to(TYPE)
 
 
 @triton.jit

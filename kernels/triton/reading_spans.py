@@ -36,7 +36,7 @@ from winnow.kernels.triton.readers import (
     TOKENS,
     TOUCHED,
 )
-from winnow.kernels.triton.tiles import BF16, F32, FP8, keys_at, padded
+from winnow.kernels.triton.tiles import INT2, INT4, INT8, keys_at, padded
 
 ALL_AND_CHOOSE = tl.constexpr(int(ReadMode.ALL_AND_CHOOSE))
 CHOSEN = tl.constexpr(int(ReadMode.CHOSEN))
@@ -77,7 +77,7 @@ def has_grid(fmt: int) -> bool:
 @triton.jit
 def is_grid(fmt: tl.tensor) -> tl.tensor:
     """Whether a page's numbers are codes with a scale and a zero, which bound them."""
-    return (fmt != F32) & (fmt != BF16) & (fmt != FP8)
+    return (fmt == INT8) | (fmt == INT4) | (fmt == INT2)
 
 
 @triton.jit

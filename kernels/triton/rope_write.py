@@ -16,6 +16,8 @@ from winnow.kernels.kv import LaneBatch, PagedKV
 from winnow.kernels.layout import PageFormat
 from winnow.kernels.triton.step import device_batch
 
+TYPES = {PageFormat.F32: torch.float32, PageFormat.BF16: torch.bfloat16}
+"""Of the compute format's numbers"""
 ROWS = 16
 """Rows of a program: in bf16, tokens that lie side by side in a key row fill a sector of memory"""
 
@@ -45,11 +47,13 @@ def rope_write(
     for norm in (q_norm, k_norm):
         if norm is not None and norm.shape != (dim,):
             raise ValueError(f"the norm of a head of {dim} cannot be {list(norm.shape)}")
+    if layout.compute not in TYPES:
+        raise ValueError(f"new tokens are written in f32 or bf16 here, not in {layout.compute.label}")
     heads = qkv.shape[1] // dim
     q = qkv.new_empty(len(qkv), heads - 2 * kv_heads, dim)
     _rope_write[(triton.cdiv(len(qkv), ROWS), heads)](
         qkv.contiguous(), q, cos, sin, q_norm, k_norm, eps,
-        kv.data.view(torch.bfloat16 if layout.compute is PageFormat.BF16 else torch.float32),
+        kv.data.view(TYPES[layout.compute]),
         step.table, step.slots, step.owners, step.cu_rows, step.positions, step.sealed, step.rest, step.open_tokens,
         len(qkv), layer, layers, width,
         Q_HEADS=heads - 2 * kv_heads, KV_HEADS=kv_heads, D=dim, HALF=triton.next_power_of_2(dim // 2),

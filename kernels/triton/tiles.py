@@ -21,6 +21,7 @@ INT8 = tl.constexpr(int(PageFormat.INT8))
 INT4 = tl.constexpr(int(PageFormat.INT4))
 INT2 = tl.constexpr(int(PageFormat.INT2))
 FP8 = tl.constexpr(int(PageFormat.FP8))
+F16 = tl.constexpr(int(PageFormat.F16))
 GROUP = tl.constexpr(BLOCK)
 
 
@@ -32,7 +33,7 @@ def padded(size: int) -> int:
 
 @triton.constexpr_function
 def is_float(fmt: int) -> bool:
-    return fmt <= 1
+    return PageFormat(fmt).is_float
 
 
 @triton.constexpr_function
@@ -126,7 +127,7 @@ def values_at(
 def float_keys(
     page: tl.tensor, d: tl.tensor, t: tl.tensor, seen: tl.tensor, FORMAT: tl.constexpr, D: tl.constexpr, C: tl.constexpr
 ) -> tl.tensor:
-    """As `keys_at`, in the page's own type, f32 or bf16."""
+    """As `keys_at`, in the page's own type: f32, bf16 or f16."""
     return tl.load(float_part(page, 0, FORMAT) + (d * C + t), mask=(d < D) & seen, other=0.0)
 
 
@@ -134,7 +135,7 @@ def float_keys(
 def float_values(
     page: tl.tensor, t: tl.tensor, d: tl.tensor, seen: tl.tensor, FORMAT: tl.constexpr, D: tl.constexpr, C: tl.constexpr
 ) -> tl.tensor:
-    """As `values_at`, in the page's own type, f32 or bf16."""
+    """As `values_at`, in the page's own type: f32, bf16 or f16."""
     values = float_part(page, values_offset(FORMAT, D, C), FORMAT)
     return tl.load(values + (t * D + d), mask=seen & (d < D), other=0.0)
 
@@ -216,7 +217,8 @@ def value_scales(
 @triton.jit
 def float_part(page: tl.tensor, OFFSET: tl.constexpr, FORMAT: tl.constexpr) -> tl.tensor:
     """Where floats begin, `OFFSET` bytes into a page of a float format."""
-    return (page + OFFSET).to(tl.pointer_type(tl.float32 if FORMAT == F32 else tl.bfloat16))
+    wide: tl.constexpr = tl.float32 if FORMAT == F32 else tl.bfloat16
+    return (page + OFFSET).to(tl.pointer_type(tl.float16 if FORMAT == F16 else wide))
 
 
 @triton.jit

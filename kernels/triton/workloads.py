@@ -20,7 +20,8 @@ from winnow.kernels.triton.device import formats
 from winnow.kernels.vote import Vote
 
 LAYERS = 2
-QUANTIZED = tuple(fmt for fmt in formats() if fmt.is_quantized)
+SEALED = tuple(fmt for fmt in formats() if fmt not in (PageFormat.F32, PageFormat.BF16))
+"""Formats that full pages are turned into, in which no new token is written"""
 
 
 @dataclass(frozen=True)
@@ -131,9 +132,7 @@ def workloads(ops: Backend, batch: int = 5) -> Iterator[Workload]:
         yield from between_steps(ops, model)
 
 
-def attention(
-    ops: Backend, model: Model, batch: int, formats: tuple[PageFormat, ...] = QUANTIZED
-) -> Iterator[Workload]:
+def attention(ops: Backend, model: Model, batch: int, formats: tuple[PageFormat, ...] = SEALED) -> Iterator[Workload]:
     """Decode and prefill over open pages, over full pages of each format, and of two."""
 
     def call(what: str, step: Step, window: int = 0) -> Workload:
@@ -205,7 +204,7 @@ def signals(ops: Backend, model: Model, batch: int) -> Iterator[Workload]:
     for what, count in (("decode", 1), ("prefill", 200)):
         step = Step(model, batch, count, vote=Vote())
         yield Workload(f"{model.name}, {what}, query_moments", partial(moments, step))
-    for fmt in (None, *QUANTIZED):
+    for fmt in (None, *SEALED):
         label = "open pages" if fmt is None else fmt.label
         for name, rule in rules.items():
             yield Workload(
@@ -226,7 +225,7 @@ def between_steps(ops: Backend, model: Model) -> Iterator[Workload]:
         second = None if rest is None else Rest(none, sealed, rest)
         ops.repack(kv, 0, keep, counts, none, kv.table[1].clone(), sealed, fmt, second)
 
-    for fmt in QUANTIZED:
+    for fmt in SEALED:
         yield Workload(f"{model.name}, repack to {fmt.label}", partial(repack, None, fmt, None, None))
         yield Workload(f"{model.name}, repack of some {fmt.label}", partial(repack, fmt, fmt, None, 160))
     mixed = partial(repack, None, PageFormat.INT4, PageFormat.INT2, 290)
@@ -235,7 +234,7 @@ def between_steps(ops: Backend, model: Model) -> Iterator[Workload]:
     def read_lanes(fmt: PageFormat | None) -> None:
         ops.read_lanes(Step(model, fmt=fmt).build()[0], 0, 0)
 
-    for held in (None, *QUANTIZED):
+    for held in (None, *SEALED):
         yield Workload(f"{model.name}, read_lanes, {_label(held)}", partial(read_lanes, held))
 
     def write_lanes(fmt: PageFormat) -> None:

@@ -14,7 +14,7 @@ from winnow.kernels.reading import ReadMode, ReadRule, ReadState
 
 from ..build import Held, State, assert_same_bits, build, one_sequence, randn
 
-F32, BF16, INT8, INT4, INT2, FP8, *_ = PageFormat
+F32, BF16, INT8, INT4, INT2, FP8, F16, *_ = PageFormat
 
 
 def _attend(ops: Backend, state: State, q: Tensor, window: int = 0, layer: int = 0) -> Tensor:
@@ -39,6 +39,7 @@ CASES = {
         Held((12,), fmt=INT8, sealed=(0, 2)),
         Held((5,), fmt=INT4, sealed=(2, 1), rest=(1, 0), rest_fmt=INT2),
         Held((17, 2), fmt=BF16, sealed=(2, 0), rest=(0, 2), rest_fmt=FP8),
+        Held((17, 2), fmt=F16, sealed=(2, 1), first_vote=0),
         Held((20,), fmt=F32, sealed=(1, 3), rest=(2, 1), rest_fmt=INT8),
     ],
     "chunks over full pages": [

@@ -27,6 +27,7 @@ ASKED = {
     PageFormat.INT4: 1.15,
     PageFormat.INT2: 13.0,
     PageFormat.FP8: 1.1,
+    PageFormat.F16: 1.05,
 }
 """How often a byte is asked for. Rows of pages are read up to whole vectors; in int2 each number asks for its byte, and
 each token for the scales of its channels"""

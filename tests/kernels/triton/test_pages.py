@@ -13,11 +13,12 @@ from winnow.kernels.kv import PagedKV, Rest
 from winnow.kernels.layout import PageFormat, PageLayout
 from winnow.kernels.reference.codec import quantize_fp8
 from winnow.kernels.triton import pages
+from winnow.kernels.triton.device import formats
 
 from ..build import Held, State, assert_same_bits, build, int32, randn
 from ..repacking import Move, Repack, plan
 
-F32, BF16, INT8, INT4, INT2, FP8, *_ = PageFormat
+F32, BF16, INT8, INT4, INT2, FP8, F16, *_ = PageFormat
 
 # Powers of two and others, in tokens and in channels, of which int2's blocks have 32 in one and 16 in the other.
 LAYOUTS = [PageLayout(32, F32), PageLayout(80, BF16, 32)]
@@ -33,7 +34,7 @@ def _page(layout: PageLayout, fmt: PageFormat, keys: Tensor, values: Tensor, ops
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("fmt", PageFormat)
+@pytest.mark.parametrize("fmt", formats())
 def test_a_page_is_encoded_bit_for_bit(
     triton: Backend, reference: Backend, layout: PageLayout, fmt: PageFormat
 ) -> None:
@@ -48,6 +49,12 @@ def test_a_page_is_encoded_bit_for_bit(
     for name, (keys, values) in sides.items():
         written, expected = (_page(layout, fmt, keys, values, ops) for ops in (triton, reference))
         assert torch.equal(written, expected), name
+
+
+def test_pages_that_are_opened_are_not_written(triton: Backend) -> None:
+    layout, fmt = PageLayout(32, F32), PageFormat.MUSTAFAR50
+    with pytest.raises(ValueError, match="no pages in mustafar50"):
+        _page(layout, fmt, *randn(2, layout.capacity(fmt), 32), triton)
 
 
 def test_every_number_is_rounded_to_e4m3_as_torch_rounds_it(triton: Backend) -> None:
@@ -100,6 +107,7 @@ MOVES = {
     "evict, then seal": Move(Held((200, 130)), INT8, keep=(110, 101, 3), residual=32),
     "evict sealed tokens": Move(Held((40, 9), sealed=(3, 1), fmt=INT2), INT2, keep=(250, 60)),
     "a sealed column becomes an open one": Move(Held((40,), sealed=(4,)), INT4, keep=(230,), residual=150),
+    "seal to f16": Move(Held((70, 33)), F16, residual=9),
     "seal to a wider format": Move(Held((40,), fmt=INT4, sealed=(3, 1)), FP8, keep=(170, 80)),
     "keep no token of some lanes": Move(Held((60,)), INT4, keep=(20, 0)),
 }

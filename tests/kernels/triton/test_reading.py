@@ -13,7 +13,7 @@ from winnow.kernels.reading import ReadMode, ReadRule
 from ..build import Held, State, build
 from ..test_reading import POOLED, RULES, TAKEN_OVER, channels, copy_state, made, queries, read_by
 
-F32, BF16, INT8, INT4, INT2, FP8, *_ = PageFormat
+F32, BF16, INT8, INT4, INT2, FP8, F16, *_ = PageFormat
 
 
 def _choose(ops: Backend, state: State, q: Tensor, window: int = 0, layer: int = 0) -> None:
@@ -55,6 +55,7 @@ def test_choices_of_every_format(triton: Backend, reference: Backend, rule: str,
         Held((33, 17), sealed=(1, 0), fmt=INT2),
         Held((20,), sealed=(0, 1), fmt=FP8),
         Held((17,), sealed=(2, 1), fmt=BF16),
+        Held((17,), sealed=(1, 2), fmt=F16),
     ]
     _assert_parity(triton, reference, made(held, RULES[rule]), window)
 
