@@ -82,7 +82,9 @@ METHODS: dict[str, Method] = {
         {},
         "LagKVPress",
         note="same rule; ranks are equal between partitions, and of equals at the threshold the earlier stays here, "
-        "whichever topk likes there",
+        "whichever topk likes there. Sinks, the last full partition and what follows it have one score there: where "
+        "they alone are more than the budget, as at 25 % of these prompts, topk keeps any of them, the sinks or not; "
+        "here the sinks and the newest stay",
     ),
     "expected_attention": Method("expected_attention", {}, "ExpectedAttentionPress", note=SAME),
     "kvzip": Method("kvzip", {"sinks": 4}, "KVzipPress", note=SAME + "; the same words ask for the repetition"),
