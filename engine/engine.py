@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 
 from winnow.engine.answers import Answers, StepOutput
+from winnow.engine.calibration.bases import bases_of
 from winnow.engine.calibration.store import NO_PROFILES, Profile
 from winnow.engine.compression.apply import Compressor
 from winnow.engine.compression.pressure import Pressure
@@ -69,6 +70,8 @@ class Engine:
         self.settings, self.name, self.config = settings, name, config
         self.profiles, self.frontier = profiles, frontier
         self.arena = PageArena(layout, pages, settings.max_seqs, config.layers, config.kv_heads, ops)
+        if bases := bases_of(profiles):
+            self.arena.kv.bases, self.arena.kv.rope = bases, model.rope
         self.cache = PrefixCache(self.arena) if settings.prefix_caching else None
         shape = LaneShape(config.layers, config.kv_heads, config.heads, config.head_dim)
         self.reader = Reader(self.arena, shape, profiles)
@@ -94,7 +97,7 @@ class Engine:
         self.runner = Runner(model, self.arena, self.graphs)
         self.shortener = Shortener(settings, config, self.arena.kv, ops)
         self.has_windows = any(config.windows)
-        self.formats = tuple(fmt.label for fmt in ops.formats())
+        self.formats = tuple(fmt.label for fmt in ops.page_formats())
         self.intake = Intake(self)
         self.totals = Totals()
         self.answers = Answers(

@@ -122,6 +122,7 @@ class PageArena:
             side.pop(slot, None)
         self.kv.reading.pop(slot, None)
         self.kv.votes.pop(slot, None)
+        self.kv.energy.pop(slot, None)
         freed += self.release(self._ballast.pop(slot, NO_PAGES))
         self._slots.append(slot)
         return freed

@@ -187,7 +187,8 @@ class Sequence:
     @property
     def first_needed(self) -> int:
         """The first position whose row must be computed, whatever the prefix cache has."""
-        first = min(self.timeline.intact_tokens - 1, self.timeline.vote_start(0))
+        timeline = self.timeline
+        first = min(timeline.intact_tokens - 1, timeline.vote_start(0), timeline.channel_window[0])
         return first if self.probe is None else min(first, self.probe.first_row)
 
     @property

@@ -48,7 +48,7 @@ class Backend(Protocol):
     def device(self) -> torch.device:
         """Where pages, weights and activations are."""
 
-    def formats(self) -> tuple[PageFormat, ...]:
+    def page_formats(self) -> tuple[PageFormat, ...]:
         """Page formats that it reads and writes, in the order of their values."""
 
     def pack(self, weight: Tensor, kind: WeightKind, bias: Tensor | None = None) -> Weight:
@@ -96,6 +96,9 @@ class Backend(Protocol):
         self, qkv: Tensor, batch: LaneBatch, kv: PagedKV, layer: int, q_norm: Tensor | None, eps: float
     ) -> None:
         """qkv as for `rope_write`; adds the queries, before RoPE, of the rows that vote to `kv.moments`."""
+
+    def query_energy(self, q: Tensor, batch: LaneBatch, kv: PagedKV, layer: int) -> None:
+        """q [T, Hq, D] as `rope_write` returns it; adds the squares of queries in their window to `kv.energy`."""
 
     def read_lanes(self, kv: PagedKV, slot: int, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a sequence's layer, each [Hkv, n, D] f32; zeros beyond a lane's kept length."""

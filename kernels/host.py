@@ -12,7 +12,7 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def formats() -> tuple[PageFormat, ...]:
+def page_formats() -> tuple[PageFormat, ...]:
     """All there are."""
     return tuple(PageFormat)
 

@@ -22,10 +22,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from winnow.kernels.bases import Bases, Rope
 from winnow.kernels.layer_merge import LayerMerge
 from winnow.kernels.layout import PageFormat, PageLayout
 from winnow.kernels.reading import ReadState
 from winnow.kernels.vote import Vote
+
+
+@dataclass(frozen=True, slots=True)
+class Energy:
+    """What queries of a window put into each channel."""
+
+    sums: Tensor
+    """[layers, kv_heads, head_dim] f64: of the squares of queries after RoPE, of all query heads of a lane"""
+    first: int
+    """The window: rows at the positions from `first` up to, not with, `last`"""
+    last: int
 
 
 @dataclass(slots=True)
@@ -58,6 +70,10 @@ class PagedKV:
     moments: dict[int, Tensor] = field(default_factory=dict)
     """slot -> [layers, q_heads, 1 + head_dim, head_dim] f64: sums over the voting rows' queries before RoPE, of q, and
     of the outer products of q with itself, whose upper triangle counts"""
+    energy: dict[int, Energy] = field(default_factory=dict)
+    """slot -> what the queries of its window have put into each channel so far, until it is asked for"""
+    channels: dict[int, Tensor] = field(default_factory=dict)
+    """slot -> [layers, kv_heads, head_dim] uint8: 1 for the channels of keys that stay where pages do not hold all"""
     positions: dict[int, Tensor] = field(default_factory=dict)
     """slot -> [layers, kv_heads, capacity] int32: positions by lane index, for plans that evict; otherwise position
     and lane index are the same"""
@@ -66,6 +82,10 @@ class PagedKV:
     of how many tokens a token stands for; a slot without any counts each token once"""
     reading: dict[int, ReadState] = field(default_factory=dict)
     """slot -> how its rows choose what they read; those of other slots read all"""
+    bases: dict[PageFormat, Bases] = field(default_factory=dict)
+    """What pages of these formats hold coordinates in"""
+    rope: Rope | None = None
+    """For formats that hold keys as they are before it"""
     stale: set[int] = field(default_factory=set)
     """Slots whose rows of `table` were changed since a backend that has its own copy of it looked"""
     native: Any = field(default=None, repr=False, compare=False)
@@ -79,7 +99,8 @@ class PagedKV:
     @property
     def sides(self) -> tuple[dict[int, Tensor], ...]:
         """What slots hold outside the arena."""
-        return self.mass, self.earlier_mass, self.noise, self.moments, self.positions, self.log_weights
+        ballots = self.mass, self.earlier_mass, self.noise, self.moments
+        return *ballots, self.channels, self.positions, self.log_weights
 
     @classmethod
     def allocate(

@@ -12,6 +12,8 @@ CALIBRATED: dict[str, str] = {
     "tri_attention": "winnow.engine.calibration.query_statistics:QueryStatistics",
     "razor_attention": "winnow.engine.calibration.head_classes:HeadClasses",
     "double_sparsity": "winnow.engine.calibration.heavy_channels:HeavyChannels",
+    "matryoshka": "winnow.engine.calibration.bases:BasesAfterRope",
+    "cskv": "winnow.engine.calibration.bases:BasesBeforeRope",
 }
 """Method, as a plan names it -> the calibrator that makes its profile"""
 

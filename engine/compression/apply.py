@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 
 from winnow.engine.calibration.store import NO_PROFILES, Profile
 from winnow.engine.compression.change import Change, Turn, from_place
+from winnow.engine.compression.channels import choose_channels
 from winnow.engine.compression.destination import destination
 from winnow.engine.compression.mixer import by_position, mix_formats
 from winnow.engine.compression.plan import Evict
@@ -91,6 +92,11 @@ class Compressor:
         kept = arena.kept[slot]
         keep: Tensor | None = None
         change: Change | None = None
+        if seq.plan.drops_channels and slot not in arena.kv.channels:
+            arena.kv.channels[slot] = choose_channels(self._ops, arena.kv, slot)
+            arena.kv.energy.pop(slot)
+        if seq.plan.goes_by_position and seq.plan.evict is not None:
+            self._side.note_positions(seq, seen)
         count = kept
         chosen: tuple[Tensor, Tensor] | None = None
         if distils:

@@ -23,6 +23,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from winnow.engine.compression.evict_plan import AnyEvict, Evict, evict_model
+from winnow.engine.compression.format_plan import check_compact
 from winnow.engine.compression.knobs import schemas
 from winnow.engine.compression.merge_plan import merge_model
 from winnow.engine.compression.mix import AnyMix, Mix, check_mix, mix_model
@@ -60,6 +61,8 @@ class KV(Part):
     def _parts_go_together(self) -> KV:
         if self.format is None and self.mix is None and "residual" in self.model_fields_set:
             raise PydanticCustomError("unused", "has no effect without `format` or `mix`", {"at": "residual"})
+        if self.format is not None:
+            check_compact(PageFormat.parse(self.format), self.evict, "format")
         if self.mix is not None:
             check_mix(self.mix, self.format, self.evict, self.read)
         if self.read is not None and self.format is not None and PageFormat.parse(self.format).is_opened:
@@ -173,6 +176,16 @@ class Plan(Part):
     def rest_format(self) -> PageFormat | None:
         """Format of the pages behind those; None where there are none."""
         return None if self.mix is None else PageFormat.parse(self.mix.rest)
+
+    @cached_property
+    def drops_channels(self) -> bool:
+        """Pages of its formats lack channels of keys, which must be chosen first."""
+        return any(fmt.drops_channels for fmt in (self.format, self.rest_format) if fmt is not None)
+
+    @cached_property
+    def goes_by_position(self) -> bool:
+        """Who reads pages of its formats must know where their tokens stand in the text."""
+        return any(fmt.goes_by_position for fmt in (self.format, self.rest_format) if fmt is not None)
 
     @property
     def residual(self) -> int:

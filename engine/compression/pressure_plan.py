@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from winnow.engine.compression.evict_plan import AnyEvict
+from winnow.engine.compression.format_plan import check_compact
 from winnow.engine.compression.part import FormatName, Part
 from winnow.engine.compression.policy import StagedPolicy
 from winnow.engine.compression.registry import eviction_policy
@@ -37,6 +38,9 @@ class OnPressure(Part):
             raise PydanticCustomError(
                 "combination", "compact positions rule from the beginning or not at all", {"at": "evict"}
             )
+        if self.format is not None and PageFormat.parse(self.format).drops_channels:
+            why = f"'{self.format}' chooses channels by the last queries of the prompt, which nobody has noted by then"
+            raise PydanticCustomError("combination", why, {"at": "format"})
         policy = None if self.evict is None else eviction_policy(self.evict.policy)
         if policy is not None and (Signal.ATTENTION in policy.signals or isinstance(policy, StagedPolicy)):
             raise PydanticCustomError(
@@ -54,6 +58,8 @@ class OnPressure(Part):
         if self.evict is not None and kv.evict is not None and kv.evict.is_compact:
             why = "compact positions of `kv.evict` cannot become others"
             raise PydanticCustomError("combination", why, {"at": "on_pressure"})
+        if self.format is not None:
+            check_compact(PageFormat.parse(self.format), kv.evict, "on_pressure")
         if kv.read is not None:
             why = "what `kv.read` chooses by is kept for lanes that are not rewritten between events"
             raise PydanticCustomError("combination", why, {"at": "on_pressure"})

@@ -2,7 +2,8 @@
 
     positions   where lane tokens stand in the text
     mass        what the attention of voting queries gave them; noise is what it is disturbed by (see kernels/vote.py)
-    moments     of the queries that voted; the one part that does not grow
+    moments     of the queries that voted, which do not grow
+    channels    that stay in keys, for formats that drop some; before, the energy of the queries that choose them
     log weights of tokens that stand for several
     hidden      states of a prompt that is read in stages; the sequence has them, here they are counted
 
@@ -29,6 +30,7 @@ from winnow.engine.models.config import ModelConfig
 from winnow.engine.pages import Ints, PageArena, room
 from winnow.engine.sequence import Sequence
 from winnow.kernels.host import to_device
+from winnow.kernels.kv import Energy
 
 LATER = ("log_weights", "earlier_mass")
 """Parts that come when there is something to put in them; they have their place before"""
@@ -43,6 +45,7 @@ class SideState:
         self._reader = reader
         self._lanes = (config.layers, config.kv_heads)
         self._moments = (config.layers, config.heads, 1 + config.head_dim, config.head_dim)
+        self._head_dim = config.head_dim
         self._hidden_size = config.hidden_size
         self._has_windows = any(config.windows)
 
@@ -64,14 +67,18 @@ class SideState:
         upto = seq.rows_read + rows
         self._make_room(seq, upto)
         self._arena.hold(seq.slot, self._bytes(seq, upto))
-        # Kernels look positions up where a window meets evicted lanes.
-        if seq.plan.evict is not None and (self._has_windows or seq.slot in self._arena.kv.noise):
+        # Kernels look positions up where evicted lanes meet a window, or keys that are held before RoPE.
+        looks_up = self._has_windows or seq.plan.goes_by_position or seq.slot in self._arena.kv.noise
+        if seq.plan.evict is not None and looks_up and seq.staging is None:  # stages note their own, and seal nothing
             self.note_positions(seq, upto)
 
     def _make_room(self, seq: Sequence, upto: int) -> None:
+        slot, kv = seq.slot, self._arena.kv
+        if self._watches_channels(seq, upto) and slot not in kv.energy:
+            sums = torch.zeros((*self._lanes, self._head_dim), dtype=torch.float64, device=self._device)
+            kv.energy[slot] = Energy(sums, *seq.timeline.channel_window)
         if seq.plan.evict is None:
             return
-        slot, kv = seq.slot, self._arena.kv
         tokens = int(self._arena.kept[slot].max())
         for name, dtype in self._parts(seq, upto).items():
             side = getattr(kv, name)
@@ -101,6 +108,7 @@ class SideState:
         """Pages that a request's side state may come to by the time that `tokens` have been read."""
         size = 0 if plan.read is None else self._reader.most_bytes(plan.read, tokens)
         size += 0 if plan.evict is None else self._most_bytes(plan.evict, prompt_tokens, tokens)
+        size += 8 * prod(self._lanes) * self._head_dim if plan.drops_channels else 0
         return -(-size // self._arena.layout.page_bytes)
 
     def _most_bytes(self, evict: Evict, prompt_tokens: int, tokens: int) -> int:
@@ -120,6 +128,7 @@ class SideState:
         beside = self.most_pages(plan, timeline.document_tokens, tokens)
         if arena.lanes * (arena.layout.pages(tokens) + 1) + beside > arena.total:
             names = " and ".join(f"'{part.policy}'" for part in (plan.evict, plan.read) if part is not None)
+            names = names or f"'{timeline.fmt.label}'"
             raise PromptTooLong(
                 "max_tokens", f"{tokens} tokens, and what {names} must know of them, exceed the KV memory"
             )
@@ -133,7 +142,15 @@ class SideState:
             size += 8 * prod(self._moments)
         if seq.staging is not None:  # no stage hands on, or is handed, more
             size += 4 * self._hidden_size * seq.prompt_tokens
+        if seq.slot in self._arena.kv.channels:
+            size += prod(self._lanes) * self._head_dim
+        elif self._watches_channels(seq, upto):
+            size += 8 * prod(self._lanes) * self._head_dim
         return size
+
+    def _watches_channels(self, seq: Sequence, upto: int) -> bool:
+        """Whether queries choose the channels that stay, while tokens are read up to `upto`."""
+        return seq.slot not in self._arena.kv.channels and seq.timeline.channel_window[0] < upto
 
     def _parts(self, seq: Sequence, upto: int) -> dict[str, torch.dtype]:
         """The parts that grow with tokens, by their names in `PagedKV`, while tokens are read up to `upto`. All have
@@ -156,10 +173,11 @@ class SideState:
         return parts
 
     def _keeps_positions(self, seq: Sequence) -> bool:
-        """Whether windows, lanes of two formats or an eviction to come, be it for want of pages, look positions up."""
+        """Whether windows, lanes of two formats, keys before RoPE or an eviction to come, be it for want of pages, look
+        positions up."""
         if seq.plan.evict is None:
             return False
-        if seq.plan.mix is not None:
+        if seq.plan.mix is not None or seq.plan.goes_by_position:
             return True
         return self._has_windows or self._will_evict(seq) or seq.plan.on_pressure is not None
 
@@ -235,6 +253,8 @@ class SideState:
         if seq.vote_start == NEVER:
             for part in (kv.mass, kv.earlier_mass, kv.noise, kv.moments, kv.votes):
                 part.pop(slot, None)
+        if not seq.plan.drops_channels:
+            kv.channels.pop(slot, None)
         if not self._keeps_positions(seq) and kv.positions.pop(slot, None) is not None and seq.plan.evict is None:
             seq.positions_known = 0  # lanes that nothing was evicted from: they may be noted again
         self._reader.fit(seq)
@@ -253,7 +273,7 @@ class SideState:
 
 def _notes(plan: Plan) -> bool:
     """Whether its sequences have anything beside their pages."""
-    return plan.evict is not None or plan.read is not None
+    return plan.evict is not None or plan.read is not None or plan.drops_channels
 
 
 def gumbel(seed: int, positions: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from winnow.engine.compression.channels import WINDOW
 from winnow.engine.compression.plan import Plan
 from winnow.engine.compression.read import STEP_ROWS
 from winnow.kernels.layout import PageFormat, PageLayout
@@ -41,6 +42,12 @@ class Timeline:
         seal_every = 0 if fmt is layout.compute else layout.capacity(fmt)
         document_tokens = prompt_tokens if document_tokens is None else document_tokens
         return cls(plan, prompt_tokens, document_tokens, fmt, plan.rest_format, seal_every)
+
+    @property
+    def channel_window(self) -> tuple[int, int]:
+        """Positions, from the first up to the second, whose queries choose the channels that stay; none if all do."""
+        first = max(0, self.document_tokens - WINDOW) if self.plan.drops_channels else NEVER
+        return first, self.document_tokens
 
     @property
     def never_acts(self) -> bool:

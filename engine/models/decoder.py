@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from winnow.engine.models.config import ModelConfig
+from winnow.kernels.bases import Rope
 from winnow.kernels.dispatch import Backend, Weight
 from winnow.kernels.kv import LaneBatch, PagedKV
 
@@ -63,6 +64,11 @@ class Decoder:
         return Decoder(self.config, ops, self._embedding, self._blocks, self._norm, self._head)
 
     @property
+    def rope(self) -> Rope:
+        """The tables that turn queries and keys."""
+        return Rope(self._cos, self._sin, self.config.rope_factor)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the packed matrices."""
         tables = {id(weight): weight.nbytes for weight in (self._embedding, self._head)}
@@ -103,6 +109,8 @@ class Decoder:
             if kv.moments:
                 ops.query_moments(qkv, batch, kv, layer, block.q_norm, eps)
             q = ops.rope_write(qkv, cos, sin, batch, kv, layer, block.q_norm, block.k_norm, eps)
+            if kv.energy:
+                ops.query_energy(q, batch, kv, layer)
             if watch is not None:
                 watch(layer, q)
             if kv.reading:

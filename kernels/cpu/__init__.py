@@ -16,8 +16,9 @@ from torch import Tensor
 from winnow.kernels import _cpu
 from winnow.kernels.cpu.handles import address, native_batch, native_kv
 from winnow.kernels.dispatch import WeightKind
+from winnow.kernels.formats.think import THINK
 from winnow.kernels.host import device as device
-from winnow.kernels.host import formats as formats
+from winnow.kernels.host import page_formats as page_formats
 from winnow.kernels.kv import LaneBatch, PagedKV, Rest
 from winnow.kernels.layout import PageFormat
 from winnow.kernels.reference.rows import check_rows, check_sums
@@ -196,6 +197,17 @@ def query_moments(qkv: Tensor, batch: LaneBatch, kv: PagedKV, layer: int, q_norm
     _cpu.query_moments(native_kv(kv), native_batch(batch, kv), layer, qkv.data_ptr(), q_heads, address(q_norm), eps)
 
 
+def query_energy(q: Tensor, batch: LaneBatch, kv: PagedKV, layer: int) -> None:
+    rows, q_heads, dim = q.shape
+    if rows != batch.positions.shape[0] or dim != kv.layout.head_dim:
+        raise ValueError(f"q of shape {tuple(q.shape)} does not fit the batch")
+    for energy in kv.energy.values():
+        if energy.sums.shape != (*kv.table.shape[1:3], dim) or energy.sums.dtype != torch.float64:
+            raise ValueError(f"sums of shape {tuple(energy.sums.shape)} do not fit the lanes")
+    q = _floats(q)
+    _cpu.query_energy(native_kv(kv), native_batch(batch, kv), layer, q.data_ptr(), q_heads)
+
+
 def read_lanes(kv: PagedKV, slot: int, layer: int) -> tuple[Tensor, Tensor]:
     count = int(kv.kept[slot, layer].max())
     shape = (kv.table.shape[2], count, kv.layout.head_dim)
@@ -244,6 +256,7 @@ def write_lanes(
         dst_table.shape[1],
         dst_sealed.data_ptr(),
         int(fmt),
+        address(_stays(kv, slot)),
     )
 
 
@@ -285,6 +298,7 @@ def repack(
         -1 if merge is None else merge.first,
         0.0 if merge is None else merge.t,
         *_positions(kv, slot),
+        address(_stays(kv, slot)),
     )
 
 
@@ -332,6 +346,18 @@ def copy_pages(kv: PagedKV, src: Tensor, dst: Tensor) -> None:
         if len(pages) and not 0 <= int(pages.min()) <= int(pages.max()) < len(kv.data):
             raise IndexError("a page to copy lies outside the arena")
     kv.data[dst.long()] = kv.data[src.long()]
+
+
+def _stays(kv: PagedKV, slot: int) -> Tensor | None:
+    """The channels of the slot's keys that stay, checked; None where they were not chosen."""
+    if (stays := kv.channels.get(slot)) is None:
+        return None
+    if stays.shape != (*kv.table.shape[1:3], kv.layout.head_dim) or stays.dtype != torch.uint8:
+        raise ValueError(f"channels {list(stays.shape)} do not fit the lanes")
+    count = THINK.channels(kv.layout.head_dim)
+    if not bool((stays.sum(-1) == count).all()) or not stays.is_contiguous():
+        raise ValueError(f"in every lane {count} channels must stay")
+    return stays
 
 
 def _positions(kv: PagedKV, slot: int) -> tuple[int, int]:

@@ -60,6 +60,7 @@ struct Block {
   const float* log_weights;  // of the lane's tokens, or null
   const uint8_t* chosen;     // lane tokens that its one token may see, null for all
   float* opened;             // scratch for a page's keys or values, where pages are opened
+  float *projected, *sums;   // [rows][rank] where pages hold coordinates: of queries, and scratch for those of values
   int64_t* touched;          // bytes read are added here, null where nobody asks
 };
 
@@ -103,7 +104,7 @@ static bool group_scores(const KV& kv, const Lane& lane, const Group& g, const B
         for (int64_t line = 0; line < shape.values; line += 64) __builtin_prefetch(next + line);
     }
     const Place place = lane.place(kv, g.first + p * g.capacity);
-    page_scores(g.fmt, shape, kv.dim, page, place, x.opened, x.q, x.rows, x.folded, scores, lds);
+    page_scores(g.fmt, shape, kv.dim, page, place, x.opened, x.q, x.projected, x.rows, x.folded, scores, lds);
   }
   const int tokens = g.pages * g.capacity;
   if (x.log_weights) {
@@ -147,6 +148,8 @@ static bool attend_group(const KV& kv, const Lane& lane, const Group& g, const B
     const V f = splat(fade);
     for (int d = 0; d < dim; d += LANES) store(x.o + r * dim + d, load(x.o + r * dim + d) * f);
   }
+  const bool in_basis = is_low_rank(g.fmt);
+  if (in_basis) std::memset(x.sums, 0, sizeof(float) * x.rows * rank_of(shape));
   for (int p = 0; p < g.pages; p++) {
     const int n = min_i(g.capacity, x.last - g.first - p * g.capacity);
     if (n <= 0) break;
@@ -161,9 +164,10 @@ static bool attend_group(const KV& kv, const Lane& lane, const Group& g, const B
     int64_t read = 0;
     for (int from = 0, to; chosen_run(chosen, n, from, to); read += to - from, from = to)
       page_values(g.fmt, shape, dim, page + row_bytes(g.fmt, dim) * from, place, x.opened,
-                  x.scores + p * g.capacity + from, lds, x.rows, to - from, x.folded, x.o);
+                  x.scores + p * g.capacity + from, lds, x.rows, to - from, x.folded, in_basis ? x.sums : x.o);
     if (x.touched) *x.touched += page_bytes_read(g.fmt, shape, dim, read);
   }
+  if (in_basis) add_projected(kv, g.fmt, lane.layer, lane.head, x.sums, x.rows, x.o);
   return true;
 }
 
@@ -215,7 +219,9 @@ static bool make_block(const KV& kv, const Batch& batch, const Lane& lane, const
                        float** total) {
   const int group = q_heads / kv.heads, dim = kv.dim, rows = it.rows * group;
   const int n = batch.cu_rows[it.b + 1] - batch.cu_rows[it.b];
-  const size_t wide = max_i(dim, groups.max_tokens), floats = rows * (3 * dim + groups.max_tokens + wide + 4);
+  const bool in_basis = is_low_rank(lane.fmt) || is_low_rank(lane.rest_fmt);
+  const size_t wide = max_i(dim, groups.max_tokens);
+  const size_t floats = rows * ((in_basis ? 4 : 3) * dim + groups.max_tokens + wide + 4);
   const size_t opened = lane.opened_size(kv);
   float* f = (float*)scratch.need((opened + floats) * sizeof(float) + 2 * rows * sizeof(int));
   if (!f) return false;
@@ -224,6 +230,11 @@ static bool make_block(const KV& kv, const Batch& batch, const Lane& lane, const
   x->q = f; f += rows * dim;
   x->folded = f; f += rows * wide;
   x->o = f; f += rows * dim;
+  x->projected = x->sums = nullptr;
+  if (in_basis) {  // ranks are half of dim
+    x->projected = f; f += rows * dim / 2;
+    x->sums = f; f += rows * dim / 2;
+  }
   *total = f; f += rows * (dim + 2);
   x->scores = f; f += (size_t)rows * groups.max_tokens;
   x->m = f; f += rows;
@@ -249,6 +260,8 @@ static bool make_block(const KV& kv, const Batch& batch, const Lane& lane, const
     x->first = min_i(x->first, low);
     x->last = max_i(x->last, index + 1);
   }
+  if (lane.fmt == MATRYOSHKA || lane.rest_fmt == MATRYOSHKA)
+    project_queries(kv, MATRYOSHKA, layer, it.head, x->q, rows, x->projected);
   return true;
 }
 

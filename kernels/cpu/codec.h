@@ -4,6 +4,7 @@
 #include "integers.h"
 #include "kernels.h"
 #include "opened.h"
+#include "product.h"
 #include "simd.h"
 
 namespace winnow {

@@ -37,8 +37,25 @@ def native_kv(kv: PagedKV) -> Any:
                 raise ValueError("lane tables must be contiguous int32")
         slots, layers, heads, width = kv.table.shape
         handle.bind(table, kept, sealed, formats, rest, rest_formats, slots, layers, heads, width)
+        _set_bases(handle, kv)
         kv.native = (key, handle)
     return kv.native[1]
+
+
+def _set_bases(handle: Any, kv: PagedKV) -> None:
+    layout, (layers, heads) = kv.layout, kv.table.shape[1:3]
+    for fmt, bases in kv.bases.items():
+        rank = layout.head_dim // 2
+        shapes = (layers, heads, layout.head_dim, rank), (layers, heads, rank, layout.head_dim)
+        for basis, shape in zip((bases.keys, bases.values), shapes, strict=True):
+            if basis.shape != shape or basis.dtype != torch.float32 or not basis.is_contiguous():
+                raise ValueError(f"a basis {list(basis.shape)} of {fmt.label} is not contiguous f32 {list(shape)}")
+        handle.set_bases(int(fmt), bases.keys.data_ptr(), bases.values.data_ptr())
+    if (rope := kv.rope) is not None:
+        for table in (rope.cos, rope.sin):
+            if table.shape[1:] != (layout.head_dim // 2,) or table.dtype != torch.float32 or not table.is_contiguous():
+                raise ValueError("rotation tables must be contiguous f32")
+        handle.set_rope(rope.cos.data_ptr(), rope.sin.data_ptr(), len(rope.cos), rope.factor)
 
 
 def native_batch(batch: LaneBatch, kv: PagedKV) -> Any:
@@ -58,12 +75,14 @@ def native_batch(batch: LaneBatch, kv: PagedKV) -> Any:
             batch.positions.data_ptr(),
             batch.first_vote.data_ptr(),
         )
-        if kv.mass or kv.positions or kv.log_weights or kv.moments:
+        if kv.mass or kv.positions or kv.log_weights or kv.moments or kv.energy:
             for b, slot in enumerate(batch.slots.tolist()):
                 if slot in kv.mass:
                     _set_mass(native, b, kv, slot)
                 if (moments := kv.moments.get(slot)) is not None:
                     native.set_moments(b, moments.data_ptr())
+                if (energy := kv.energy.get(slot)) is not None:
+                    native.set_energy(b, energy.sums.data_ptr(), energy.first, energy.last)
                 if (positions := kv.positions.get(slot)) is not None:
                     native.set_positions(b, positions.data_ptr(), positions.shape[2])
                 if (weights := kv.log_weights.get(slot)) is not None:

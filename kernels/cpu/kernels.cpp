@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "elementwise.h"
+#include "energy.h"
 #include "linear.h"
 #include "mass.h"
 #include "moments.h"
@@ -18,7 +19,8 @@
 namespace winnow {
 extern const Kernels JOIN(kernels_, TARGET) = {
     TEXT(TARGET),       TARGET::pack,      TARGET::linear,         TARGET::embed,      TARGET::rms_norm, TARGET::silu_mul,
-    TARGET::rope_write, TARGET::attention, TARGET::attention_mass, TARGET::choose_reads, TARGET::query_moments,
+    TARGET::rope_write, TARGET::attention, TARGET::attention_mass, TARGET::choose_reads, TARGET::query_energy,
+    TARGET::query_moments,
     TARGET::read_lanes, TARGET::write_lanes, TARGET::repack, TARGET::nearest_rows, TARGET::sum_rows,
 };
 }

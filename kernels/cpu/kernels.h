@@ -8,7 +8,7 @@ namespace winnow {
 // PageFormat in kernels/formats
 enum Format : uint8_t {
   F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3, INT2 = 4, FP8 = 5, F16 = 6, MUSTAFAR50 = 7, MUSTAFAR70 = 8,
-  GEAR = 9, MINI_CACHE = 13, FORMATS = 14
+  GEAR = 9, THINK = 10, MATRYOSHKA = 11, CSKV = 12, MINI_CACHE = 13, FORMATS = 14
 };
 constexpr int MOST_PARTS = 16;
 
@@ -16,6 +16,17 @@ struct PageShape {  // of one format; from layout.py, bytes
   int capacity, key_block, value_block;
   int64_t values, k_scale, k_zero, v_scale, v_zero;
   int64_t parts[MOST_PARTS + 1];  // of pages that are opened: where each part begins, and the last one ends
+};
+
+struct Bases {  // Bases in bases.py; null where there are none
+  const float* keys;    // [layers, heads, dim, rank]
+  const float* values;  // [layers, heads, rank, dim]
+};
+
+struct Rope {  // Rope in bases.py
+  const float *cos, *sin;  // [positions, dim / 2]
+  int positions;
+  double factor;
 };
 
 struct KV {  // PagedKV in kv.py
@@ -30,6 +41,8 @@ struct KV {  // PagedKV in kv.py
   int slots, layers, heads, width, dim;
   Format compute;
   PageShape shapes[FORMATS];
+  Bases bases[FORMATS];
+  Rope rope;
 };
 
 // What a row does in a layer; the values of ReadMode in reading.py. Rows that choose before they read, or while they
@@ -63,15 +76,21 @@ struct Vote {  // Vote in vote.py
   const float* noise;  // shaped as the mass, or null
 };
 
+struct Energy {  // Energy in kv.py; null sums where there is none
+  double* sums;  // [layers, heads, dim]
+  int first, last;
+};
+
 struct Batch {  // LaneBatch in kv.py
   int size, rows;
   const int32_t *slots, *cu_rows, *positions;
   // Per sequence, null where it has none: attention mass to add to, logical positions of its lanes' tokens, and log
   // weights that are added to their scores, all [layers, heads, capacity]; moments of queries to add to, [layers,
-  // q_heads, 1 + dim, dim]; and the first row that votes, and how.
+  // q_heads, 1 + dim, dim]; sums of squares of queries to add to; and the first row that votes, and how.
   float* const* mass;
   const Vote* votes;
   double* const* moments;
+  const Energy* energy;
   const int32_t* const* lane_positions;
   const float* const* log_weights;
   const int32_t *mass_capacity, *positions_capacity, *log_weights_capacity, *first_vote;
@@ -110,16 +129,17 @@ struct Kernels {
   bool (*attention_mass)(const KV& kv, const Batch& batch, int layer, const float* q, int q_heads, float scale,
                          int window, const float* lse);
   bool (*choose_reads)(const KV& kv, const Batch& batch, int layer, const float* q, int q_heads, float scale, int window);
+  bool (*query_energy)(const KV& kv, const Batch& batch, int layer, const float* q, int q_heads);
   bool (*query_moments)(const KV& kv, const Batch& batch, int layer, const float* qkv, int q_heads, const float* q_norm,
                         float eps);
   bool (*read_lanes)(const KV& kv, int slot, int layer, const Positions& positions, int count, float* keys,
                      float* values);
   bool (*write_lanes)(const KV& kv, int slot, int layer, int count, const float* keys, const float* values,
                       const int32_t* positions, const int32_t* counts, const int32_t* start, const int32_t* dst_table, int dst_width,
-                      const int32_t* dst_sealed, Format fmt);
+                      const int32_t* dst_sealed, Format fmt, const uint8_t* stays);
   bool (*repack)(const KV& kv, int slot, const int32_t* keep, int keep_width, const int32_t* counts,
                  const int32_t* start, const int32_t* dst_table, int dst_width, const int32_t* dst_sealed, Format fmt,
-                 const Rest& rest, const Positions& positions);
+                 const Rest& rest, const Positions& positions, const uint8_t* stays);
   bool (*nearest_rows)(const float* x, const int32_t* x_counts, const float* y, const int32_t* y_counts, int lanes, int n,
                        int m, int dim, int32_t* index, float* cosine);
   bool (*sum_rows)(const float* x, const float* weights, const int32_t* index, int lanes, int n, int m, int dim,

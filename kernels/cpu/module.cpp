@@ -50,7 +50,11 @@ struct PyKV : KV {
     page_bytes = page_bytes_;
     dim = dim_;
     compute = (Format)compute_;
-    for (int f = 0; f < FORMATS; f++) shapes[f] = shape_of(s.at(f));
+    for (int f = 0; f < FORMATS; f++) {
+      shapes[f] = shape_of(s.at(f));
+      bases[f] = {nullptr, nullptr};
+    }
+    rope = {nullptr, nullptr, 0, 1.0};
     table = kept = sealed = rest = nullptr;
     formats = rest_formats = nullptr;
     slots = layers = heads = width = 0;
@@ -70,16 +74,25 @@ struct PyKV : KV {
   }
 };
 
+static void set_bases(PyKV& kv, int fmt, uintptr_t keys, uintptr_t values) {
+  if (fmt < 0 || fmt >= FORMATS) throw std::invalid_argument("there is no such format");
+  kv.bases[fmt] = {at<const float>(keys), at<const float>(values)};
+}
+static void set_rope(PyKV& kv, uintptr_t cos, uintptr_t sin, int positions, double factor) {
+  kv.rope = {at<const float>(cos), at<const float>(sin), positions, factor};
+}
+
 struct PyBatch : Batch {
   std::vector<float*> mass_;
   std::vector<const int32_t*> positions_;
   std::vector<Vote> votes_;
   std::vector<double*> moments_;
+  std::vector<Energy> energy_;
   std::vector<const float*> log_weights_;
   std::vector<int32_t> mass_capacity_, positions_capacity_, log_weights_capacity_;
   std::vector<Reading> reading_;
   PyBatch(int size_, int rows_, uintptr_t slots_, uintptr_t cu_rows_, uintptr_t rows_positions, uintptr_t first_vote_)
-      : mass_(size_), positions_(size_), votes_(size_), moments_(size_), log_weights_(size_), mass_capacity_(size_),
+      : mass_(size_), positions_(size_), votes_(size_), moments_(size_), energy_(size_), log_weights_(size_), mass_capacity_(size_),
         positions_capacity_(size_), log_weights_capacity_(size_), reading_(size_) {
     size = size_;
     rows = rows_;
@@ -90,6 +103,7 @@ struct PyBatch : Batch {
     mass = mass_.data();
     votes = votes_.data();
     moments = moments_.data();
+    energy = energy_.data();
     lane_positions = positions_.data();
     mass_capacity = mass_capacity_.data();
     positions_capacity = positions_capacity_.data();
@@ -105,6 +119,7 @@ struct PyBatch : Batch {
     votes_.at(b) = {is_max, decay, temperature, heating, warm_from, at<const float>(noise)};
   }
   void set_moments(int b, uintptr_t p) { moments_.at(b) = at<double>(p); }
+  void set_energy(int b, uintptr_t sums, int first, int last) { energy_.at(b) = {at<double>(sums), first, last}; }
   void set_positions(int b, uintptr_t p, int capacity) { positions_.at(b) = at<const int32_t>(p); positions_capacity_.at(b) = capacity; }
   void set_log_weights(int b, uintptr_t p, int capacity) { log_weights_.at(b) = at<const float>(p); log_weights_capacity_.at(b) = capacity; }
   void set_reading(int b, uintptr_t modes, bool by_bounds, bool by_layer, int tokens, double share, int sinks, int recent, int pool,
@@ -139,11 +154,14 @@ NB_MODULE(_cpu, m) {
   using release = nb::call_guard<nb::gil_scoped_release>;
   nb::class_<PyKV>(m, "KV")
       .def(nb::init<uintptr_t, int64_t, int64_t, int, int, std::vector<std::vector<int64_t>>>())
-      .def("bind", &PyKV::bind);
+      .def("bind", &PyKV::bind)
+      .def("set_bases", &set_bases)
+      .def("set_rope", &set_rope);
   nb::class_<PyBatch>(m, "Batch")
       .def(nb::init<int, int, uintptr_t, uintptr_t, uintptr_t, uintptr_t>())
       .def("set_mass", &PyBatch::set_mass)
       .def("set_moments", &PyBatch::set_moments)
+      .def("set_energy", &PyBatch::set_energy)
       .def("set_positions", &PyBatch::set_positions)
       .def("set_log_weights", &PyBatch::set_log_weights)
       .def("set_reading", &PyBatch::set_reading);
@@ -184,6 +202,9 @@ NB_MODULE(_cpu, m) {
   m.def("choose_reads", [](const PyKV& kv, const PyBatch& batch, int layer, uintptr_t q, int q_heads, float scale, int window) {
     check(active->choose_reads(kv, batch, layer, at<const float>(q), q_heads, scale, window), "choose_reads");
   }, release());
+  m.def("query_energy", [](const PyKV& kv, const PyBatch& batch, int layer, uintptr_t q, int q_heads) {
+    check(active->query_energy(kv, batch, layer, at<const float>(q), q_heads), "query_energy");
+  }, release());
   m.def("query_moments", [](const PyKV& kv, const PyBatch& batch, int layer, uintptr_t qkv, int q_heads, uintptr_t q_norm, float eps) {
     check(active->query_moments(kv, batch, layer, at<const float>(qkv), q_heads, at<const float>(q_norm), eps), "query_moments");
   }, release());
@@ -192,18 +213,19 @@ NB_MODULE(_cpu, m) {
     check(active->read_lanes(kv, slot, layer, of_slot, count, at<float>(keys), at<float>(values)), "read_lanes");
   }, release());
   m.def("write_lanes", [](const PyKV& kv, int slot, int layer, int count, uintptr_t keys, uintptr_t values, uintptr_t positions, uintptr_t counts,
-                          uintptr_t start, uintptr_t dst_table, int dst_width, uintptr_t dst_sealed, int fmt) {
+                          uintptr_t start, uintptr_t dst_table, int dst_width, uintptr_t dst_sealed, int fmt, uintptr_t stays) {
     check(active->write_lanes(kv, slot, layer, count, at<const float>(keys), at<const float>(values), at<const int32_t>(positions), at<const int32_t>(counts),
                               at<const int32_t>(start), at<const int32_t>(dst_table), dst_width, at<const int32_t>(dst_sealed),
-                              (Format)fmt), "write_lanes");
+                              (Format)fmt, at<const uint8_t>(stays)), "write_lanes");
   }, release());
   m.def("repack", [](const PyKV& kv, int slot, uintptr_t keep, int keep_width, uintptr_t counts, uintptr_t start, uintptr_t dst_table,
                      int dst_width, uintptr_t dst_sealed, int fmt, uintptr_t rest_start, uintptr_t rest_pages, int rest_fmt, int merged_from, double t,
-                     uintptr_t positions, int capacity) {
+                     uintptr_t positions, int capacity, uintptr_t stays) {
     const Positions of_slot = {at<const int32_t>(positions), capacity};
     const Rest rest = {at<const int32_t>(rest_start), at<const int32_t>(rest_pages), (Format)rest_fmt, merged_from, t};
     check(active->repack(kv, slot, at<const int32_t>(keep), keep_width, at<const int32_t>(counts), at<const int32_t>(start),
-                         at<const int32_t>(dst_table), dst_width, at<const int32_t>(dst_sealed), (Format)fmt, rest, of_slot), "repack");
+                         at<const int32_t>(dst_table), dst_width, at<const int32_t>(dst_sealed), (Format)fmt, rest, of_slot,
+                         at<const uint8_t>(stays)), "repack");
   }, release());
   m.def("nearest_rows", [](uintptr_t x, uintptr_t x_counts, uintptr_t y, uintptr_t y_counts, int lanes, int n, int m, int dim,
                            uintptr_t index, uintptr_t cosine) {

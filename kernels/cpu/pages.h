@@ -28,6 +28,7 @@ struct Lane {
   bool has_positions(const KV& kv, const Positions& of_slot, bool seals = false) const {
     return !of_slot.data || kept <= of_slot.capacity || !(seals || opened_size(kv));
   }
+  bool can_be_read(const KV& kv) const { return can_open(kv, fmt) && can_open(kv, rest_fmt); }
   // That of a page whose first token is `first` of the lane.
   inline __attribute__((always_inline)) Place place(const KV& kv, int first) const {
     return {kv, layer, head, positions ? positions + first : nullptr, first};
@@ -72,6 +73,7 @@ INLINE bool valid_batch(const KV& kv, const Batch& batch, int layer, int q_heads
     const int rows = batch.cu_rows[b + 1] - batch.cu_rows[b];
     for (int h = 0; h < kv.heads; h++) {
       const Lane lane = lane_of(kv, batch.slots[b], layer, h);
+      if (!lane.can_be_read(kv)) return false;
       if (lane.sealed < 0 || lane.rest < 0 || lane.kept < lane.closed_tokens || lane.kept < rows) return false;
       const int open = kv.shapes[kv.compute].capacity;
       const bool by_position = window > 0 || lane.opened_size(kv);
@@ -136,7 +138,7 @@ static bool read_lanes(const KV& kv, int slot, int layer, const Positions& posit
     for (int first = 0; first < count; first += RUN_TOKENS) {
       static thread_local Scratch scratch;
       const Lane lane = lane_of(kv, slot, layer, h, positions.data, positions.capacity);
-      if (!lane.has_positions(kv, positions)) { ok = false; continue; }
+      if (!lane.has_positions(kv, positions) || !lane.can_be_read(kv)) { ok = false; continue; }
       LaneReader reader(kv, lane, scratch);
       for (int t = first; t < min_i(count, first + RUN_TOKENS); t++) {
         const int64_t at = ((int64_t)h * count + t) * kv.dim;
@@ -152,8 +154,9 @@ static bool read_lanes(const KV& kv, int slot, int layer, const Positions& posit
 }
 
 // The pages of a lane to be written: columns [first, sealed) in `fmt`, those from sealed + rest_start up to
-// sealed + rest in `rest_fmt`, all full, then open ones. What lies between stays as it is.
-struct Target { int first, sealed, rest_start, rest; Format fmt, rest_fmt; };
+// sealed + rest in `rest_fmt`, all full, then open ones. What lies between stays as it is. `stays` [dim] says which
+// channels keys have in formats that drop some.
+struct Target { int first, sealed, rest_start, rest; Format fmt, rest_fmt; const uint8_t* stays; };
 
 // What a lane whose pages span layers is written with: keys and values of the same tokens one layer up, or null in the
 // upper layer itself, whose pages are sealed already; and the other lane's table, null where it shares none.
@@ -170,6 +173,8 @@ static bool write_lane(const KV& kv, const Lane& lane, int n, const float* keys,
                        const Shared& shared = {}) {
   const int dim = kv.dim, closed = to.sealed + to.rest;
   const PageShape &packed = kv.shapes[to.fmt], &second = kv.shapes[to.rest_fmt], &open = kv.shapes[kv.compute];
+  if (!can_open(kv, to.fmt) || !can_open(kv, to.rest_fmt)) return false;
+  if ((to.fmt == THINK || to.rest_fmt == THINK) && !to.stays) return false;
   if (n < 0 || to.first < 0 || to.sealed < to.first || to.rest_start < 0 || to.rest < to.rest_start) return false;
   const int64_t full = (int64_t)(to.sealed - to.first) * packed.capacity +
                        (int64_t)(to.rest - to.rest_start) * second.capacity;
@@ -187,7 +192,7 @@ static bool write_lane(const KV& kv, const Lane& lane, int n, const float* keys,
       const Format fmt = is_rest ? to.rest_fmt : to.fmt;
       const bool spans = spans_layers(fmt);
       if (spans && (!shared.table || shared.table[c] != id)) return false;
-      Place place = {kv, lane.layer, lane.head, positions + t, t};
+      Place place = {kv, lane.layer, lane.head, positions + t, t, to.stays};
       if (spans && shared.keys) {
         place.upper_keys = shared.keys + t;
         place.upper_values = shared.values + (int64_t)t * dim;
@@ -209,7 +214,7 @@ static bool write_lane(const KV& kv, const Lane& lane, int n, const float* keys,
 // See write_lanes in kernels/reference/pages.py. keys and values [heads][count][dim].
 static bool write_lanes(const KV& kv, int slot, int layer, int count, const float* keys, const float* values,
                         const int32_t* positions, const int32_t* counts, const int32_t* start, const int32_t* dst_table, int dst_width,
-                        const int32_t* dst_sealed, Format fmt) {
+                        const int32_t* dst_sealed, Format fmt, const uint8_t* stays) {
   if (slot < 0 || slot >= kv.slots || layer < 0 || layer >= kv.layers || fmt >= FORMATS) return false;
   const int dim = kv.dim;
   bool ok = true;
@@ -229,7 +234,8 @@ static bool write_lanes(const KV& kv, int slot, int layer, int count, const floa
       for (int d = 0; d < dim; d++) channels[d * (int64_t)n + t] = keys[first + (int64_t)t * dim + d];
       at[t] = positions ? positions[(int64_t)h * count + t] : start[h] * kv.shapes[fmt].capacity + t;
     }
-    const Target to = {start[h], dst_sealed[h], 0, 0, fmt, kv.compute};
+    const Target to = {start[h], dst_sealed[h], 0, 0, fmt, kv.compute,
+                       stays ? stays + ((int64_t)layer * kv.heads + h) * dim : nullptr};
     const Lane lane = lane_of(kv, slot, layer, h);
     ok = write_lane(kv, lane, n, channels, values + first, at, to, dst_table + (int64_t)h * dst_width, dst_width) && ok;
     std::free(channels);
@@ -265,7 +271,7 @@ static bool read_moved(const KV& kv, const Lane& lane, const int32_t* keep, int 
 // a destination may be any of the lane's own pages. So are those of two lanes that share pages.
 static bool repack(const KV& kv, int slot, const int32_t* keep, int keep_width, const int32_t* counts,
                    const int32_t* start, const int32_t* dst_table, int dst_width, const int32_t* dst_sealed,
-                   Format fmt, const Rest& rest, const Positions& positions) {
+                   Format fmt, const Rest& rest, const Positions& positions, const uint8_t* stays) {
   if (slot < 0 || slot >= kv.slots || fmt >= FORMATS || rest.fmt >= FORMATS) return false;
   if (rest.merged_from >= 0 && !rest.pages) return false;
   const int lanes = kv.layers * kv.heads;
@@ -281,7 +287,8 @@ static bool repack(const KV& kv, int slot, const int32_t* keep, int keep_width, 
     for (int k = 0; k < group; k++) {
       const int j = i + k * kv.heads, n = counts[j];
       const Lane lane = lane_of(kv, slot, layer + k, i % kv.heads, positions.data, positions.capacity);
-      good = good && n >= 0 && start[j] >= 0 && !(keep && n > keep_width) && lane.has_positions(kv, positions, seals);
+      good = good && n >= 0 && start[j] >= 0 && !(keep && n > keep_width) && lane.has_positions(kv, positions, seals) &&
+             lane.can_be_read(kv);
       const int64_t first = (int64_t)start[j] * kv.shapes[fmt].capacity;
       good = good && read_moved(kv, lane, keep ? keep + (int64_t)j * keep_width : nullptr, n, first, seals, &moved[k]);
     }
@@ -289,7 +296,7 @@ static bool repack(const KV& kv, int slot, const int32_t* keep, int keep_width, 
       const int j = i + k * kv.heads;
       const Lane lane = lane_of(kv, slot, layer + k, i % kv.heads);
       const Target to = {start[j], dst_sealed[j], rest.start ? rest.start[j] : 0, rest.pages ? rest.pages[j] : 0, fmt,
-                         rest.fmt};
+                         rest.fmt, stays ? stays + (int64_t)j * kv.dim : nullptr};
       const int32_t* table = dst_table + (int64_t)j * dst_width;
       Shared shared = {nullptr, nullptr, rest.t, nullptr};
       if (group == 2) {

@@ -5,9 +5,11 @@ from __future__ import annotations
 from enum import IntEnum
 
 from winnow.kernels.formats.gear import Gear
+from winnow.kernels.formats.low_rank import LowRank
 from winnow.kernels.formats.mini_cache import MiniCache
 from winnow.kernels.formats.mustafar import Mustafar
 from winnow.kernels.formats.opened import Opened
+from winnow.kernels.formats.think import THINK, Think
 
 
 class PageFormat(IntEnum):
@@ -23,6 +25,9 @@ class PageFormat(IntEnum):
     MUSTAFAR50 = 7
     MUSTAFAR70 = 8
     GEAR = 9
+    THINK = 10
+    MATRYOSHKA = 11
+    CSKV = 12
     MINI_CACHE = 13
 
     @property
@@ -79,6 +84,21 @@ class PageFormat(IntEnum):
         """Sizes of a format whose pages are opened."""
         return OPENED[self]
 
+    @property
+    def drops_channels(self) -> bool:
+        """Keys lack some channels, the same ones in all pages of a lane: `PagedKV.channels`."""
+        return self.is_opened and isinstance(self.opened, Think)
+
+    @property
+    def has_bases(self) -> bool:
+        """Pages hold coordinates in bases of the model: `PagedKV.bases`."""
+        return self.is_opened and isinstance(self.opened, LowRank)
+
+    @property
+    def goes_by_position(self) -> bool:
+        """Keys are held as they are before RoPE, so that who reads them must know their positions."""
+        return self.is_opened and isinstance(sizes := self.opened, LowRank) and sizes.before_rope
+
     @classmethod
     def parse(cls, label: str) -> PageFormat:
         return cls[label.upper()]
@@ -98,10 +118,14 @@ OPENED: dict[PageFormat, Opened] = {
     PageFormat.MUSTAFAR50: Mustafar(percent=50),
     PageFormat.MUSTAFAR70: Mustafar(percent=70),
     PageFormat.GEAR: Gear(),
+    PageFormat.THINK: THINK,
+    PageFormat.MATRYOSHKA: LowRank(before_rope=False),
+    PageFormat.CSKV: LowRank(before_rope=True),
     PageFormat.MINI_CACHE: MiniCache(),
 }
 
 _KIVI = "with a scale and a zero for each key channel of a page and each token's value (KIVI, arXiv:2402.02750)"
+_HALF = "by half as many coordinates in half precision, in calibrated bases of each layer and head"
 _MUSTAFAR = "of each token's key and value, the rest is zero: a bitmap and the numbers in half precision"
 
 WHAT: dict[PageFormat, str] = {
@@ -115,6 +139,10 @@ WHAT: dict[PageFormat, str] = {
     PageFormat.MUSTAFAR50: f"the largest half {_MUSTAFAR} (Mustafar, arXiv:2505.22913)",
     PageFormat.MUSTAFAR70: f"the largest 30 % {_MUSTAFAR} (Mustafar, arXiv:2505.22913)",
     PageFormat.GEAR: "int4 after 2 % outliers are taken out, and its error at rank 2 (GEAR, arXiv:2403.05527)",
+    PageFormat.THINK: "keys without the 40 % of channels that say least about the last queries of the prompt, the "
+    "others and values in half precision (ThinK, arXiv:2407.21018)",
+    PageFormat.MATRYOSHKA: f"keys and values {_HALF}, in which attention is computed (MatryoshkaKV, arXiv:2410.14731)",
+    PageFormat.CSKV: f"keys before RoPE and values {_HALF}; opened keys are turned anew (CSKV, arXiv:2409.10593)",
     PageFormat.MINI_CACHE: "one direction of a token's vectors in two layers and the norms of both, in half precision "
     "(MiniCache, arXiv:2405.14366)",
 }

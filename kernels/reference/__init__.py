@@ -1,7 +1,8 @@
 """The reference backend: every operation in plain torch, exact and slow. Other backends are tested against it."""
 
-from winnow.kernels.host import device, formats
+from winnow.kernels.host import device, page_formats
 from winnow.kernels.reference.attention import attention
+from winnow.kernels.reference.energy import query_energy
 from winnow.kernels.reference.linear import embed, linear, pack
 from winnow.kernels.reference.moments import query_moments
 from winnow.kernels.reference.norm import rms_norm, silu_mul
@@ -16,10 +17,11 @@ __all__ = [
     "copy_pages",
     "device",
     "embed",
-    "formats",
     "linear",
     "nearest_rows",
     "pack",
+    "page_formats",
+    "query_energy",
     "query_moments",
     "read_lanes",
     "repack",

@@ -97,7 +97,8 @@ def write_lanes(
         if not 0 <= count <= keys.shape[1] or columns[0] < 0:
             raise ValueError(f"{count} tokens from page {columns[0]} on, but {keys.shape[1]} are given")
         at = torch.arange(count) + columns[0] * kv.layout.capacity(fmt)
-        place = Place(kv, layer, head, at if positions is None else positions[head, :count].long())
+        at = at if positions is None else positions[head, :count].long()
+        place = Place(kv, layer, head, at, _channels(kv, slot, layer, head))
         _write_lane(place, keys[head, :count], values[head, :count], dst_table[head], [(*columns, fmt)])
 
 
@@ -156,7 +157,8 @@ def repack(
                 own[shared : shared + (last - first) * kv.layout.capacity(rest.fmt)] = False
                 index, parts[1] = index[own], (sealed + last, sealed + last, rest.fmt)
             t = 0.0 if rest.merge is None else rest.merge.t
-            place = Place(kv, layer, head, lane_positions(kv, slot, layer, head)[index], upper, t)
+            at, stays = lane_positions(kv, slot, layer, head)[index], _channels(kv, slot, layer, head)
+            place = Place(kv, layer, head, at, stays, upper, t)
             _write_lane(place, keys[index], values[index], dst_table[layer, head], parts)
 
 
@@ -180,6 +182,11 @@ def _tokens(
     if count and (int(index.min()) < stay or int(index.max()) >= kept):
         raise IndexError(f"tokens to keep must lie within {stay}..{kept - 1}")
     return index
+
+
+def _channels(kv: PagedKV, slot: int, layer: int, head: int) -> Tensor | None:
+    """[D] uint8: which channels of a lane's keys stay, where they were chosen."""
+    return kv.channels[slot][layer, head] if slot in kv.channels else None
 
 
 def _leading(kv: PagedKV, slot: int, layer: int, head: int, fmt: PageFormat) -> int:

@@ -3,8 +3,9 @@
 Where there is no GPU its kernels run in Triton's interpreter (TRITON_INTERPRET=1), which is how they are checked.
 """
 
+from winnow.kernels.reference.energy import query_energy
 from winnow.kernels.triton.attention import attention
-from winnow.kernels.triton.device import device, formats
+from winnow.kernels.triton.device import device, page_formats
 from winnow.kernels.triton.linear import embed, linear, pack
 from winnow.kernels.triton.moments import query_moments
 from winnow.kernels.triton.norm import rms_norm, silu_mul
@@ -19,10 +20,11 @@ __all__ = [
     "copy_pages",
     "device",
     "embed",
-    "formats",
     "linear",
     "nearest_rows",
     "pack",
+    "page_formats",
+    "query_energy",
     "query_moments",
     "read_lanes",
     "repack",

@@ -25,7 +25,7 @@ def device() -> torch.device:
         raise RuntimeError(hint) from error
 
 
-def formats() -> tuple[PageFormat, ...]:
+def page_formats() -> tuple[PageFormat, ...]:
     """Page formats that kernels read as they lie; none is opened here."""
     return tuple(fmt for fmt in PageFormat if not fmt.is_opened)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from winnow.kernels.layout import PageFormat, PageLayout
 from winnow.kernels.reference.codec import E4M3_MAX, F16_MAX, MIN_SCALE
-from winnow.kernels.triton.device import formats
+from winnow.kernels.triton.device import page_formats
 from winnow.kernels.triton.tiles import (
     FP8,
     GROUP,
@@ -58,7 +58,7 @@ def encode(
         most: tokens that go to this part of one of these lanes.
     """
     assert values.stride(2) == 1
-    if fmt not in formats():
+    if fmt not in page_formats():
         raise ValueError(f"this backend has no pages in {fmt.label}")
     capacity = layout.capacity(fmt)
     _encode[len(keys), triton.cdiv(most, capacity), 2](

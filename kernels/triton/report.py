@@ -21,7 +21,7 @@ from triton import knobs
 from winnow.kernels.dispatch import backend
 from winnow.kernels.layout import PageFormat
 from winnow.kernels.triton.aot import SHARED_LIMITS, Machine, recording
-from winnow.kernels.triton.device import formats
+from winnow.kernels.triton.device import page_formats
 from winnow.kernels.triton.roofline import GPUS, Decode
 from winnow.kernels.triton.workloads import MODELS, workloads
 
@@ -115,7 +115,7 @@ def roofline(batch: int, context: int) -> str:
             f"| --- |{' ---: |' * (2 + len(GPUS))}",
         ]
         whole = Decode(model.layout, model.q_heads, model.kv_heads, PageFormat.BF16, batch, context)
-        for fmt in formats():
+        for fmt in page_formats():
             if fmt is PageFormat.F32:
                 continue
             one = Decode(model.layout, model.q_heads, model.kv_heads, fmt, batch, context)

@@ -16,11 +16,11 @@ from winnow.kernels.dispatch import Backend, WeightKind
 from winnow.kernels.kv import LaneBatch, PagedKV, Rest
 from winnow.kernels.layout import PageFormat, PageLayout
 from winnow.kernels.reading import ReadMode, ReadRule, ReadState
-from winnow.kernels.triton.device import formats
+from winnow.kernels.triton.device import page_formats
 from winnow.kernels.vote import Vote
 
 LAYERS = 2
-SEALED = tuple(fmt for fmt in formats() if fmt not in (PageFormat.F32, PageFormat.BF16))
+SEALED = tuple(fmt for fmt in page_formats() if fmt not in (PageFormat.F32, PageFormat.BF16))
 """Formats that full pages are turned into, in which no new token is written"""
 
 

@@ -82,6 +82,29 @@ def test_heavy_channels(models: tuple[PreTrainedModel, Decoder]) -> None:
             assert (weight[channels].diff() <= 0).all()
 
 
+@pytest.mark.parametrize("method", ["matryoshka", "cskv"])
+def test_bases(models: tuple[PreTrainedModel, Decoder], method: str) -> None:
+    """They span what a singular value decomposition of all tokens says, and are orthonormal."""
+    reference, decoder = models
+    text = prompt_of(200)
+    profile = calibrate(decoder, method, text)
+    run, inv_freq = dense(reference, text), torch.tensor(decoder.config.inv_freq, dtype=torch.float64)
+    for layer in range(LAYERS):
+        for head in range(KV_HEADS):
+            keys, values = run.keys[layer, head].double(), run.values[layer, head].double()
+            if method == "cskv":
+                turn = torch.exp(-1j * torch.arange(200)[:, None] * inv_freq)
+                before = torch.complex(*keys.chunk(2, dim=-1)) * turn
+                keys = torch.cat([before.real, before.imag], dim=-1)
+            for part, tokens in (("keys", keys), ("values", values)):
+                basis = profile[part][layer, head].double()
+                rank = tokens.shape[1] // 2
+                leading = torch.linalg.svd(tokens).Vh[:rank].T
+                assert basis.shape == leading.shape
+                torch.testing.assert_close(basis @ basis.T, leading @ leading.T, atol=2e-2, rtol=0)
+                torch.testing.assert_close(basis.T @ basis, torch.eye(rank).double(), atol=2e-3, rtol=0)
+
+
 def test_head_classes(models: tuple[PreTrainedModel, Decoder]) -> None:
     reference, decoder = models
     profile = calibrate(decoder, "razor_attention", [])

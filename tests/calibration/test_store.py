@@ -110,4 +110,6 @@ def test_the_shipped_profiles_fit_the_default_model() -> None:
     assert shapes["razor_attention"] == {"echo": heads, "induction": heads}
     assert shapes["double_sparsity"] == dict.fromkeys(("channels", "weight"), (*lanes, config.head_dim))
     size = sum(file.stat().st_size for file in (PACKAGED / weights_hash(path)).iterdir())
-    assert size < 1 << 20
+    for fmt in ("matryoshka", "cskv"):
+        assert shapes[fmt] == dict.fromkeys(("keys", "values"), (*lanes, config.head_dim, config.head_dim // 2))
+    assert size < 1 << 21

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 NEW = 24
 PROMPT = prompt_of(150, 3)
-FORMATS = [fmt.label for fmt in backend("triton").formats()] if torch.cuda.is_available() else []
+FORMATS = [fmt.label for fmt in backend("triton").page_formats()] if torch.cuda.is_available() else []
 
 
 def is_read_there(kv: dict[str, Any]) -> bool:

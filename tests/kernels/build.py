@@ -9,9 +9,13 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
+from winnow.kernels.bases import Bases, Rope
+from winnow.kernels.formats.think import THINK
 from winnow.kernels.kv import LaneBatch, PagedKV
 from winnow.kernels.layout import PageFormat, PageLayout
 from winnow.kernels.reference.codec import as_float, encode_pages, float_views
+from winnow.kernels.reference.formats import Place
+from winnow.kernels.reference.lanes import lane_positions
 
 FORMATS = [fmt for fmt in PageFormat if not fmt.spans_layers]
 """Those whose pages one lane has for itself"""
@@ -74,9 +78,9 @@ class State:
 def copy_kv(kv: PagedKV) -> PagedKV:
     names = ("data", "table", "kept", "sealed", "formats", "rest", "rest_formats")
     tables = {name: getattr(kv, name).clone() for name in names}
-    kinds = ("mass", "noise", "moments", "positions", "log_weights")
+    kinds = ("mass", "noise", "moments", "channels", "positions", "log_weights")
     sides = {kind: {slot: part.clone() for slot, part in getattr(kv, kind).items()} for kind in kinds}
-    return PagedKV(kv.layout, **tables, **sides, votes=dict(kv.votes))
+    return PagedKV(kv.layout, **tables, **sides, votes=dict(kv.votes), bases=kv.bases, rope=kv.rope)
 
 
 def build(
@@ -89,6 +93,7 @@ def build(
     most = [max(h.sealed) + max(h.rest) + layout.pages(max(h.open)) for h in held]
     kv = PagedKV.allocate(layout, sum(most) * lanes + spare, slots, layers, kv_heads, max(most) + 1)
     kv.data.fill_(255)  # a NaN in every float format: what no token wrote must not be read
+    add_bases(kv, rng)
     free = torch.randperm(kv.data.shape[0], generator=rng).int()
     order = torch.randperm(slots, generator=rng).int()[: len(held)]
     bounds, positions = [0], []
@@ -104,11 +109,12 @@ def build(
             count = sealed + rest + layout.pages(tokens)
             kv.table[lane][:count], state.free = state.free[:count], state.free[count:]
             kv.kept[lane], kv.sealed[lane], kv.rest[lane] = kept[i], sealed, rest
-            fill_lane(state, lane, rng)
         evicted = one.evicted or min(kept) < max(kept)
         seen = max(kept) + (37 if evicted else 0)
         if evicted:
             kv.positions[slot] = gapped_positions(kv, slot, one.rows, seen, rng)
+        for i in range(lanes):
+            fill_lane(state, (slot, i // kv_heads, i % kv_heads), rng)
         if one.first_vote is not None:
             kv.mass[slot] = torch.rand(layers, kv_heads, longest + 5, generator=rng)
         if one.weighted:
@@ -118,6 +124,26 @@ def build(
     votes = [h.rows if h.first_vote is None else h.first_vote for h in held]
     state.batch = LaneBatch(order, int32(bounds), torch.cat(positions).int(), int32(votes))
     return state
+
+
+def add_bases(kv: PagedKV, rng: torch.Generator) -> None:
+    """Random bases and channels for the formats that go by them, and RoPE's tables with a factor."""
+    layers, heads, dim = *kv.table.shape[1:3], kv.layout.head_dim
+    for fmt in PageFormat:
+        if fmt.has_bases:
+            keys, values = torch.linalg.qr(torch.randn(2, layers, heads, dim, dim // 2, generator=rng)).Q
+            kv.bases[fmt] = Bases(keys.contiguous(), values.mT.contiguous())
+    angles = torch.arange(4096)[:, None] * 100.0 ** -(torch.arange(dim // 2) * 2 / dim)
+    kv.rope = Rope(1.25 * angles.cos(), 1.25 * angles.sin(), 1.25)
+    for slot in range(kv.table.shape[0]):
+        chosen = torch.rand(layers, heads, dim, generator=rng).argsort(dim=-1) < THINK.channels(dim)
+        kv.channels[slot] = chosen.to(torch.uint8)
+
+
+def place_of(kv: PagedKV, slot: int, layer: int, head: int, index: Tensor) -> Place:
+    """Of a lane's tokens `index` [n]."""
+    positions = lane_positions(kv, slot, layer, head)[index]
+    return Place(kv, layer, head, positions, kv.channels[slot][layer, head])
 
 
 def fill_lane(state: State, lane: tuple[int, int, int], rng: torch.Generator) -> None:
@@ -132,7 +158,8 @@ def fill_lane(state: State, lane: tuple[int, int, int], rng: torch.Generator) ->
         fmt = PageFormat(int(code))
         tokens = slice(full, full + int(count) * layout.capacity(fmt))
         if count:
-            raw = encode_pages(keys[tokens], values[tokens], layout, fmt)
+            place = place_of(kv, *lane, torch.arange(tokens.start, tokens.stop))
+            raw = encode_pages(keys[tokens], values[tokens], layout, fmt, place)
             kv.data[pages[sealed : sealed + int(count)], : raw.shape[1]] = raw
         sealed, full = sealed + int(count), tokens.stop
     k_view, v_view = float_views(kv.data, layout, layout.compute)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from winnow.kernels.dispatch import Backend
 from winnow.kernels.kv import PagedKV
 from winnow.kernels.layout import PageFormat, PageLayout
 from winnow.kernels.reference.codec import as_float, decode_pages, encode_pages
+from winnow.kernels.reference.formats import Place
+from winnow.kernels.reference.lanes import lane_positions
 
 from .build import Held, State, int32
 
@@ -51,8 +53,18 @@ class Repack:
         keep = None if self.keep is None else self.keep.to(kv.device)
         ops.repack(kv, self.slot, keep, self.counts, self.start, self.dst_table, self.dst_sealed, self.fmt)
 
+    def positions(self, kv: PagedKV) -> Tensor:
+        """[layers, kv_heads, most] int32: where the new lanes' tokens stand in the text, as long as the tables are the
+        old ones."""
+        lanes = {lane: lane_positions(kv, self.slot, *lane)[index] for lane, index in self.tokens.items()}
+        positions = torch.zeros(*self.counts.shape, max(map(len, lanes.values())), dtype=torch.int32)
+        for (layer, head), lane in lanes.items():
+            positions[layer, head, : len(lane)] = lane
+        return positions
+
     def commit(self, kv: PagedKV) -> None:
         """Writes the sequence's new tables, as the engine does."""
+        kv.positions[self.slot] = self.positions(kv)
         leading = torch.arange(self.dst_table.shape[2]) < self.start[..., None]
         old = torch.nn.functional.pad(kv.table[self.slot], (0, self.dst_table.shape[2] - kv.table.shape[3]), value=-1)
         wider = torch.full((*kv.table.shape[:3], self.dst_table.shape[2]), -1, dtype=torch.int32)
@@ -117,14 +129,17 @@ def stored(
     full: int,
     rest_fmt: PageFormat = PageFormat.INT2,
     rest_full: int = 0,
+    *,
+    place: Place,
 ) -> list[Tensor]:
     """What keys and values [n, D] become: the first `full` tokens in pages of `fmt`, the next `rest_full` in pages of
-    `rest_fmt`, what is left in the compute format."""
+    `rest_fmt`, what is left in the compute format; `place` is theirs."""
     done, sides = 0, ([], [])  # type: tuple[int, tuple[list[Tensor], list[Tensor]]]
     for count, one in ((full, fmt), (rest_full, rest_fmt)):
-        raw = encode_pages(parts[0][done : done + count], parts[1][done : done + count], layout, one)
+        at = replace(place, positions=place.positions[done : done + count])
+        raw = encode_pages(parts[0][done : done + count], parts[1][done : done + count], layout, one, at)
         pages = torch.nn.functional.pad(raw, (0, layout.page_bytes - raw.shape[1]))
-        for side, numbers in zip(sides, decode_pages(pages, layout, one), strict=True):
+        for side, numbers in zip(sides, decode_pages(pages, layout, one, at), strict=True):
             side.append(numbers)
         done += count
     return [

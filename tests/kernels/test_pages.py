@@ -8,7 +8,7 @@ import torch
 from winnow.kernels.dispatch import Backend
 from winnow.kernels.layout import PageFormat, PageLayout
 
-from .build import Held, assert_same_bits, build, int32
+from .build import FORMATS, Held, assert_same_bits, build, int32, place_of
 from .repacking import stored
 
 F32, BF16, INT8, INT4, INT2, FP8, *_ = PageFormat
@@ -23,6 +23,7 @@ CASES = {
     "int2 pages": [Held((5, 20), sealed=(2, 1), fmt=INT2)],
     "fp8 pages": [Held((5, 20), sealed=(2, 1), fmt=FP8)],
     "int4 and int2 pages": [Held((5, 20), sealed=(2, 0), rest=(1, 2))],
+    **{f"{fmt.label} pages": [Held((5, 20), sealed=(2, 1), fmt=fmt)] for fmt in FORMATS if fmt.is_opened},
     "bf16 pages and ragged sealed counts": [Held((5,), sealed=(2, 0, 1), fmt=BF16)],
     "f32 pages": [Held((5,), sealed=(2, 0, 1), fmt=F32)],
 }
@@ -49,7 +50,8 @@ def test_lanes_are_read_as_their_pages_store_them(
                 full = int(state.kv.sealed[lane]) * layout.capacity(one.fmt)
                 rest_full = int(state.kv.rest[lane]) * layout.capacity(one.rest_fmt)
                 made = (state.keys[lane], state.values[lane])
-                expected = stored(layout, made, one.fmt, full, one.rest_fmt, rest_full)
+                place = place_of(state.kv, *lane, torch.arange(count))
+                expected = stored(layout, made, one.fmt, full, one.rest_fmt, rest_full, place=place)
                 for part, tokens in zip(lanes, expected, strict=True):
                     assert_same_bits(part[head, :count], tokens)
                     assert not part[head, count:].any()

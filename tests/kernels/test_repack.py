@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from winnow.kernels.dispatch import Backend, backend
 from winnow.kernels.layout import PageFormat, PageLayout
 
-from .build import FORMATS, Held, State, assert_same_bits, build, fixed, int32, randn
+from .build import FORMATS, Held, State, assert_same_bits, build, fixed, int32, place_of, randn
 from .repacking import Move, plan, stored
 
 F32, BF16, INT8, INT4, INT2, FP8, F16, *_ = PageFormat
@@ -85,6 +87,7 @@ def _check(ops: Backend, move: Move, layout: PageLayout) -> State:
     others[repack.written()] = False
     assert torch.equal(kv.data[others], arena[others])
 
+    places = {lane: place_of(kv, slot, *lane, index) for lane, index in repack.tokens.items()}
     repack.commit(kv)
     capacity = layout.capacity(move.fmt)
     for layer in range(2):
@@ -95,7 +98,8 @@ def _check(ops: Backend, move: Move, layout: PageLayout) -> State:
             stay = int(repack.start[layer, head]) * capacity
             full = int(repack.dst_sealed[layer, head]) * capacity - stay
             was = [part[head, chosen] for part in before[layer]]
-            expected = stored(layout, [part[stay:] for part in was], move.fmt, full)
+            place = replace(places[layer, head], positions=places[layer, head].positions[stay:])
+            expected = stored(layout, [part[stay:] for part in was], move.fmt, full, place=place)
             for part, old, new in zip(after, was, expected, strict=True):
                 assert_same_bits(part[head, :stay], old[:stay])
                 assert_same_bits(part[head, stay:kept], new)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from winnow.kernels.dispatch import Backend, backend
 from winnow.kernels.kv import Rest
 from winnow.kernels.layout import PageFormat, PageLayout
 
-from .build import FORMATS, Held, assert_same_bits, build, fixed, int32
+from .build import FORMATS, Held, assert_same_bits, build, fixed, int32, place_of
 from .repacking import stored
 
 LANES = 2
@@ -48,6 +48,7 @@ def _mixes() -> st.SearchStrategy[Mix]:
     formats=st.sampled_from(
         [(PageFormat.INT4, PageFormat.INT2), (PageFormat.INT8, PageFormat.INT4), (PageFormat.BF16, PageFormat.INT2)]
         + [(PageFormat.F16, fmt) for fmt in FORMATS if fmt.is_opened]
+        + [(PageFormat.MATRYOSHKA, PageFormat.CSKV), (PageFormat.THINK, PageFormat.MATRYOSHKA)]
     ),
     compute=st.sampled_from([PageFormat.F32, PageFormat.BF16]),
     fresh=st.booleans(),
@@ -74,6 +75,7 @@ def _check(
     state = build(layout, [held], kv_heads=LANES, spare=80)
     kv, slot = state.kv, int(state.batch.slots[0])
     before = ops.read_lanes(kv, slot, 0)
+    places = [place_of(kv, slot, 0, head, torch.arange(int(kv.kept[slot, 0, head]))) for head in range(LANES)]
     rng = torch.Generator().manual_seed(1)
     width = 24
     table = torch.full((1, LANES, width), -1, dtype=torch.int32)
@@ -121,13 +123,18 @@ def _check(
         kv.kept[slot, 0, head] = sum(map(len, orders[head]))
     kv.table = wider
     kv.sealed[slot, 0], kv.rest[slot, 0] = int32(sealed), int32(rest)
+    order = [torch.cat(order) for order in orders]
+    kv.positions[slot] = torch.zeros(1, LANES, max(map(len, order)), dtype=torch.int32)
+    for head, lane in enumerate(order):
+        kv.positions[slot][0, head, : len(lane)] = places[head].positions[lane]
     after = ops.read_lanes(kv, slot, 0)
     for head, (stayed, new_sealed, low, others) in enumerate(orders):
         new_rest = (rest[head] - rest_starts[head]) * second
         made = [part[head] for part in before]
-        written = stored(
-            layout, [m[torch.cat([new_sealed, others])] for m in made], fmt, len(new_sealed), rest_fmt, new_rest
-        )
+        moved = torch.cat([new_sealed, others])
+        place = replace(places[head], positions=places[head].positions[moved])
+        tokens = [m[moved] for m in made]
+        written = stored(layout, tokens, fmt, len(new_sealed), rest_fmt, new_rest, place=place)
         for part, was, new in zip(after, made, written, strict=True):
             wanted = torch.cat([was[stayed], new[: len(new_sealed)], was[low], new[len(new_sealed) :]])
             assert_same_bits(part[head, : len(wanted)], wanted)

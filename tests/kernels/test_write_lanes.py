@@ -27,12 +27,24 @@ def _write(ops: Backend, state: State, repack: Repack) -> None:
             stay = int(repack.start[layer, head]) * state.kv.layout.capacity(repack.fmt)
             for part, lane in zip(moved, lanes, strict=True):
                 part[head, : int(counts[head])] = lane[head, repack.tokens[layer, head][stay:]]
-        _put(ops, state, repack, layer, *moved)
+        positions = torch.full(moved[0].shape[:2], -1, dtype=torch.int32)
+        for head, lane in enumerate(repack.positions(state.kv)[layer]):
+            stay, count = int(repack.start[layer, head]) * state.kv.layout.capacity(repack.fmt), int(counts[head])
+            positions[head, :count] = lane[stay : stay + count]
+        _put(ops, state, repack, layer, *moved, positions)
 
 
-def _put(ops: Backend, state: State, repack: Repack, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+def _put(
+    ops: Backend,
+    state: State,
+    repack: Repack,
+    layer: int,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    positions: torch.Tensor | None = None,
+) -> None:
     parts = (part[layer] for part in (repack.counts, repack.start, repack.dst_table, repack.dst_sealed))
-    ops.write_lanes(state.kv, repack.slot, layer, keys, values, *parts, repack.fmt)
+    ops.write_lanes(state.kv, repack.slot, layer, keys, values, *parts, repack.fmt, positions)
 
 
 @pytest.mark.parametrize("move", MOVES.values(), ids=MOVES.keys())

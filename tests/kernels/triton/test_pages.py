@@ -13,7 +13,7 @@ from winnow.kernels.kv import PagedKV, Rest
 from winnow.kernels.layout import PageFormat, PageLayout
 from winnow.kernels.reference.codec import quantize_fp8
 from winnow.kernels.triton import pages
-from winnow.kernels.triton.device import formats
+from winnow.kernels.triton.device import page_formats
 
 from ..build import Held, State, assert_same_bits, build, int32, randn
 from ..repacking import Move, Repack, plan
@@ -34,7 +34,7 @@ def _page(layout: PageLayout, fmt: PageFormat, keys: Tensor, values: Tensor, ops
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("fmt", formats())
+@pytest.mark.parametrize("fmt", page_formats())
 def test_a_page_is_encoded_bit_for_bit(
     triton: Backend, reference: Backend, layout: PageLayout, fmt: PageFormat
 ) -> None:

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from winnow.kernels.layout import PageFormat, PageLayout
 from winnow.kernels.reference.codec import decode_pages, encode_pages
-from winnow.kernels.triton.device import device, formats
+from winnow.kernels.triton.device import device, page_formats
 from winnow.kernels.triton.tiles import keys_at, padded, page_keys, page_values, values_at
 
 from ..build import randn
@@ -66,7 +66,7 @@ def _pages(fmt: PageFormat, dim: int, compute: PageFormat, count: tl.tensor) -> 
 @pytest.mark.parametrize("dim", [16, 64, 80])
 @pytest.mark.parametrize(
     ("fmt", "compute"),
-    [(fmt, PageFormat.F32) for fmt in formats()] + [(fmt, PageFormat.BF16) for fmt in formats()[1:]],
+    [(fmt, PageFormat.F32) for fmt in page_formats()] + [(fmt, PageFormat.BF16) for fmt in page_formats()[1:]],
 )
 def test_a_page_is_read_as_the_reference_decodes_it(fmt: PageFormat, dim: int, compute: PageFormat) -> None:
     layout, pages = _pages(fmt, dim, compute, 2)
