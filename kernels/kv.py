@@ -8,7 +8,8 @@ be partly filled:
                                   formats[slot]           rest_formats[slot]  layout.compute
 
 The order of a lane's tokens is that of their positions, but for plans that mix formats: there important tokens come
-first, and `positions` says which they are. The newest tokens are last in any lane.
+first, and `positions` says which they are. The newest tokens are last in any lane. Where `rest` pages span layers, the
+lanes of a head in two layers have the same ones; no other page is in two places of a slot.
 
 Kernels never allocate pages and never change `kept`, `sealed` or `table`: the engine does, before and after.
 """

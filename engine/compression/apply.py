@@ -181,7 +181,7 @@ class Compressor:
         kept = to_device(kv.kept[slot, block].long(), self._device)
         held = torch.arange(tokens, device=self._device) < kept[..., None]
         read = [self._ops.read_lanes(kv, slot, layer) for layer in range(block.start, block.stop) if reads]
-        keys, values = (torch.stack(side) for side in zip(*read, strict=True)) if reads else (None, None)
+        keys, values = map(_layers_of, zip(*read, strict=True)) if reads else (None, None)
         return LaneView(
             positions=kv.positions[slot][block, :, :tokens].long().masked_fill(~held, -1),
             kept=kept,
@@ -333,6 +333,11 @@ def _blocks(policy: EvictionPolicy, evict: Evict, layers: int) -> list[tuple[sli
     if policy.signals.isdisjoint(READS):
         return [(slice(0, layers), False)]
     return [(slice(layer, layer + 1), True) for layer in range(layers)]
+
+
+def _layers_of(parts: tuple[Tensor, ...]) -> Tensor:
+    """Tensors [...] of some layers as one, [layers, ...]; that of a single one is not copied."""
+    return parts[0][None] if len(parts) == 1 else torch.stack(parts)
 
 
 def _stacked(parts: Iterable[Tensor], padding: float) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from winnow.engine.compression.plan import Plan
-from winnow.engine.errors import PlanNotSupported
+from winnow.engine.errors import PlanNotSupported, RequestError
 from winnow.engine.models.decoder import Decoder
 from winnow.kernels.layout import PageFormat
 
@@ -176,7 +176,7 @@ def test_guesses_may_be_taken_back(tiny: Decoder) -> None:
     ],
 )
 def test_what_does_not_go_with_merged_layers_is_refused(kv: dict[str, Any], path: str, why: str) -> None:
-    with pytest.raises(Exception, match=why) as refused:
+    with pytest.raises(RequestError, match=why) as refused:
         Plan.parse({"kv": kv})
     assert refused.value.param == path
 

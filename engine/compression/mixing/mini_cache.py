@@ -76,13 +76,13 @@ class MiniCache:
         if view.keys is None or view.values is None:
             return view.kept.unsqueeze(-1).expand_as(view.positions).float()
         key, value = (_place_in_range(_distance(side), view.is_held[0]) for side in (view.keys, view.values))
-        return key.maximum(value).float().expand_as(view.positions)
+        return key.maximum(value).expand_as(view.positions)
 
 
 def _distance(side: Tensor) -> Tensor:
-    """[2, kv_heads, tokens, head_dim] -> angular distance of the two layers' vectors, [kv_heads, tokens] float64."""
-    x, y = side.double()
-    norms = (x.square().sum(-1) * y.square().sum(-1)).sqrt().clamp_min(1e-30)
+    """[2, kv_heads, tokens, head_dim] -> angular distance of the two layers' vectors, [kv_heads, tokens]."""
+    x, y = side
+    norms = (x.norm(dim=-1) * y.norm(dim=-1)).clamp_min(1e-30)
     return ((x * y).sum(-1) / norms).clamp(-1, 1).acos() / pi
 
 
