@@ -48,7 +48,7 @@ def methods(result: Result) -> str:
         "tokens before which the plan and the uncompressed model find the same one likeliest, the KL divergence "
         "between the two, and the bytes held, of those under no plan. Answers are those found in generated tasks of "
         f"{ANSWERS_AT} tokens, where the context was compressed before the question was read / with the question in "
-        f"it; the uncompressed model finds {_answers(result, OFF)}.",
+        "it, of what the uncompressed model finds in the same contexts.",
         *_table("Eviction: `kv.evict`, frees pages", (*HEAD, "documents"), _evictions(result)),
         "",
         "Documents: whether it keeps what serves any question, so that `kv.scope` may be 'document'.",
@@ -112,11 +112,17 @@ def _measured(result: Result, plan: str) -> str:
 
 
 def _answers(result: Result, plan: str) -> str:
-    """Shares by protocol; over the contexts that were asked under the plan, which are fewer where a run was cut."""
-    found = [result.mean(plan, "score", length=ANSWERS_AT, protocol=protocol) for protocol in PROTOCOLS]
-    if not any(found):
-        return "not measured"
-    return " / ".join("-" if share is None else f"{share.value:.0%}" for share in found)
+    """Shares by protocol, and the uncompressed model's on the contexts that were asked under the plan."""
+    shares, exact = [], None
+    for protocol in PROTOCOLS:
+        found, more = (
+            result.mean(plan, "score", length=ANSWERS_AT, protocol=protocol),
+            result.beyond(plan, "score", ANSWERS_AT, protocol),
+        )
+        shares.append("-" if found is None else f"{found.value:.0%}")
+        if found is not None and more is not None:
+            exact = found.value - more.value
+    return "not measured" if exact is None else f"{' / '.join(shares)} of {exact:.0%}"
 
 
 def _signals(method: Any) -> str:

@@ -183,7 +183,8 @@ class Harness:
                 if refusal is None:
                     yield name, protocol, [answer for answer in mine if isinstance(answer, Answer)]
                 else:
-                    self._result.refused[name] = refusal.message
+                    why = refusal.message
+                    self._result.refused[name] = f"{protocol}: {why}" if protocol else why
                     self._refused.add((name, protocol))
 
 

@@ -150,7 +150,7 @@ def _tasks(result: Result, protocol: str) -> list[str]:
     chances = "; ".join(f"{task}: {TASKS[task].title} (guessing: {TASKS[task].chance})" for task in named)
     note = (
         f"The context was compressed {when}. Per cent of the answers found; loss is of the right answer, in nats a "
-        f"token, and ranks the plans. {chances}."
+        f"token beyond the uncompressed model's on the same contexts, and ranks the plans. {chances}."
     )
     lines = [f"<h2>Tasks, {escape(protocol)}</h2>", f"<p>{escape(note)}</p>"]
     for length in tasks:

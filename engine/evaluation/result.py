@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,12 +57,12 @@ class Result:
         return {at: list(dict.fromkeys(cell.part for cell in cells if cell.length == at)) for at in lengths}
 
     def ranked(self, protocol: str, length: int) -> list[str]:
-        """The uncompressed model, and the plans that tasks of a length were measured under: those first that find the
-        right answers likeliest."""
+        """The uncompressed model, and the plans that tasks of a length were measured under: those first under which the
+        right answers are likeliest, beside the uncompressed model on the same contexts."""
 
         def place(name: str) -> tuple[bool, float]:
-            loss = self.mean(name, "loss", length=length, protocol=protocol)
-            return name != OFF, loss.value if loss is not None else 0.0
+            loss = self.beyond(name, "loss", length, protocol)
+            return name != OFF, loss.value if loss is not None else math.inf
 
         seen = {cell.plan for cell in self.values if (cell.protocol, cell.length) == (protocol, length)}
         return sorted((name for name in self.plans if name in seen), key=place)
@@ -89,6 +90,18 @@ class Result:
             for value in measures.get(measure, ())
         ]
         return Mean.of(values) if values else None
+
+    def beyond(self, plan: str, measure: str, length: int, protocol: str) -> Mean | None:
+        """The mean over the contexts of tasks that a plan was asked about, less the uncompressed model's there."""
+        differences = [
+            value - exact
+            for cell, measures in self.values.items()
+            if (cell.plan, cell.length, cell.protocol) == (plan, length, protocol)
+            for value, exact in zip(
+                measures.get(measure, ()), self.values.get(cell._replace(plan=OFF), {}).get(measure, ()), strict=False
+            )
+        ]
+        return Mean.of(differences) if differences else None
 
     def as_dict(self) -> dict[str, Any]:
         cells = []

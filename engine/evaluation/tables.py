@@ -45,7 +45,7 @@ def _text(result: Result) -> Table:
 
 
 def _tasks(result: Result, protocol: str, length: int) -> Table:
-    table = _table(f"Tasks, {protocol}: % of answers at {length} tokens, and nats a token of the right answer")
+    table = _table(f"Tasks, {protocol}: % of answers at {length} tokens; loss of the right one beyond that of {OFF}")
     for title in task_titles(result, protocol, length):
         table.add_column(title, justify="right")
     for name in result.ranked(protocol, length):
@@ -65,7 +65,8 @@ def task_cells(result: Result, name: str, protocol: str, length: int) -> list[st
 
     tasks = result.tasks(protocol)[length]
     contexts = sum(result.contexts(Cell(name, task, length, protocol)) for task in tasks)
-    every = [percent(mean("held")), with_error(mean("loss"), digits=2), with_error(mean("score"), 100, 0)]
+    beyond = result.beyond(name, "loss", length, protocol)
+    every = [percent(mean("held")), with_error(beyond, digits=2), with_error(mean("score"), 100, 0)]
     return [*every, *(number(mean("score", task), 0, 100) for task in tasks), str(contexts)]
 
 

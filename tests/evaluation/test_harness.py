@@ -18,7 +18,7 @@ from winnow.engine.compression.registry import eviction_policy
 from winnow.engine.errors import EvalError, RequestError
 from winnow.engine.evaluation.harness import PROTOCOLS, RESERVE, TEXT, Harness, Scope
 from winnow.engine.evaluation.haystack import Haystack
-from winnow.engine.evaluation.measures import Whole
+from winnow.engine.evaluation.measures import Mean, Whole
 from winnow.engine.evaluation.page import page
 from winnow.engine.evaluation.parity import KeptTarget
 from winnow.engine.evaluation.plans import OFF, WEIGHTS, Plans, read_plans
@@ -149,7 +149,7 @@ def test_refused_plans_are_noted_and_asked_once(target: KeptTarget) -> None:
             return [error if "h2o" in str(ask.plan) else one for ask, one in zip(asks, answers, strict=True)]
 
     result = measure(Refusing())
-    assert result.refused == {"h2o:0.25+int4": "needs a profile"}
+    assert result.refused == {"h2o:0.25+int4": "query-aware: needs a profile"}
     assert sum("h2o" in plan for plan in asked) == 1 + 2 * len(PROTOCOLS)  # once after text, twice about a task
     assert "h2o:0.25+int4" not in result.measured_plans
     assert "needs a profile" in page(result)
@@ -280,15 +280,19 @@ def test_tasks_of_another_length_have_a_table_of_their_own() -> None:
     for length, plans in ((512, (OFF, "tova:0.5", "h2o:0.5")), (4096, (OFF, "h2o:0.5"))):
         for loss, plan in enumerate(plans):
             for score in (0.0, 0.25):
-                result.add(plan, "qa", length, PROTOCOLS[0], score=score, loss=abs(1.5 - loss), held=0.5, held_mib=1.0)
-    assert result.tasks(PROTOCOLS[0]) == {512: ["qa"], 4096: ["qa"]}
+                result.add(plan, "qa", length, PROTOCOLS[0], score=score, loss=1.5 + loss, held=0.5, held_mib=1.0)
+    # A context that one plan was not asked about: what the uncompressed model finds hard is not held against the other.
+    result.add(OFF, "variables", 512, PROTOCOLS[0], score=0.0, loss=9.0, held=0.5, held_mib=1.0)
+    result.add("tova:0.5", "variables", 512, PROTOCOLS[0], score=0.0, loss=9.5, held=0.5, held_mib=1.0)
+    assert result.beyond("tova:0.5", "loss", 512, PROTOCOLS[0]) == Mean.of([1.0, 1.0, 0.5])
+    assert result.tasks(PROTOCOLS[0]) == {512: ["qa", "variables"], 4096: ["qa"]}
     assert result.ranked(PROTOCOLS[0], 512) == [OFF, "tova:0.5", "h2o:0.5"]
     html = page(result)
     assert html.count("<h3>") == 2
     short, long = html.split("<h3>")[1:]
     assert "tova:0.5" in short and "tova:0.5" not in long
     assert short.index("tova:0.5") < short.index("h2o:0.5")
-    assert "The uncompressed model finds 12 % of the answers" in short
+    assert "The uncompressed model finds 8 % of the answers" in short
     assert "go by the loss" in short
 
 

@@ -17,15 +17,15 @@ def test_the_table_of_methods() -> None:
     for plan, score in (("off", 1.0), ("snapkv:0.5", 0.25), ("int4", 0.5)):
         result.add(plan, "qa", methods.ANSWERS_AT, "query-agnostic", score=score)
         result.add(plan, "qa", 2 * methods.ANSWERS_AT, "query-agnostic", score=0.0)
+    result.add("off", "qa", methods.ANSWERS_AT, "query-aware", score=1.0)
     result.add("snapkv:0.5", "qa", methods.ANSWERS_AT, "query-aware", score=0.75)
     result.add("selective:0.5", "text", 100, "", kl=0.5, agreement=0.8, held=0.52)
     page = methods.methods(result)
     for name in (*EVICTION, *MERGE, *MIX, *PROMPT, *READ, *FORMATS):
         assert f"| `{name}` |" in page
     row = next(line for line in page.splitlines() if line.startswith("| `snapkv` |"))
-    assert "| attention | 90%, 0.2 nats, 55% held | not measured | 25% / 75% | no |" in row
-    assert "the uncompressed model finds 100% / -." in page
-    assert f"| `int4` | {PageFormat.INT4.what} | not measured | 50% / - |" in page
+    assert "| attention | 90%, 0.2 nats, 55% held | not measured | 25% / 75% of 100% | no |" in row
+    assert f"| `int4` | {PageFormat.INT4.what} | not measured | 50% / - of 100% |" in page
     assert "| 80%, 0.5 nats, 52% held | not measured | not measured |" in page
     assert "needs a profile" in page
     widths = {line.count("|") for line in page.splitlines() if line.startswith("| `") and "not measured" in line}
