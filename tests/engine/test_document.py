@@ -316,6 +316,33 @@ def test_without_a_cache_nothing_is_kept(tiny: Decoder) -> None:
     assert bench.engine.arena.free_count == bench.engine.arena.total
 
 
+def squeezed(bench: Bench, preempts: bool = False) -> Seen:
+    """A request that is squeezed amid its answer, and may then lose everything."""
+    prompt, at = [*DOCUMENT, *QUESTIONS[1]], len(DOCUMENT) + len(QUESTIONS[1]) + 9
+    bench.submit("a", prompt, NEW, PLANS["under pressure"], lead_ins=LEAD_INS, document=len(DOCUMENT))
+    while not bench.running or bench.sequence("a").computed < at:
+        bench.step()
+    assert bench.engine.pressure.relieve(bench.running)
+    if preempts:
+        bench.engine.scheduler.preempt(bench.sequence("a"))
+    bench.run(bench.engine.check_integrity)
+    return bench.seen.pop(("a", 0))
+
+
+def test_a_squeeze_leaves_the_document_to_others(tiny: Decoder) -> None:
+    """What runs out of pages takes nothing from it, found or not, and read again from it comes to the same state."""
+    wanted = squeezed(Bench(tiny, prefix_caching=False))
+    assert wanted.last.compression is not None and wanted.last.compression.squeezed_at is not None
+    bench = Bench(tiny)
+    for preempts in (False, True, False):
+        assert_same(squeezed(bench, preempts), wanted)
+    assert bench.engine.stats.squeezes_total == 3
+    assert bench.engine.stats.document_hit_tokens_total >= 2 * len(DOCUMENT)
+    calm = asked(bench, QUESTIONS[1], PLANS["under pressure"])
+    assert_same(calm, asked(Bench(tiny, prefix_caching=False), QUESTIONS[1], PLANS["under pressure"]))
+    assert calm.tokens != wanted.tokens
+
+
 # Refusals ----------------------------------------------------------------------------------------------------------
 
 
