@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMClientError, VLLMError
 from vllm.inputs.engine import tokens_input
 from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
@@ -95,7 +96,7 @@ class VllmEngine:
             label = kv_format(config.cache_config.cache_dtype, str(config.model_config.dtype))
             counters = Counters(config)
             self._llm = LLMEngine.from_vllm_config(config, stat_loggers=[lambda config, index: counters])
-        except (ValueError, TypeError, NotImplementedError, ImportError, OSError) as error:
+        except (VLLMError, ValueError, TypeError, NotImplementedError, ImportError, OSError) as error:
             raise ModelError(f"vLLM cannot run {settings.model}: {error}") from error
         self._counters = counters
         self._scheduler = self._llm.engine_core.engine_core.scheduler
@@ -171,7 +172,7 @@ class VllmEngine:
                 name = _name(request.request_id, index)
                 self._llm.add_request(name, prompt, params)
                 self._choices[name] = Choice(request.request_id, index, length, sampling.logprobs)
-        except ValueError as error:  # vLLM's own checks
+        except (VLLMClientError, ValueError) as error:  # vLLM's own checks
             self.abort(request.request_id)
             raise RequestError(getattr(error, "parameter", None), str(error), "invalid_value") from error
 

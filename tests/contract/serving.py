@@ -25,6 +25,7 @@ class Serving:
     process: subprocess.Popen[bytes]
     url: str
     log: Path
+    patience_s: float = PATIENCE_S
 
     def http(self) -> httpx.Client:
         headers = {"authorization": f"Bearer {KEY}"}
@@ -46,7 +47,7 @@ class Serving:
 
     def until(self, condition: Callable[[], bool]) -> None:
         """Waits for what must come."""
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + self.patience_s
         while not condition():
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < deadline, self.log.read_text()
@@ -69,7 +70,9 @@ class Serving:
 
 
 @contextmanager
-def serving(folder: Path, *options: str, python: str = sys.executable, **variables: str) -> Iterator[Serving]:
+def serving(
+    folder: Path, *options: str, python: str = sys.executable, patience_s: float = PATIENCE_S, **variables: str
+) -> Iterator[Serving]:
     """A server of the default model that is ready; ended by SIGTERM, if it still runs, with status 0."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -83,7 +86,7 @@ def serving(folder: Path, *options: str, python: str = sys.executable, **variabl
         subprocess.Popen([*command, *options], stdout=output, stderr=output, env=environment) as process,
     ):
         try:
-            server = Serving(process, f"http://127.0.0.1:{port}", log)
+            server = Serving(process, f"http://127.0.0.1:{port}", log, patience_s)
             server.until(server.is_ready)
             yield server
             if process.poll() is None:

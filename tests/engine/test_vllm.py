@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from winnow.engine.compression.able import for_engine
-from winnow.engine.compression.plan import Plan
+from winnow.engine.compression.plan import KV, Plan
 from winnow.engine.config import EngineSettings
 from winnow.engine.errors import ModelError, PlanNotSupported, RequestError
-from winnow.engine.messages import EngineInfo, SamplingParams, TokenLogprob
+from winnow.engine.messages import EngineInfo, SamplingParams, Submit, TokenLogprob
 from winnow.engine.vllm.arguments import REFUSED, engine_arguments, environment, kv_format
 from winnow.engine.vllm.memory import BlockMemory
 from winnow.engine.vllm.requests import REFUSES, sampling_fields, token_logprobs
@@ -71,6 +71,15 @@ def test_its_own_format_is_taken() -> None:
     assert for_engine(Plan.parse(plan.to_wire()), info_of("fp8")) == plan
     with pytest.raises(PlanNotSupported, match="kv_cache_dtype=fp8"):
         for_engine(asked, info_of("bf16"))
+
+
+def test_nothing_is_passed_over() -> None:
+    """What a plan or a submission may say is refused or done."""
+    said = {f"compression.{name}" for name in set(Plan.model_fields) - {"kv"}}
+    assert said | {f"compression.kv.{name}" for name in KV.model_fields} <= REFUSES.keys()
+    of_refused_plans = {"lead_ins", "document"}
+    done = {"request_id", "prompt", "sampling", "plan", "cache_salt"}
+    assert set(Submit.__struct_fields__) == done | of_refused_plans | REFUSES.keys() & {"speculative", "forced"}
 
 
 def test_no_plan_is_no_plan() -> None:
