@@ -25,7 +25,7 @@ from winnow.engine.compression.registry import (
     prompt_policy,
     read_policy,
 )
-from winnow.engine.evaluation.harness import PROTOCOLS
+from winnow.engine.evaluation.harness import PROTOCOLS, TEXT
 from winnow.engine.evaluation.plans import FORMATS, MERGED, OFF
 from winnow.engine.evaluation.result import Result, write_text
 from winnow.kernels.formats import PageFormat
@@ -39,16 +39,19 @@ ANSWERS_AT = 512
 def methods(result: Result) -> str:
     """Markdown."""
     facts = result.facts
+    texts = max((result.contexts(cell) for cell in result.values if cell[:2] == (OFF, TEXT)), default=0)
+    asked = [cell for cell in result.values if (cell.plan, cell.length) == (OFF, ANSWERS_AT) and cell.protocol]
+    tasks = sum(map(result.contexts, asked)) // len(PROTOCOLS)
     lines = [
         "# Methods",
         "",
         "Made by `make methods` from the registry and from a result of `winnow eval`: do not edit.",
         "",
-        f"Measured on {facts.get('model')} with {facts.get('weights')} weights, on real text. A cell has the share of "
-        "tokens before which the plan and the uncompressed model find the same one likeliest, the KL divergence "
-        "between the two, and the bytes held, of those under no plan. Answers are those found in generated tasks of "
-        f"{ANSWERS_AT} tokens, where the context was compressed before the question was read / with the question in "
-        "it, of what the uncompressed model finds in the same contexts.",
+        f"Measured on {facts.get('model')} with {facts.get('weights')} weights, on {texts} parts of real text. A cell "
+        "has the share of tokens before which the plan and the uncompressed model find the same one likeliest, the KL "
+        "divergence between the two, and the bytes held, of those under no plan. Answers are those found in "
+        f"{tasks} generated tasks of {ANSWERS_AT} tokens, where the context was compressed before the question was "
+        "read / with the question in it, of what the uncompressed model finds in the same contexts.",
         *_table("Eviction: `kv.evict`, frees pages", (*HEAD, "documents"), _evictions(result)),
         "",
         "Documents: whether it keeps what serves any question, so that `kv.scope` may be 'document'.",
