@@ -17,8 +17,8 @@ CALIBRATED: dict[str, str] = {
 }
 """Method, as a plan names it -> the calibrator that makes its profile"""
 
-NAMING = ("policy", "format")
-"""Fields of a plan that name a method"""
+NAMING = ("policy", "format", "rest")
+"""Fields of a plan that name a method, or a page format"""
 
 
 def profiles_needed(plan: Plan) -> list[tuple[str, str]]:

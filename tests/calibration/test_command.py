@@ -52,6 +52,9 @@ def test_a_plan_names_what_it_needs() -> None:
     assert profiles_needed(Plan.parse({})) == []
     assert profiles_needed(Plan.parse({"kv": {"evict": {"policy": "knorm", "budget": 0.5}, "format": "int8"}})) == []
     assert profiles_needed(Plan.parse(TRI)) == [("kv.evict.policy", "tri_attention")]
+    assert profiles_needed(Plan.parse({"kv": {"format": "cskv"}})) == [("kv.format", "cskv")]
+    mix = {"mix": {"policy": "zipcache", "format": "f16", "rest": "matryoshka"}}
+    assert profiles_needed(Plan.parse({"kv": mix})) == [("kv.mix.rest", "matryoshka")]
 
 
 def test_a_missing_profile_is_named_with_its_command() -> None:

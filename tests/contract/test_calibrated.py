@@ -27,6 +27,12 @@ def test_methods_that_need_a_profile(server: Serving, policy: str) -> None:
     assert (kept["max"] == seen) is (policy == "razor_attention")
 
 
+@pytest.mark.parametrize("fmt", ["matryoshka", "cskv"])
+def test_formats_that_need_a_profile(server: Serving, fmt: str) -> None:
+    used = answer(server, {"kv": {"format": fmt, "residual": 0}})
+    assert used["bytes_held"] < 0.4 * used["bytes_uncompressed"]
+
+
 def test_a_quality(server: Serving) -> None:
     held = []
     for quality in (1.0, 0.98, 0.8):

@@ -67,7 +67,9 @@ def _home(result: Any) -> Any:
 def _kv_to(kv: PagedKV, to: torch.device) -> PagedKV:
     sides = {name: {slot: part.to(to, copy=True) for slot, part in getattr(kv, name).items()} for name in SIDES}
     reading = {slot: _state(state, lambda part: part.to(to, copy=True)) for slot, state in kv.reading.items()}
-    return replace(kv, data=kv.data.to(to, copy=True), **sides, reading=reading, native=None, stale=set())
+    energy = {slot: replace(part, sums=part.sums.to(to, copy=True)) for slot, part in kv.energy.items()}
+    more = {"reading": reading, "energy": energy}
+    return replace(kv, data=kv.data.to(to, copy=True), **sides, **more, native=None, stale=set())
 
 
 def _kv_back(there: PagedKV, kv: PagedKV) -> None:
@@ -75,6 +77,8 @@ def _kv_back(there: PagedKV, kv: PagedKV) -> None:
     for name in SIDES:
         for slot, part in getattr(there, name).items():
             getattr(kv, name)[slot].copy_(part)
+    for slot, energy in there.energy.items():
+        kv.energy[slot].sums.copy_(energy.sums)
     for slot, state in there.reading.items():
         home = _state(state, Tensor.cpu)
         for part in fields(home):
