@@ -43,8 +43,14 @@ class EngineSettings(BaseModel):
     weights: Literal["f32", "int8", "bf16", "fp8"] = Field(
         "int8", description="how weights are held: f32 or int8 on the CPU, bf16 (its default), fp8 or f32 on a GPU"
     )
+    tensor_parallel: int = Field(
+        1, ge=1, le=64, description="processes, with a GPU each where there are any, that share the model by its heads"
+    )
     kv_memory_gib: float | None = Field(
-        4.0, gt=0, le=4096, description="size of the page arena; on a GPU, what memory_utilization leaves if unset"
+        4.0,
+        gt=0,
+        le=4096,
+        description="size of each process' page arena; on a GPU, what memory_utilization leaves if unset",
     )
     memory_utilization: float = Field(
         0.9, gt=0, le=1, description="share of a GPU's memory for weights, activations and pages together"
@@ -96,6 +102,10 @@ class EngineSettings(BaseModel):
                 raise ValueError(f"{name}: {held} is not for {where}, which has {', '.join(able)}")
         if self.draft_weights is not None and self.draft_model is None:
             raise ValueError("draft_weights has no effect without draft_model")
+        if self.tensor_parallel > 1 and self.engine == "vllm":
+            raise ValueError("tensor_parallel: vLLM's own is vllm_args tensor_parallel_size")
+        if self.tensor_parallel > 1 and self.draft_model is not None:
+            raise ValueError("tensor_parallel: a draft model goes with one process only")
         if self.device == "cpu" and self.kv_memory_gib is None:
             raise ValueError("kv_memory_gib must be given on the CPU, whose memory others use too")
         return self

@@ -22,11 +22,19 @@ from winnow.engine.facts import Totals, info_of, stats_of
 from winnow.engine.graphs import Graphs
 from winnow.engine.intake import Intake
 from winnow.engine.memory import arena_pages
-from winnow.engine.messages import EngineInfo, EngineStats, FrontierPoint, Output, Shorten, Submit
+from winnow.engine.messages import (
+    EngineInfo,
+    EngineStats,
+    FrontierPoint,
+    Output,
+    Shorten,
+    Submit,
+)
 from winnow.engine.models.decoder import Decoder
 from winnow.engine.pages import NO_PAGES, PageArena
 from winnow.engine.prefix_cache import PrefixCache
 from winnow.engine.progress import Progress
+from winnow.engine.ranks import Ranks
 from winnow.engine.runner import Runner
 from winnow.engine.sampler import Sampler
 from winnow.engine.sampling import SamplingTable
@@ -57,7 +65,7 @@ class Engine:
         Args
             draft: of a smaller model with the same vocabulary
         """
-        config = model.config
+        config, ranks = model.config, model.ranks
         layout = PageLayout(config.head_dim, settings.compute_format, settings.page_tokens)
         lanes = config.layers * config.kv_heads
         pages = arena_pages(settings, model, layout, ops)
@@ -69,17 +77,18 @@ class Engine:
             raise ModelError(f"{gib:.2f} GiB of KV memory hold no sequence of this model")
         self.settings, self.name, self.config = settings, name, config
         self.profiles, self.frontier = profiles, frontier
-        self.arena = PageArena(layout, pages, settings.max_seqs, config.layers, config.kv_heads, ops)
-        if bases := bases_of(profiles):
+        self.arena = PageArena(layout, pages, settings.max_seqs, config.layers, config.kv_heads, ops, ranks)
+        own = _own_part(profiles, ranks)
+        if bases := bases_of(own):
             self.arena.kv.bases, self.arena.kv.rope = bases, model.rope
         self.cache = PrefixCache(self.arena) if settings.prefix_caching else None
         shape = LaneShape(config.layers, config.kv_heads, config.heads, config.head_dim)
-        self.reader = Reader(self.arena, shape, profiles)
+        self.reader = Reader(self.arena, shape, own)
         self.side = SideState(self.arena, config, self.reader)
         self.compressor = Compressor(self.arena, self.cache, self.side, ops, config, profiles)
         self.table = SamplingTable(settings.max_seqs, config.vocab_size)
         self.pressure = Pressure(self.compressor, self.side, self.arena)
-        sampler = Sampler()
+        sampler = Sampler(ranks=ranks)
         self.draft = None if draft is None else Draft(draft)
         self.speculator = Speculator(self.arena, self.side, Tools(self.table, sampler, self.draft))
         self.scheduler = Scheduler(
@@ -92,10 +101,10 @@ class Engine:
             propose=self.speculator.propose,
         )
         self.graphs: Graphs | None = None
-        if settings.device == "cuda" and settings.cuda_graphs:
+        if settings.device == "cuda" and settings.cuda_graphs and ranks.size == 1:
             self.graphs = Graphs(model, self.arena.kv, settings.max_seqs)
         self.runner = Runner(model, self.arena, self.graphs)
-        self.shortener = Shortener(settings, config, self.arena.kv, ops)
+        self.shortener = Shortener(settings, config, self.arena, ops)
         self.has_windows = any(config.windows)
         self.formats = tuple(fmt.label for fmt in ops.page_formats())
         self.intake = Intake(self)
@@ -131,6 +140,8 @@ class Engine:
             said |= self.drawing.draw(batch, logits, said)  # a token for each who has read all it knows
             self.answers.commit(batch, said)  # tokens join the texts; who is done ends, and is told
         except Exception:
+            if self.arena.ranks.size > 1:
+                raise  # the others may have got further, and nobody could tell
             self._give_up()
         self.totals.steps += 1
         self.totals.step_seconds += time.perf_counter() - began
@@ -204,3 +215,8 @@ class Engine:
         self.arena.check_integrity(NO_PAGES if self.cache is None else self.cache.pages())
         if self.draft is not None:
             self.draft.engine.check_integrity()
+
+
+def _own_part(profiles: Mapping[str, Profile], ranks: Ranks) -> dict[str, Profile]:
+    """What has been measured of the heads whose lanes are at this rank: all of it is [layers, heads, ...]."""
+    return {method: {name: ranks.part(x, 1) for name, x in profile.items()} for method, profile in profiles.items()}

@@ -29,7 +29,7 @@ def info_of(engine: Engine) -> EngineInfo:
         max_model_len=engine.max_model_len,
         vocab_size=engine.config.vocab_size,
         layers=engine.config.layers,
-        kv_heads=engine.config.kv_heads,
+        kv_heads=engine.config.kv_heads * engine.arena.ranks.size,
         head_dim=engine.config.head_dim,
         compute_format=layout.compute.label,
         page_bytes=layout.page_bytes,

@@ -40,13 +40,17 @@ class Intake:
         check_draft(speculation, engine.draft is not None)
         check_combination(speculation, plan)
         check_profiles(plan, engine.profiles, engine.name)
+        if plan.read is not None:
+            engine.reader.check(plan.read)
         stage_bounds = self._stage_bounds(plan)
         tokens = room_for(request.prompt, sampling.max_tokens, request.forced)
         document = tokens[: document_tokens(request, plan)]
         parts = parts_of(plan.evict, document, request.lead_ins, engine.max_model_len - len(document))
         timeline = Timeline.of(plan, length, engine.arena.layout, len(document))
         engine.side.check_room(timeline, max([len(tokens), *(len(document) + len(part) for part in parts)]))
-        seed = int.from_bytes(os.urandom(8), "little") if sampling.seed is None else sampling.seed
+        seed = sampling.seed
+        if seed is None:
+            seed = int.from_bytes(engine.arena.ranks.told(os.urandom(8)), "little")
         self._arrivals += 1
         first, *siblings = [
             Sequence(

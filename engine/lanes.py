@@ -1,4 +1,4 @@
-"""What one sequence holds at one moment, apart from the slot that it holds it in."""
+"""What one sequence holds at one moment, apart from the slot that it holds it in, and the room that it needs."""
 
 from __future__ import annotations
 
@@ -60,3 +60,9 @@ class Lanes:
     @property
     def side_bytes(self) -> int:
         return sum(side.nbytes for side in self.sides if side is not None)
+
+
+def room(count: int) -> int:
+    """How many there is room for where there are `count`: at most an eighth more, or 15, so that growth is rare."""
+    step = max(16, 1 << max(0, count.bit_length() - 4))
+    return -(-count // step) * step

@@ -39,7 +39,7 @@ def arena_pages(settings: EngineSettings, model: Decoder, layout: PageLayout, op
         peak += _peak_bytes(model, layout, device, settings.max_seqs, settings.max_seqs, 1)
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    room = int(settings.memory_utilization * total) - (total - free) - peak
+    room = model.ranks.least(int(settings.memory_utilization * total) - (total - free) - peak)
     gib = [size / 2**30 for size in (total, model.nbytes, peak, room)]
     log.info("%.1f GiB of memory: %.2f GiB of weights, %.2f GiB for a step, %.2f GiB for pages", *gib)
     if room <= 0:

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 from winnow.engine.lanes import Lanes
 from winnow.engine.messages import CompressionReport
+from winnow.engine.ranks import ALONE, Ranks
+from winnow.engine.report import joined, report_of
 from winnow.kernels.dispatch import Backend
 from winnow.kernels.host import to_device
 from winnow.kernels.kv import PagedKV
@@ -40,8 +42,12 @@ class OutOfPages(Exception):
 class PageArena:
     """All pages of a device, and the lanes that draw from them."""
 
-    def __init__(self, layout: PageLayout, pages: int, slots: int, layers: int, kv_heads: int, ops: Backend):
+    def __init__(
+        self, layout: PageLayout, pages: int, slots: int, layers: int, kv_heads: int, ops: Backend, ranks: Ranks = ALONE
+    ):
+        """`ranks`: who has the lanes of the other heads; these are this process'."""
         self.layout = layout
+        self.ranks = ranks
         self.lanes = layers * kv_heads
         # The last page is nobody's: rows that only fill a step up write there.
         self.kv = PagedKV.allocate(layout, pages + 1, slots, layers, kv_heads, WIDTH, ops.device())
@@ -55,8 +61,8 @@ class PageArena:
         self._tail_shared = np.zeros(slots, bool)
         self._ballast: dict[int, Ints] = {}
         """Pages that stand for memory outside the arena"""
-        self._capacity: Ints = np.zeros(1 + max(PageFormat), np.int32)
-        self._capacity[list(PageFormat)] = [layout.capacity(fmt) for fmt in PageFormat]
+        self.capacity: Ints = np.zeros(1 + max(PageFormat), np.int32)
+        self.capacity[list(PageFormat)] = [layout.capacity(fmt) for fmt in PageFormat]
         self.reclaim: Callable[[int], None] = lambda pages: None
         """Asks the prefix cache to give back at least so many pages"""
         self._view()
@@ -79,9 +85,18 @@ class PageArena:
 
     # Pages -----------------------------------------------------------------------------------------------------------
 
+    def ensure(self, count: int) -> None:
+        """Sees to it that so many pages are free, at each rank as many as it says; OutOfPages at all if they are not
+        at one."""
+        if self.ranks.most(count - self.free_count) > 0:
+            self.reclaim(count - self.free_count)
+            if self.ranks.most(count - self.free_count) > 0:
+                raise OutOfPages
+
     def take(self, count: int) -> Ints:
-        """Pages with one reference each; OutOfPages leaves everything as it was."""
-        if count > self.free_count:
+        """Pages with one reference each; OutOfPages leaves everything as it was. Where ranks share a model they are
+        free already: by `ensure`, or by the scheduler."""
+        if count > self.free_count and self.ranks.size == 1:
             self.reclaim(count - self.free_count)
         if count > self.free_count:
             raise OutOfPages
@@ -229,7 +244,7 @@ class PageArena:
 
     def sealed_tokens(self, slots: Ints) -> Ints:
         """[B, layers, kv_heads] tokens in the full pages of both formats."""
-        sealed, rest = self._capacity[self.formats[slots]], self._capacity[self.rest_formats[slots]]
+        sealed, rest = self.capacity[self.formats[slots]], self.capacity[self.rest_formats[slots]]
         return self.sealed[slots] * sealed[:, None, None] + self.rest[slots] * rest[:, None, None]
 
     def _reserve_width(self, width: int) -> None:
@@ -264,7 +279,9 @@ class PageArena:
     def note(self, slot: int) -> Lanes:
         """What a sequence holds now, as it will stay: with a reference of its own to each page, and pages for its own
         copy of the side state. Its next token copies its open page. OutOfPages leaves everything as it was."""
-        ballast = self.take(self.ballast(slot))
+        count = self.ballast(slot)
+        self.ensure(count)
+        ballast = self.take(count)
         lanes = Lanes.of(self, slot, ballast)
         self.share(lanes.held)
         self._tail_shared[slot] = True
@@ -276,10 +293,11 @@ class PageArena:
         as it was."""
         self.share(lanes.held)  # first: to find free pages the prefix cache may drop what it has of these
         try:
-            self._ballast[slot] = self.take(len(lanes.ballast))
+            self.ensure(len(lanes.ballast))
         except OutOfPages:
             self.release(lanes.held)
             raise
+        self._ballast[slot] = self.take(len(lanes.ballast))
         width = lanes.table.shape[-1]
         self._reserve_width(width)
         self.table[slot, :, :, :width] = lanes.table
@@ -331,32 +349,8 @@ class PageArena:
     # What it looks like ----------------------------------------------------------------------------------------------
 
     def report(self, slot: int, seen: int) -> CompressionReport:
-        """What the sequence holds now, beside what `seen` tokens hold uncompressed."""
-        kept, reading = self.kept[slot], self.kv.reading.get(slot)
-        bytes_read, bytes_read_dense, rows = (0, 0, 0) if reading is None else reading.touched.tolist()
-        return CompressionReport(
-            tokens_seen=seen,
-            tokens_kept_min=int(kept.min()),
-            tokens_kept_mean=round(float(kept.mean()), 2),
-            tokens_kept_max=int(kept.max()),
-            bytes_uncompressed=self.layout.pages(seen) * self.lanes * self.layout.page_bytes,
-            bytes_held=(len(self.held(slot)) + self.ballast(slot)) * self.layout.page_bytes,
-            tokens_by_format=self._by_format(slot),
-            tokens_read=rows,
-            bytes_read=bytes_read,
-            bytes_read_dense=bytes_read_dense,
-        )
-
-    def _by_format(self, slot: int) -> dict[str, float]:
-        """Mean tokens of a lane in each page format."""
-        parts = ((self.sealed[slot], self.formats[slot]), (self.rest[slot], self.rest_formats[slot]))
-        totals = dict.fromkeys((self.layout.compute, *(PageFormat(code) for _, code in parts)), 0)
-        totals[self.layout.compute] = int(self.kept[slot].sum())
-        for pages, code in parts:
-            tokens = int(pages.sum()) * int(self._capacity[code])
-            totals[self.layout.compute] -= tokens
-            totals[PageFormat(code)] += tokens
-        return {fmt.label: round(tokens / self.lanes, 2) for fmt, tokens in totals.items()}
+        """What the sequence holds now, at all ranks, beside what `seen` tokens hold uncompressed."""
+        return joined(report_of(self, slot, seen), self.ranks)
 
     def check_integrity(self, cached: Ints) -> None:
         """AssertionError unless free + referenced = all, and the counts match the tables and the `cached` pages."""
@@ -381,12 +375,6 @@ class PageArena:
             assert np.array_equal(wanted, self.columns[slots]), "a lane has pages it does not need"
         idle = np.array(self._slots, np.int64)
         assert not self.columns[idle].any() and not self.kept[idle].any(), "a closed slot holds tokens"
-
-
-def room(count: int) -> int:
-    """How many there is room for where there are `count`: at most an eighth more, or 15, so that growth is rare."""
-    step = max(16, 1 << max(0, count.bit_length() - 4))
-    return -(-count // step) * step
 
 
 def _by_lane(counts: Ints) -> Ints:

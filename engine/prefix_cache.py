@@ -151,13 +151,14 @@ class PrefixCache:
         return self._arena.release(pages)
 
     def reclaim(self, pages: int) -> None:
-        """Gives back entries with pages that only the cache refers to, until `pages` are free or none is left."""
-        freed = 0
+        """Gives back entries with pages that only the cache refers to, until `pages` are free or none is left. Where
+        ranks share a model, of which each says what it needs, until they are at all; what one can do without goes."""
+        freed, ranks = 0, self._arena.ranks
         for key in list(self._entries):
-            if freed >= pages:
+            if ranks.most(pages - freed) <= 0:
                 return
             held = self._entries[key].pages
-            if (self._arena.refs[held] == self._refs[held]).any():
+            if ranks.most(int((self._arena.refs[held] == self._refs[held]).any())):
                 freed += self._remove(key)
             else:
                 self._entries.move_to_end(key)  # in use: not looked at again soon
@@ -169,10 +170,13 @@ class PrefixCache:
                 self._remove(key)
 
     def forget(self, pages: Ints) -> None:
-        """Drops the entries that hold any of these pages, so that their holder may overwrite them."""
+        """Drops the entries that hold any of these pages, so that their holder may overwrite them, at all ranks those
+        that hold such pages at one."""
         marked = np.zeros(self._arena.total, bool)
         marked[pages] = True
-        self.drop([key for key, entry in self._entries.items() if marked[entry.pages].any()])
+        is_marked = np.array([marked[entry.pages].any() for entry in self._entries.values()], bool)
+        keys = zip(list(self._entries), self._arena.ranks.any(is_marked).tolist(), strict=True)
+        self.drop(key for key, is_held in keys if is_held)
 
     def pages(self) -> Ints:
         """[n] all pages of all entries, those of several as often."""

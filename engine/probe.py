@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from winnow.engine.models.config import ModelConfig
+from winnow.engine.ranks import ALONE, Ranks
 from winnow.kernels.dispatch import Backend
 from winnow.kernels.host import to_device
 from winnow.kernels.kv import PagedKV
@@ -86,6 +87,8 @@ class AttentionProbe:
     tokens: int
     window: int
     layers: range
+    ranks: Ranks = ALONE
+    """Who has the other heads"""
     wants_logits = False
     first_row: int = field(init=False)
     _most: Tensor = field(init=False)
@@ -100,7 +103,7 @@ class AttentionProbe:
 
     @property
     def values(self) -> NDArray[np.float32]:
-        most: NDArray[np.float32] = self._most.cpu().numpy()
+        most: NDArray[np.float32] = self.ranks.maximum(self._most.clone()).cpu().numpy()
         return most
 
     @property

@@ -58,6 +58,8 @@ class Progress:
             try:
                 self._carry_out(seq)
             except Exception:  # one plan's failure is its own request's
+                if self._arena.ranks.size > 1:
+                    raise  # and maybe not the other ranks'
                 log.exception("the plan of request %s failed", seq.request_id)
                 self._answers.lose(seq.request_id, "the engine failed to compress this request")
         return said

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from winnow.engine.messages import TokenLogprob
+from winnow.engine.ranks import ALONE, Ranks
 from winnow.engine.sampling import GREEDY_BELOW, Edits, SamplingBatch
 from winnow.kernels.host import to_device
 
@@ -73,8 +74,9 @@ class Sampled:
 class Sampler:
     """Stateless: whatever a choice carries from step to step is in `SamplingTable`."""
 
-    def __init__(self, few: int = FEW):
+    def __init__(self, few: int = FEW, ranks: Ranks = ALONE):
         self._few = few
+        self._ranks = ranks
 
     @torch.inference_mode()
     def sample(self, logits: Tensor, batch: SamplingBatch) -> Sampled:
@@ -100,6 +102,7 @@ class Sampler:
         pending = np.flatnonzero(said[drawn] == UNSETTLED)
         if len(pending):
             said[drawn[pending]] = _draw_from_all(probabilities[there(pending)], drawn[pending], batch).cpu().numpy()
+        said = self._ranks.same(said)
         bad = said == BAD
         said[bad] = 0
         asked = np.flatnonzero((batch.logprobs >= 0) & ~bad)

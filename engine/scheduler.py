@@ -211,10 +211,10 @@ class Scheduler:
 
     def _make_free(self, pages: int) -> bool:
         """Sees to it that so many pages are free; if that cannot be, the prefix cache keeps what it has."""
-        missing = pages - self._arena.free_count
-        if missing <= 0:
+        missing, ranks = pages - self._arena.free_count, self._arena.ranks
+        if ranks.most(missing) <= 0:
             return True
-        if self._cache is None or missing > self._cache.reclaimable():
+        if self._cache is None or ranks.most(missing - self._cache.reclaimable()) > 0:
             return False
         self._arena.reclaim(missing)
         return True

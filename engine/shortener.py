@@ -32,9 +32,9 @@ from winnow.engine.errors import PlanNotSupported, RequestError
 from winnow.engine.messages import Rejected, Shorten, Shortened
 from winnow.engine.models import encoders
 from winnow.engine.models.config import ModelConfig
+from winnow.engine.pages import PageArena
 from winnow.engine.probe import AttentionProbe, Probe, SurprisalProbe
 from winnow.kernels.dispatch import Backend
-from winnow.kernels.kv import PagedKV
 
 log = logging.getLogger(__name__)
 
@@ -62,9 +62,9 @@ class Job:
 class Shortener:
     """Belongs to one engine."""
 
-    def __init__(self, settings: EngineSettings, config: ModelConfig, kv: PagedKV, ops: Backend):
+    def __init__(self, settings: EngineSettings, config: ModelConfig, arena: PageArena, ops: Backend):
         """ModelError where a setting names no model."""
-        self._config, self._kv, self._ops = config, kv, ops
+        self._config, self._arena, self._ops = config, arena, ops
         self._models = TextModels(settings)
         self._jobs: dict[str, Job] = {}
 
@@ -109,7 +109,8 @@ class Shortener:
                 if not layers:
                     path = "compression.prompt.first_layer"
                     raise PlanNotSupported(path, f"{path}: this model has {self._config.layers} layers")
-                job.probe = AttentionProbe(self._config, self._kv, self._ops, len(tokens), knobs.window, layers)
+                seen = len(tokens), knobs.window, layers
+                job.probe = AttentionProbe(self._config, self._arena.kv, self._ops, *seen, self._arena.ranks)
             case PromptSignal.EMBEDDINGS:
                 texts = [context.question, *job.units.texts(context.text)]
                 # Equal texts are read once, and so have equal vectors.

@@ -19,6 +19,10 @@ _to_engine = msgspec.msgpack.Decoder(list[ToEngine])
 _from_engine = msgspec.msgpack.Decoder(list[FromEngine])
 
 
+def encode(messages: Sequence[ToEngine]) -> bytes:
+    return _encoder.encode(messages)
+
+
 def frame(messages: Sequence[ToEngine] | Sequence[FromEngine]) -> bytes:
     body = _encoder.encode(messages)
     return LENGTH.pack(len(body)) + body

@@ -24,13 +24,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from machine import ROOT, facts
+from winnow.engine.build import build_engine
 from winnow.engine.config import EngineSettings
 from winnow.engine.engine import Engine
 from winnow.engine.evaluation.text import PromptBook, corpus, digest
 from winnow.engine.messages import Output, SamplingParams, Submit
 from winnow.engine.models.export import export_directory
 from winnow.engine.models.tokenizer import load_tokenizer
-from winnow.engine.process import build_engine
 
 PROMPT, NEW, PROMPTS = 96, 32, 4
 GUESSES = (2, 4)

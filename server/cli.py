@@ -47,6 +47,10 @@ def serve(
     weights: Annotated[
         str | None, typer.Option(help="How weights are held: f32 or int8 on the CPU; bf16, fp8 or f32 on a GPU.")
     ] = None,
+    tensor_parallel: Annotated[
+        int | None,
+        typer.Option(help="Processes, each with a GPU of its own if any, that share the model by its heads."),
+    ] = None,
     kv_memory_gib: Annotated[float | None, typer.Option(help="Memory for keys and values.")] = None,
     memory_utilization: Annotated[
         float | None, typer.Option(help="Share of a GPU's memory to use where kv_memory_gib is not given.")

@@ -21,6 +21,7 @@ from winnow.engine.calibration.store import NO_PROFILES, Profile
 from winnow.engine.compression.change import Change, Turn, from_place
 from winnow.engine.compression.channels import choose_channels
 from winnow.engine.compression.destination import destination
+from winnow.engine.compression.gathered import gathered
 from winnow.engine.compression.mixer import by_position, mix_formats
 from winnow.engine.compression.plan import Evict
 from winnow.engine.compression.policy import EvictionPolicy, LaneView, MergesLayers, SetsBudgets, StagedPolicy
@@ -66,6 +67,8 @@ class Compressor:
         self._side = side
         self._ops = ops
         self._q_per_kv = config.heads // config.kv_heads
+        first = arena.ranks.rank * config.kv_heads
+        self._own_heads = slice(first, first + config.kv_heads)
         self._device = arena.kv.device
         self._inv_freq = to_device(torch.tensor(config.inv_freq, dtype=torch.float32), self._device)
         self._rope_factor = config.rope_factor
@@ -142,12 +145,14 @@ class Compressor:
             view = self._view(seq, evict, block, seen, votes, reads)
             if order is not None:
                 view = view.taken(order[block, :, : view.positions.shape[-1]])
+            view = gathered(view, self._arena.ranks)
             scores = policy.score(view, evict)
             lanes = policy.lane_budgets(view, evict) if isinstance(policy, SetsBudgets) else budgets[block]
             keep = keep_mask(scores, view.kept, lanes, evict.sinks, recent, evict.head_budget)
             chosen.append((keep, scores))
         masks, all_scores = zip(*chosen, strict=True)
-        return *packed(_stacked(masks, False)), _stacked(all_scores, 0.0)
+        own, tokens = self._own_heads, int(self._arena.kept[seq.slot].max())
+        return *packed(_stacked(masks, False)[:, own]), _stacked(all_scores, 0.0)[:, own, :tokens]
 
     def _newest_mass(self, slot: int, layers: slice, tokens: int) -> Tensor | None:
         """What the newest queries gave; None where they are not heard apart."""
@@ -217,7 +222,7 @@ class Compressor:
             return
         policy = eviction_policy(evict.policy)
         block, reads = slice(layers.stop - 1, layers.stop), not policy.signals.isdisjoint(READS)
-        view = self._view(seq, evict, block, seq.prompt_tokens, votes=1, reads=reads)
+        view = gathered(self._view(seq, evict, block, seq.prompt_tokens, votes=1, reads=reads), self._arena.ranks)
         budget = evict.budget_tokens(seq.prompt_tokens)
         recent = evict.recent_tokens(budget)
         budgets = torch.full((1,), budget, device=self._device)
@@ -271,6 +276,7 @@ class Compressor:
         stays = fmt is was_fmt or not old_sealed.any()
         if keep is None and (not is_sealing or (stays and np.array_equal(sealed, old_sealed))):
             arena.formats[slot] = fmt
+            arena.ensure(0)  # lanes at other ranks may need pages
             self._side.carry(seq, None, count)
             return
 

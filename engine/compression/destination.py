@@ -52,14 +52,15 @@ def destination(
 
     table, needs_fresh = mine()
     try:
-        fresh = arena.take(int(needs_fresh.sum()))
+        arena.ensure(int(needs_fresh.sum()))
     except OutOfPages:
         if cache is None:
             raise
         # The cache's own references can go: then the pages are ours and are rewritten in place.
         cache.forget(arena.held(slot))
         table, needs_fresh = mine()
-        fresh = arena.take(int(needs_fresh.sum()))
+        arena.ensure(int(needs_fresh.sum()))
+    fresh = arena.take(int(needs_fresh.sum()))
     table[needs_fresh] = fresh
     if shared is not None:
         table[1:] = np.where(shared[1:], table[:-1], table[1:])

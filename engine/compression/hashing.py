@@ -37,15 +37,16 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift(x, 31)
 
 
-def uniform(seed: int, layers: Tensor, positions: Tensor) -> Tensor:
+def uniform(seed: int, layers: Tensor, positions: Tensor, first_head: int = 0) -> Tensor:
     """[layers, heads, tokens] float32 in [0, 1), whole multiples of 2^-24.
 
     Args
         seed       64 bits
         layers     [layers] int64
         positions  [layers, heads, tokens] int64
+        first_head which of the model's the first of these is
     """
-    heads = positions.new_ones(positions.shape[1]).cumsum(0)
+    heads = positions.new_ones(positions.shape[1]).cumsum(0) + first_head
     state = _mix(positions.new_full((1,), _signed(seed)) + GAMMA)
     state = _mix(state + (layers + 1) * GAMMA)[:, None, None]
     state = _mix(state + (heads * GAMMA)[None, :, None])

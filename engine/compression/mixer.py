@@ -67,6 +67,7 @@ def mix_formats(
     to = arrange(tokens, seq.plan.residual, capacity, layout.capacity(rest_fmt))
     way = moves(to, sealed, rest, capacity, layout.capacity(rest_fmt))
     if way.is_nothing(sealed, rest):
+        arena.ensure(0)  # lanes at other ranks may need pages
         return None
 
     lanes = tuple(kv.kept.shape[1:])

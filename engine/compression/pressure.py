@@ -70,4 +70,4 @@ class Pressure:
         packed = layout.capacity(fmt)
         sealed = (count - plan.residual).clip(0) // packed if fmt is not layout.compute else 0 * count
         columns = sealed - (sealed * packed - count) // layout.page_tokens
-        return int((arena.columns[seq.slot] - columns).sum())
+        return arena.ranks.total(int((arena.columns[seq.slot] - columns).sum()))

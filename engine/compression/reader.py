@@ -9,7 +9,9 @@ import numpy as np
 
 from winnow.engine.compression.read import Read
 from winnow.engine.compression.read_policy import LaneShape, Profile
-from winnow.engine.pages import Ints, PageArena, room
+from winnow.engine.errors import PlanNotSupported
+from winnow.engine.lanes import room
+from winnow.engine.pages import Ints, PageArena
 from winnow.engine.sequence import Sequence
 from winnow.kernels.layout import PageFormat
 from winnow.kernels.reading import ReadRule, ReadState
@@ -21,7 +23,7 @@ class Reader:
     """Makes rules, and the state of the sequences that read by them."""
 
     def __init__(self, arena: PageArena, shape: LaneShape, profiles: Mapping[str, Profile]):
-        """`profiles`: by policy, of the model that is served."""
+        """`profiles`: by policy, of the lanes' heads."""
         self._arena = arena
         self._lanes = (shape.layers, shape.kv_heads, shape.q_heads, shape.head_dim)
         self._shape = shape
@@ -30,6 +32,13 @@ class Reader:
 
     def _make_rule(self, read: Read) -> ReadRule:
         return read.rule(self._shape, self._profiles.get(read.policy, {}))
+
+    def check(self, read: Read) -> None:
+        """PlanNotSupported where the votes that choose are those of heads at several ranks."""
+        if self._arena.ranks.size > 1 and self._rule(read).votes_by_layer:
+            path = "compression.kv.read.policy"
+            why = f"all heads of a layer choose together under '{read.policy}', and tensor_parallel keeps them apart"
+            raise PlanNotSupported(path, f"{path}: {why}")
 
     def prepare(self, seq: Sequence) -> None:
         """Before a step of generated tokens, which the lanes count as kept already: rows of the prompt read all, and so

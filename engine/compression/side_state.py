@@ -26,8 +26,9 @@ from winnow.engine.compression.reader import NO_GROWTH, Reader
 from winnow.engine.compression.signals import Signal
 from winnow.engine.compression.timeline import NEVER, Timeline
 from winnow.engine.errors import PromptTooLong
+from winnow.engine.lanes import room
 from winnow.engine.models.config import ModelConfig
-from winnow.engine.pages import Ints, PageArena, room
+from winnow.engine.pages import Ints, PageArena
 from winnow.engine.sequence import Sequence
 from winnow.kernels.host import to_device
 from winnow.kernels.kv import Energy
@@ -44,6 +45,7 @@ class SideState:
         self._device = arena.kv.device
         self._reader = reader
         self._lanes = (config.layers, config.kv_heads)
+        self._first_head = arena.ranks.rank * config.kv_heads
         self._moments = (config.layers, config.heads, 1 + config.head_dim, config.head_dim)
         self._head_dim = config.head_dim
         self._hidden_size = config.hidden_size
@@ -212,7 +214,7 @@ class SideState:
         kv.positions[slot] = held
         if slot in kv.noise:
             part = kv.noise[slot][..., start:]
-            part.copy_(gumbel(seq.plan_seed, positions).where(ahead >= 0, part))
+            part.copy_(gumbel(seq.plan_seed, positions, self._first_head).where(ahead >= 0, part))
         seq.positions_known = upto + capacity - int(kept.max())
 
     def moments(self, slot: int, layers: slice, votes: int) -> QueryMoments:
@@ -258,7 +260,9 @@ class SideState:
         if not self._keeps_positions(seq) and kv.positions.pop(slot, None) is not None and seq.plan.evict is None:
             seq.positions_known = 0  # lanes that nothing was evicted from: they may be noted again
         self._reader.fit(seq)
-        self._arena.hold(slot, self._bytes(seq, seq.rows_read))
+        size = self._bytes(seq, seq.rows_read)
+        self._arena.ensure(-(-size // self._arena.layout.page_bytes) - self._arena.ballast(slot))
+        self._arena.hold(slot, size)
 
     def _resized(self, side: Tensor | None, tokens: int, dtype: torch.dtype) -> Tensor:
         """`side` with room for `tokens` tokens a lane, zeros where it is new."""
@@ -276,9 +280,9 @@ def _notes(plan: Plan) -> bool:
     return plan.evict is not None or plan.read is not None or plan.drops_channels
 
 
-def gumbel(seed: int, positions: Tensor) -> Tensor:
+def gumbel(seed: int, positions: Tensor, first_head: int = 0) -> Tensor:
     """Standard Gumbel noise of lane tokens: positions [layers, kv_heads, tokens] int64 -> float32."""
     # In float64, whose last bits are rounded away: the vectorised logarithm may differ in them from the plain one.
     layers = torch.arange(positions.shape[0], device=positions.device)
-    even = uniform(seed, layers, positions).double() + 2.0**-25
+    even = uniform(seed, layers, positions, first_head).double() + 2.0**-25
     return -(-even.log()).log().float()

@@ -81,9 +81,9 @@ class EngineTarget:
         draft_model: str | None = None,
     ):
         # Here, so that the harness asks a server without torch.
+        from winnow.engine.build import build_engine
         from winnow.engine.config import EngineSettings
         from winnow.engine.models.tokenizer import load_tokenizer
-        from winnow.engine.process import build_engine
         from winnow.engine.recital import lead_ins
 
         self._tokenizer = load_tokenizer(model)

@@ -4,6 +4,9 @@ x = embed(tokens)
 x = x + out(attention(rope(qkv(norm(x)))))         for each layer, K and V going to pages
 x = x + down(silu(gate(norm(x))) * up(norm(x)))
 logits = head(norm(x))
+
+Where ranks share a model, `out` and `down` of each yield a part of a sum, and embedding and head know a part of the
+vocabulary (see engine/ranks.py).
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import torch
 from torch import Tensor
 
 from winnow.engine.models.config import ModelConfig
+from winnow.engine.ranks import ALONE, Ranks
 from winnow.kernels.bases import Rope
 from winnow.kernels.dispatch import Backend, Weight
 from winnow.kernels.kv import LaneBatch, PagedKV
@@ -46,10 +50,18 @@ class Decoder:
     """A loaded model. Stateless: keys and values live in the pages that the caller passes."""
 
     def __init__(
-        self, config: ModelConfig, ops: Backend, embedding: Weight, blocks: list[Block], norm: Tensor, head: Weight
+        self,
+        config: ModelConfig,
+        ops: Backend,
+        embedding: Weight,
+        blocks: list[Block],
+        norm: Tensor,
+        head: Weight,
+        ranks: Ranks = ALONE,
     ):
-        """`head` is `embedding` itself where the two are tied."""
+        """`head` is `embedding` itself where the two are tied; `ranks` share the model, whose heads are this one's."""
         self.config = config
+        self.ranks = ranks
         self._ops = ops
         self._embedding = embedding
         self._blocks = blocks
@@ -61,7 +73,7 @@ class Decoder:
     def with_ops(self, wrap: Callable[[Backend], Backend]) -> Decoder:
         """The same weights behind other operations, made of its own; they must read what those have packed."""
         ops = wrap(self._ops)
-        return Decoder(self.config, ops, self._embedding, self._blocks, self._norm, self._head)
+        return Decoder(self.config, ops, self._embedding, self._blocks, self._norm, self._head, self.ranks)
 
     @property
     def rope(self) -> Rope:
@@ -92,7 +104,12 @@ class Decoder:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[T] int32 -> [T, hidden_size]: what the first layer reads."""
-        return self._ops.embed(tokens, self._embedding)
+        if self.ranks.size == 1:
+            return self._ops.embed(tokens, self._embedding)
+        place = tokens - self.ranks.rank * self._embedding.rows
+        is_here = (place >= 0) & (place < self._embedding.rows)
+        x = self._ops.embed(place.where(is_here, 0), self._embedding)
+        return self.ranks.sum(x.masked_fill_(~is_here[:, None], 0))
 
     def through(
         self, x: Tensor, layers: range, batch: LaneBatch, kv: PagedKV, rows: Tensor, watch: Watch | None = None
@@ -118,13 +135,24 @@ class Decoder:
             mixed = ops.attention(q, batch, kv, layer, scale, block.window)
             if block is last:  # beyond its attention only the wanted rows matter
                 x, mixed = x[rows], mixed[rows]
-            ops.linear(mixed, block.out, out=x, accumulate=True)
+            self._add(x, mixed, block.out)
             gate_up = ops.linear(ops.rms_norm(x, block.mlp_norm, eps), block.gate_up)
-            ops.linear(ops.silu_mul(gate_up), block.down, out=x, accumulate=True)
+            self._add(x, ops.silu_mul(gate_up), block.down)
         return x if layers.stop < len(self._blocks) else ops.rms_norm(x, self._norm, eps)
 
+    def _add(self, x: Tensor, y: Tensor, weight: Weight) -> None:
+        """x += weight(y), of which each rank has a part."""
+        if self.ranks.size == 1:
+            self._ops.linear(y, weight, out=x, accumulate=True)
+        else:
+            x += self.ranks.sum(self._ops.linear(y, weight))
+
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """[R, hidden_size] -> [R, vocab] float32, which is `out` where that is given."""
+        """[R, hidden_size] -> [R, vocab] float32, which is `out` where that is given and nobody shares the model."""
+        if self.ranks.size > 1:
+            part = hidden.new_empty((len(hidden), self._head.rows), dtype=torch.float32)
+            self._ops.linear(hidden, self._head, out=part)
+            return self.ranks.gather(part, 1)[:, : self.config.vocab_size].contiguous()
         if out is None:
             out = hidden.new_empty((len(hidden), self._head.rows), dtype=torch.float32)
         return self._ops.linear(hidden, self._head, out=out)

@@ -22,6 +22,8 @@ from winnow.engine.models.config import ModelConfig, config_from_gguf, read_conf
 from winnow.engine.models.decoder import Block, Decoder
 from winnow.engine.models.files import read_json, resolve_model
 from winnow.engine.models.gguf_file import GgufFile
+from winnow.engine.models.shard import Shard, sharded_config
+from winnow.engine.ranks import ALONE, Ranks
 from winnow.kernels.dispatch import Backend, Weight, WeightKind
 
 __all__ = ["build_model", "load_model", "resolve_model"]
@@ -54,13 +56,14 @@ class Matrix(NamedTuple):
         return sum(rows for _, rows in self.parts)
 
 
-def load_model(path_or_name: str, ops: Backend, weights: WeightKind) -> Decoder:
+def load_model(path_or_name: str, ops: Backend, weights: WeightKind, ranks: Ranks = ALONE) -> Decoder:
     """Loads a model for a backend.
 
     Args:
         path_or_name: a directory with a config.json and safetensors, a .gguf file, a name on the Hugging Face hub,
             or "default".
         weights: how matrices are held; "int8" holds for the embedding and the LM head too.
+        ranks: who shares the model; only this process' part of it is loaded.
 
     Raises:
         ModelError: files missing or damaged, or a model that the decoder cannot run; names the file and the tensor.
@@ -77,14 +80,17 @@ def load_model(path_or_name: str, ops: Backend, weights: WeightKind) -> Decoder:
         source = GgufSource(file, config)
     _check(config, source)
     log.info("loading %s: %s, %d layers, weights in %s", path, config.architecture, config.layers, weights)
-    decoder = build_model(config, source, ops, weights)
+    if ranks.size > 1:
+        config, source = sharded_config(config, ranks), Shard(source, ranks)
+    decoder = build_model(config, source, ops, weights, ranks)
     log.info("loaded %s: %.2f GiB in %.1f s", path, decoder.nbytes / 2**30, time.monotonic() - began)
     return decoder
 
 
-def build_model(config: ModelConfig, source: Source, ops: Backend, kind: WeightKind) -> Decoder:
+def build_model(config: ModelConfig, source: Source, ops: Backend, kind: WeightKind, ranks: Ranks = ALONE) -> Decoder:
     """A model of a source's tensors, which must be those that the config asks for."""
-    vocabulary = Matrix(((_EMBEDDING, config.vocab_size),), config.hidden_size, False)
+    tokens = -(-config.vocab_size // ranks.size)
+    vocabulary = Matrix(((_EMBEDDING, tokens),), config.hidden_size, False)
     specs = [*_matrices(config, "").values(), vocabulary]
     device, dtype = ops.device(), torch.bfloat16 if kind == "bf16" else torch.float32
     # One buffer for every matrix: buffers of their own, between packed ones, leave the heap full of holes.
@@ -128,8 +134,8 @@ def build_model(config: ModelConfig, source: Source, ops: Backend, kind: WeightK
         if (layer + 1) % max(1, config.layers // 4) == 0:
             log.info("loaded %d of %d layers", layer + 1, config.layers)
     embedding = matrix(vocabulary)
-    head = embedding if config.tied_embeddings else matrix(vocabulary._replace(parts=((_HEAD, config.vocab_size),)))
-    return Decoder(config, ops, embedding, blocks, vector(_NORM, config.hidden_size), head)
+    head = embedding if config.tied_embeddings else matrix(vocabulary._replace(parts=((_HEAD, tokens),)))
+    return Decoder(config, ops, embedding, blocks, vector(_NORM, config.hidden_size), head, ranks)
 
 
 def _matrices(config: ModelConfig, prefix: str) -> dict[str, Matrix]:

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from winnow.engine.build import build_engine
 from winnow.engine.config import EngineSettings
 from winnow.engine.errors import ModelError
 from winnow.engine.messages import SamplingParams, Submit
 from winnow.engine.models.tokenizer import load_tokenizer
-from winnow.engine.process import build_engine
 
 from ..models.checkpoints import random_model
 

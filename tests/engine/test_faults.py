@@ -189,17 +189,17 @@ def test_a_plan_without_pages_to_act_makes_the_newest_give_way(tiny: Decoder) ->
     prompt = prompt_of(230)
     wanted = Bench(tiny).alone(prompt, 8, plan)
     bench = Bench(tiny, pages_for(tiny, 260))
-    take, refused = bench.engine.arena.take, 0
+    ensure, refused = bench.engine.arena.ensure, 0
 
-    def counted(count: int) -> Any:
+    def counted(count: int) -> None:
         nonlocal refused
         try:
-            return take(count)
+            ensure(count)
         except OutOfPages:
             refused += 1
             raise
 
-    bench.engine.arena.take = counted  # type: ignore[method-assign]
+    bench.engine.arena.ensure = counted  # type: ignore[method-assign]
     for i in range(4):
         bench.submit(str(i), prompt, 8, plan)
     bench.run(bench.engine.check_integrity)

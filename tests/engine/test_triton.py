@@ -10,13 +10,13 @@ import pytest
 import torch
 from triton import knobs
 
+from winnow.engine.build import build_engine
 from winnow.engine.config import EngineSettings
 from winnow.engine.errors import ModelError
 from winnow.engine.graphs import Graphs
 from winnow.engine.messages import Output, SamplingParams, Submit
 from winnow.engine.models.decoder import Decoder
 from winnow.engine.models.loader import load_model
-from winnow.engine.process import build_engine
 from winnow.kernels.dispatch import Backend, WeightKind, backend
 
 from ..kernels.triton.interpreter import install

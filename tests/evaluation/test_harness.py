@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from winnow.engine.build import build_engine
 from winnow.engine.compression.registry import eviction_policy
 from winnow.engine.errors import EvalError, RequestError
 from winnow.engine.evaluation.harness import PROTOCOLS, RESERVE, TEXT, Harness, Scope
@@ -28,7 +29,6 @@ from winnow.engine.evaluation.tables import show
 from winnow.engine.evaluation.targets import Answer, Ask
 from winnow.engine.evaluation.tasks import TASKS, sample
 from winnow.engine.models.encoders import embedding_folder
-from winnow.engine.process import build_engine
 from winnow.server.cli import app
 
 from ..contract.serving import KEY, serving
