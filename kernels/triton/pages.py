@@ -57,6 +57,8 @@ def write_lanes(
         raise ValueError(f"keys {list(keys.shape)} and values {list(values.shape)} do not fit {heads} lanes of {dim}")
     if keys.dtype != torch.float32 or values.dtype != torch.float32:
         raise ValueError(f"keys and values must be f32, not {keys.dtype} and {values.dtype}")
+    if positions is not None and positions.shape != keys.shape[:2]:
+        raise ValueError(f"positions {list(positions.shape)} do not fit keys {list(keys.shape)}")
     _check_shapes((heads,), dst_table, counts=counts, start=start, dst_sealed=dst_sealed)
     count = ints(counts)
     if count.min() < 0 or count.max() > keys.shape[1]:

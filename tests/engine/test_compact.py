@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from winnow.engine.compression.change import Change, Turn
 from winnow.engine.errors import PlanNotSupported, PromptTooLong
 from winnow.engine.models.decoder import Decoder
 from winnow.kernels.kv import LaneBatch, PagedKV
@@ -169,3 +170,15 @@ def test_what_the_engine_refuses(tiny: Decoder) -> None:
     with pytest.raises(PlanNotSupported, match="attention windows") as caught:
         Bench(windowed).submit("a", prompt_of(10), 1, compact(64, block=32))
     assert caught.value.param == "compression.kv.evict.positions"
+
+
+def test_where_survivors_stand() -> None:
+    """In the text, or where they were turned to: what formats that go by position are told."""
+    keep = torch.tensor([[[2, 5, 7, -1], [0, 1, 4, 6]]])
+    held = torch.arange(10, 18, dtype=torch.int32).expand(2, -1)
+    nothing = torch.zeros(1, 2, 8)
+    stays = Change(None, None, torch.full((1, 2), 8), keep, torch.tensor([[3, 4]]), nothing, None, sinks=0, recent=0)
+    first = torch.tensor([1, 2])
+    assert stays.positions(0, held, first, 2).tolist() == [[15, 17], [14, 16]]
+    turned = replace(stays, turn=Turn.to_places(keep[0, 1], torch.ones(4)))
+    assert turned.positions(0, held, first, 2).tolist() == [[1, 2], [2, 3]]

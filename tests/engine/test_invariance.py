@@ -138,7 +138,7 @@ def requests(request: pytest.FixtureRequest, tiny: Decoder) -> list[Request]:
                 {"policy": "streaming_llm", "positions": "compact", "budget": 90, "block": 50, "sinks": 0},
                 {"policy": "streaming_llm", "positions": "compact", "budget": 30, "block": 64, "merge": MERGING},
             )
-            for quantized in ({}, {"format": "int8", "residual": 8}, {"format": "int4", "residual": 0})
+            for quantized in ({}, {"format": "int8", "residual": 8}, {"format": "gear", "residual": 0})
         ]
     elif request.param.endswith(", merged"):
         name = request.param.removesuffix(", merged")

@@ -10,7 +10,7 @@ import torch
 from winnow.kernels.dispatch import Backend
 from winnow.kernels.layout import PageFormat, PageLayout
 
-from .build import Held, State, build, randn
+from .build import Held, State, build, int32, randn
 from .repacking import Move, Repack, plan
 from .test_repack import MOVES
 
@@ -106,3 +106,11 @@ def test_refuses_a_layer_that_is_not_there(ops: Backend, layer: int) -> None:
     for shape in ((1, 7, 16), (2, 7, 8)):
         with pytest.raises((IndexError, ValueError)):
             ops.write_lanes(state.kv, repack.slot, 0, randn(*shape), randn(*shape), *parts, INT4)
+
+
+def test_refuses_positions_of_other_tokens(ops: Backend) -> None:
+    state = build(PageLayout(16), [Held((20,))], layers=2)
+    repack = plan(state, int(state.batch.slots[0]), Move(Held((20,)), INT4, keep=(7,)))
+    parts = (repack.counts[0], repack.start[0], repack.dst_table[0], repack.dst_sealed[0])
+    with pytest.raises(ValueError, match="positions"):
+        ops.write_lanes(state.kv, repack.slot, 0, randn(2, 7, 16), randn(2, 7, 16), *parts, INT4, int32([[1], [2]]))
