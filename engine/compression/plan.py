@@ -78,6 +78,12 @@ class KV(Part):
         if not acts and (self.evict is None or self.evict.during == "decode"):
             why = "has no effect without `format`, `mix`, or an `evict` that is not for decode alone"
             raise PydanticCustomError("unused", why, {"at": "scope"})
+        for label in (self.format, None if self.mix is None else self.mix.format):
+            if label is not None and PageFormat.parse(label).drops_channels:
+                why = (
+                    "'{format}' drops channels by the newest queries, and documents are compressed before the question"
+                )
+                raise PydanticCustomError("combination", why, {"at": "scope", "format": label})
         chooser = self.evict if self.mix is None or self.mix.choice is None else self.mix
         if chooser is not None and not eviction_policy(chooser.policy).query_agnostic:
             agnostic = [name for name in EVICTION if eviction_policy(name).query_agnostic]

@@ -16,6 +16,7 @@ from winnow.engine.document import document_seed
 from winnow.engine.errors import RequestError
 from winnow.engine.models.decoder import Decoder
 from winnow.engine.prefix_cache import PrefixCache
+from winnow.kernels.layout import PageFormat
 
 from ..models.checkpoints import prompt_of
 from .bench import Bench, Seen, assert_same, pages_beside, pages_for
@@ -29,6 +30,8 @@ NEW = 24
 
 def is_agnostic(kv: dict[str, Any]) -> bool:
     chooser = kv.get("evict") or kv.get("mix")
+    if "format" in kv and PageFormat.parse(kv["format"]).drops_channels:
+        return False
     return chooser is None or eviction_policy(chooser["policy"]).query_agnostic
 
 
@@ -366,6 +369,19 @@ def test_policies_that_ask_for_a_question_are_refused(name: str) -> None:
         assert Plan.parse({"kv": kv | {"scope": "document"}}).kv.scope == "document"
         return
     with pytest.raises(RequestError, match=f"'{name}' goes by .* knorm, keydiff, .*kvzip, random") as error:
+        Plan.parse({"kv": kv | {"scope": "document"}})
+    assert error.value.param == "compression.kv.scope"
+
+
+@pytest.mark.parametrize(
+    "kv",
+    [
+        {"format": "think"},
+        {"mix": {"policy": "mikv", "format": "think"}, "evict": {"policy": "knorm", "budget": 0.5}},
+    ],
+)
+def test_a_format_that_asks_for_a_question_is_refused(kv: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="drops channels by the newest queries") as error:
         Plan.parse({"kv": kv | {"scope": "document"}})
     assert error.value.param == "compression.kv.scope"
 
