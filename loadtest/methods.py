@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from winnow.engine.compression.mix import mix_model
+from winnow.engine.compression.plan import Plan
 from winnow.engine.compression.registry import (
     EVICTION,
     MERGE,
@@ -25,6 +25,7 @@ from winnow.engine.compression.registry import (
     prompt_policy,
     read_policy,
 )
+from winnow.engine.errors import RequestError
 from winnow.engine.evaluation.harness import PROTOCOLS, TEXT
 from winnow.engine.evaluation.plans import FORMATS, MERGED, OFF
 from winnow.engine.evaluation.result import Result, write_text
@@ -32,6 +33,23 @@ from winnow.kernels.formats import PageFormat
 
 BUDGETS = (0.5, 0.25)
 HEAD = ("method", "what it does", "sees", "keeps half", "keeps a quarter", "answers, keeping half")
+EVICTS = {"policy": "streaming_llm", "budget": 0.5}
+OF_EVICTION: dict[str, dict[str, Any]] = {
+    "adaptive heads": {"evict": {"head_budget": "adaptive"}},
+    "pyramid layers": {"evict": {"layer_budget": "pyramid"}},
+    "decode": {"evict": {"during": "decode"}},
+    "compact positions": {"evict": {"budget": 64, "positions": "compact"}},
+    "merging": {"evict": {"merge": {"policy": "compensation"}}},
+    "mikv": {"mix": {"policy": "mikv"}},
+}
+OF_LANES: dict[str, dict[str, Any]] = {
+    "int4": {"format": "int4"},
+    "gear": {"format": "gear"},
+    "quest": {"read": {"policy": "quest", "tokens": 64}},
+    "documents": {"scope": "document"},
+}
+"""What is tried with each method, as a part of `kv`; a format and a way to read stand for those like them"""
+WITHOUT = "goes not with"
 ANSWERS_AT = 512
 """Tokens of the tasks whose answers are counted"""
 
@@ -51,18 +69,19 @@ def methods(result: Result) -> str:
         "has the share of tokens before which the plan and the uncompressed model find the same one likeliest, the KL "
         "divergence between the two, and the bytes held, of those under no plan. Answers are those found in "
         f"{tasks} generated tasks of {ANSWERS_AT} tokens, where the context was compressed before the question was "
-        "read / with the question in it, of what the uncompressed model finds in the same contexts.",
-        *_table("Eviction: `kv.evict`, frees pages", (*HEAD, "documents"), _evictions(result)),
-        "",
-        "Documents: whether it keeps what serves any question, so that `kv.scope` may be 'document'.",
+        "read / with the question in it, of what the uncompressed model finds in the same contexts. Everything goes "
+        "with everything, in one request as in one batch, but for what the last columns name: that gets a 400. "
+        "(`int4` stands for formats of codes, `gear` for those that are opened before they are read, `quest` for "
+        "`kv.read`, documents for `kv.scope`.)",
+        *_table("Eviction: `kv.evict`, frees pages", (*HEAD, WITHOUT), _evictions(result)),
         *_table("Merging what was evicted: `kv.evict.merge`", (*HEAD[:3], f"with {MERGED}"), _merges(result)),
         *_table(
             "Reading a part: `kv.read`, frees nothing",
-            (*HEAD[:2], "a quarter of the tokens", "reads", "answers"),
+            (*HEAD[:2], "a quarter of the tokens", "reads", "answers", WITHOUT),
             _reads(result),
         ),
-        *_table("Page formats: `kv.format`", ("format", "what it does", "measured", "answers"), _formats(result)),
-        *_table("Two formats in a lane: `kv.mix`", (*HEAD[:2], "measured", "answers"), _mixes(result)),
+        *_table("Page formats: `kv.format`", ("format", *HEAD[1:2], "measured", "answers", WITHOUT), _formats(result)),
+        *_table("Two formats in a lane: `kv.mix`", (*HEAD[:2], "measured", "answers", WITHOUT), _mixes(result)),
         *_table("Prompts: `prompt`, shortens what is marked as context", (*HEAD[:2], *HEAD[3:]), _prompts(result)),
     ]
     return "\n".join(lines) + "\n"
@@ -72,8 +91,9 @@ def _evictions(result: Result) -> Iterator[tuple[str, ...]]:
     for name in EVICTION:
         policy = eviction_policy(name)
         cells = (_measured(result, f"{name}:{budget}") for budget in BUDGETS)
-        answers, documents = _answers(result, f"{name}:{BUDGETS[0]}"), "yes" if policy.query_agnostic else "no"
-        yield f"`{name}`", _first_line(policy), _signals(policy), *cells, answers, documents
+        without = _refused({"evict": {"policy": name, "budget": 0.5}}, OF_EVICTION | OF_LANES)
+        answers = _answers(result, f"{name}:{BUDGETS[0]}")
+        yield f"`{name}`", _first_line(policy), _signals(policy), *cells, answers, without
 
 
 def _merges(result: Result) -> Iterator[tuple[str, ...]]:
@@ -87,18 +107,29 @@ def _reads(result: Result) -> Iterator[tuple[str, ...]]:
         plan = f"{name}:tokens={BUDGETS[-1]}"
         read = result.mean(plan, "read", "text")
         share = "not measured" if read is None else f"{read.value:.0%} of the bytes"
-        yield f"`{name}`", _first_line(read_policy(name)), _measured(result, plan), share, _answers(result, plan)
+        formats = {part: OF_LANES[part] for part in ("int4", "gear")}
+        without = _refused({"read": {"policy": name, "tokens": 64}}, {"eviction": {"evict": EVICTS}} | formats)
+        cells = _measured(result, plan), share, _answers(result, plan)
+        yield f"`{name}`", _first_line(read_policy(name)), *cells, without
 
 
 def _formats(result: Result) -> Iterator[tuple[str, ...]]:
     for name in FORMATS:
-        yield f"`{name}`", PageFormat.parse(name).what, _measured(result, name), _answers(result, name)
+        compact = {"compact positions": {"evict": EVICTS | {"budget": 64, "positions": "compact"}}}
+        others = {part: OF_LANES[part] for part in ("quest", "documents")}
+        without = _refused({"format": name}, {"eviction": {"evict": EVICTS}} | compact | others)
+        yield f"`{name}`", PageFormat.parse(name).what, _measured(result, name), _answers(result, name), without
 
 
 def _mixes(result: Result) -> Iterator[tuple[str, ...]]:
     for name in MIX:
-        plan = f"{MERGED}+{name}" if mix_model(name)(policy=name).choice is None else name
-        yield f"`{name}`", _first_line(mix_method(name)), f"{plan}: {_measured(result, plan)}", _answers(result, plan)
+        needs_eviction = _refused({"mix": {"policy": name}}, {"alone": {}}) == "alone"
+        plan = f"{MERGED}+{name}" if needs_eviction else name
+        base = {"mix": {"policy": name}} | ({"evict": EVICTS} if needs_eviction else {})
+        others = {part: OF_LANES[part] for part in ("int4", "quest", "documents")}
+        without = _refused(base, ({} if needs_eviction else {"eviction": {"evict": EVICTS}}) | others)
+        cells = f"{plan}: {_measured(result, plan)}", _answers(result, plan)
+        yield f"`{name}`", _first_line(mix_method(name)), *cells, without
 
 
 def _prompts(result: Result) -> Iterator[tuple[str, ...]]:
@@ -126,6 +157,18 @@ def _answers(result: Result, plan: str) -> str:
         if found is not None and more is not None:
             exact = found.value - more.value
     return "not measured" if exact is None else f"{' / '.join(shares)} of {exact:.0%}"
+
+
+def _refused(kv: dict[str, Any], parts: dict[str, dict[str, Any]]) -> str:
+    """Which of the parts a plan of this `kv` cannot have besides."""
+    refused = []
+    for label, part in parts.items():
+        both = {name: kv.get(name, {}) | value if isinstance(value, dict) else value for name, value in part.items()}
+        try:
+            Plan.parse({"kv": kv | both})
+        except RequestError:
+            refused.append(label)
+    return ", ".join(refused)
 
 
 def _signals(method: Any) -> str:
