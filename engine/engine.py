@@ -79,7 +79,7 @@ class Engine:
         self.profiles, self.frontier = profiles, frontier
         self.arena = PageArena(layout, pages, settings.max_seqs, config.layers, config.kv_heads, ops, ranks)
         own = _own_part(profiles, ranks)
-        if bases := bases_of(own):
+        if bases := bases_of(own, ops.device()):
             self.arena.kv.bases, self.arena.kv.rope = bases, model.rope
         self.cache = PrefixCache(self.arena) if settings.prefix_caching else None
         shape = LaneShape(config.layers, config.kv_heads, config.heads, config.head_dim)

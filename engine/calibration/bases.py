@@ -24,6 +24,7 @@ from winnow.engine.calibration.text import excerpts
 from winnow.engine.calibration.watch import Glimpse, unrotated
 from winnow.engine.models.config import ModelConfig
 from winnow.kernels.bases import Bases
+from winnow.kernels.host import to_device
 from winnow.kernels.layout import PageFormat
 
 EXCERPTS, EXCERPT_TOKENS = 12, 2048
@@ -59,10 +60,14 @@ class BasesBeforeRope(BasesAfterRope):
     before_rope = True
 
 
-def bases_of(profiles: Mapping[str, Profile]) -> dict[PageFormat, Bases]:
-    """The bases of the page formats that have a profile, as kernels read them."""
+def bases_of(profiles: Mapping[str, Profile], device: torch.device) -> dict[PageFormat, Bases]:
+    """The bases of the page formats that have a profile, as kernels on that device read them."""
+
+    def there(basis: Tensor) -> Tensor:
+        return to_device(basis.float().contiguous(), device)
+
     return {
-        fmt: Bases(profile["keys"].float().contiguous(), profile["values"].float().mT.contiguous())
+        fmt: Bases(there(profile["keys"]), there(profile["values"].mT))
         for fmt in PageFormat
         if fmt.has_bases and (profile := profiles.get(fmt.label)) is not None
     }

@@ -18,9 +18,9 @@ constexpr int MAX_ROWS = 6;
 constexpr int BLOCK_ROWS = 48;  // most rows of one call
 
 // Columns of a stored row come in pairs of vectors; where they start (an odd last vector is computed twice).
-template <Format F> INLINE int first_column(int pair, int columns) { return F == INT4 ? 8 * pair : min_i(16 * pair, max_i(columns - 16, 0)); }
+template <Format F> INLINE int first_column(int pair) { return F == INT4 ? 8 * pair : 16 * pair; }
 template <Format F> INLINE int second_column(int pair, int columns) {
-  return F == INT4 ? columns / 2 + 8 * pair : first_column<F>(pair, columns) + (columns >= 16 ? 8 : 0);
+  return F == INT4 ? columns / 2 + 8 * pair : min_i(16 * pair + 8, columns - 8);
 }
 template <Format F> INLINE void load_pair(const uint8_t* row, int a, int b, V& x, V& y) {
   if constexpr (F == F32) { x = load((const float*)row + a); y = load((const float*)row + b); }
@@ -36,7 +36,7 @@ template <Format F> INLINE void load_pair(const uint8_t* row, int a, int b, V& x
 template <Format F, int R>
 INLINE void pair_tile(const float* a, int64_t lda, const uint8_t* stored, int columns, int depth, int pair, float* c,
                       int64_t ldc, bool accumulate) {
-  const int x0 = first_column<F>(pair, columns), y0 = second_column<F>(pair, columns);
+  const int x0 = first_column<F>(pair), y0 = second_column<F>(pair, columns);
   const int64_t stride = row_bytes(F, columns);
   V x[R], y[R];
 #pragma GCC unroll 12

@@ -42,7 +42,7 @@ template <Format F> static void page_bounds(const uint8_t* page, int capacity, i
     const uint8_t* row = page + d * row_bytes(F, capacity);
     V low = splat(NEG_INF), high = low, x, y;
     for (int p = 0; p < (capacity + 15) / 16; p++) {
-      load_pair<F>(row, first_column<F>(p, capacity), second_column<F>(p, capacity), x, y);
+      load_pair<F>(row, first_column<F>(p), second_column<F>(p, capacity), x, y);
       high = vmax(high, vmax(x, y));
       low = vmax(low, vmax(zero() - x, zero() - y));
     }
@@ -122,7 +122,7 @@ INLINE void channel_tile(const float* q, int count, const int32_t* channels, int
       a = folded;
     }
     for (int p = 0; p < (tokens + 15) / 16; p++) {
-      const int x0 = first_column<F>(p, tokens), y0 = second_column<F>(p, tokens);
+      const int x0 = first_column<F>(p), y0 = second_column<F>(p, tokens);
       V x[R], y[R];
       for (int r = 0; r < R; r++) x[r] = y[r] = splat(bias[r]);
       for (int i = 0; i < count; i++) {

@@ -115,6 +115,9 @@ class Stub:
     def encode(self, text: str) -> list[int]:
         return [len(word) for word in text.split()]
 
+    def decode(self, tokens: list[int]) -> str:
+        return " ".join("x" * token for token in tokens)
+
     def ask(self, asks: Sequence[Ask]) -> list[Answer | RequestError]:
         answers: list[Answer | RequestError] = []
         for ask in asks:

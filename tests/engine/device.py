@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+from winnow.kernels.bases import Bases
 from winnow.kernels.dispatch import Backend
 from winnow.kernels.kv import PagedKV
 from winnow.kernels.reading import ReadState
@@ -179,7 +180,10 @@ def _kv_here(kv: PagedKV) -> PagedKV:
         parts = {part.name: getattr(state, part.name) for part in fields(state) if part.name != "rule"}
         taken = {name: None if part is None else _taken(part) for name, part in parts.items()}
         reading[slot] = ReadState(state.rule, **taken)
-    return replace(kv, data=_taken(kv.data), **sides, reading=reading)
+    energy = {slot: replace(part, sums=_taken(part.sums)) for slot, part in kv.energy.items()}
+    bases = {fmt: Bases(_taken(part.keys), _taken(part.values)) for fmt, part in kv.bases.items()}
+    rope = None if kv.rope is None else replace(kv.rope, cos=_taken(kv.rope.cos), sin=_taken(kv.rope.sin))
+    return replace(kv, data=_taken(kv.data), **sides, reading=reading, energy=energy, bases=bases, rope=rope)
 
 
 def _taken(part: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from winnow.kernels.reading import ReadState
 
 HOST = {"counts", "start", "dst_table", "dst_sealed", "positions", "src", "dst", "rest", "tokens"}
 """Arguments that are in host memory whatever the backend"""
-SIDES = ("mass", "earlier_mass", "noise", "moments", "positions", "log_weights")
+SIDES = ("mass", "earlier_mass", "noise", "moments", "channels", "positions", "log_weights")
 
 
 @dataclass(frozen=True)

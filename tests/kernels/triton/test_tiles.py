@@ -80,7 +80,7 @@ def test_a_page_is_read_as_the_reference_decodes_it(fmt: PageFormat, dim: int, c
         assert not actual[:, capacity:].any() and not actual[..., dim:].any()
 
 
-@pytest.mark.parametrize("fmt", PageFormat)
+@pytest.mark.parametrize("fmt", page_formats())
 def test_tokens_are_gathered_from_many_pages(fmt: PageFormat) -> None:
     layout, pages = _pages(fmt, 80, PageFormat.F32, 5)
     capacity = layout.capacity(fmt)
