@@ -146,6 +146,7 @@ struct PyMatrix : Matrix {
 };
 
 NB_MODULE(_cpu, m) {
+  nb::set_leak_warnings(false);  // what frames still hold when a process is told to end is not freed before it does
   active = find("");
   if (const char* wanted = std::getenv("WINNOW_CPU_TARGET")) {
     active = find(wanted);
