@@ -156,7 +156,11 @@ def _answers(result: Result, plan: str) -> str:
         shares.append("-" if found is None else f"{found.value:.0%}")
         if found is not None and more is not None:
             exact = found.value - more.value
-    return "not measured" if exact is None else f"{' / '.join(shares)} of {exact:.0%}"
+    if exact is None:
+        return "not measured"
+    asked = {cell.part for cell in result.values if (cell.plan, cell.length) == (plan, ANSWERS_AT)}
+    few = f", in {', '.join(sorted(asked))} alone" if len(asked) == 1 else ""
+    return f"{' / '.join(shares)} of {exact:.0%}{few}"
 
 
 def _refused(kv: dict[str, Any], parts: dict[str, dict[str, Any]]) -> str:
