@@ -7,7 +7,7 @@ from typing import Any
 
 from winnow.engine.calibration.frontier import resolve_quality
 from winnow.engine.calibration.registry import check_profiles
-from winnow.engine.compression.able import for_engine
+from winnow.engine.compression.capabilities import for_engine
 from winnow.engine.compression.maximum import Maximum
 from winnow.engine.compression.merge_plan import merge_schema
 from winnow.engine.compression.mix import mix_schema

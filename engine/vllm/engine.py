@@ -23,7 +23,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
 from winnow.engine.calibration.store import cache_folder, weights_hash
-from winnow.engine.compression.able import for_engine
+from winnow.engine.compression.capabilities import for_engine
 from winnow.engine.compression.plan import Plan
 from winnow.engine.config import EngineSettings
 from winnow.engine.errors import ModelError, PromptTooLong, RequestError

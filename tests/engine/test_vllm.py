@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from winnow.engine.compression.able import for_engine
+from winnow.engine.compression.capabilities import for_engine
 from winnow.engine.compression.plan import KV, Plan
 from winnow.engine.config import EngineSettings
 from winnow.engine.errors import ModelError, PlanNotSupported, RequestError
