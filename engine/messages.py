@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -32,6 +32,34 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     n: int = 1
 
 
+class Array(msgspec.Struct, frozen=True, array_like=True):
+    """Numbers of one type."""
+
+    dtype: str
+    """As numpy names it"""
+    shape: list[int]
+    data: bytes
+    """Little-endian, the last axis running fastest"""
+
+
+class Picture(msgspec.Struct, frozen=True, omit_defaults=True):
+    """An image or a video of a prompt, ready for the vision tower."""
+
+    key: bytes
+    """16 bytes of blake2b over what the tower reads, the processor's settings included"""
+    first: int
+    """Place in the prompt of the first placeholder: the tokens with the id in `EngineInfo.sees`"""
+    span: int
+    """Tokens of the prompt from the first to the last placeholder, with the marks that stand between them"""
+    inputs: dict[str, Array]
+    """What the tower reads, as the model's image processor names it"""
+    text: list[int] = []
+    """Tokens of the text of the message that it came with, without placeholders and marks"""
+    turn_end: int = 0
+    """Place in the prompt behind the last token of that message's turn"""
+    kind: Literal["image", "video"] = "image"
+
+
 class Submit(msgspec.Struct, frozen=True, tag="submit", omit_defaults=True):
     request_id: str
     prompt: list[int]
@@ -48,6 +76,8 @@ class Submit(msgspec.Struct, frozen=True, tag="submit", omit_defaults=True):
     """`recital.lead_ins`, for plans under which the model repeats its prompt"""
     document: int = 0
     """How many of the prompt's first tokens a plan of scope 'document' compresses; 0: nothing follows, all of them"""
+    pictures: list[Picture] = []
+    """Those that the prompt has placeholders for, in order"""
 
 
 class ContextPart(msgspec.Struct, frozen=True, array_like=True):
@@ -120,6 +150,10 @@ class CompressionReport(msgspec.Struct, frozen=True):
     """Tokens of the document that was compressed before the rest of the prompt was read; 0 where there is none"""
     found_document: bool = False
     """Whether the prefix cache had it, compressed"""
+    image_tokens: int = 0
+    """Placeholders of the prompt's images and videos, as it was submitted"""
+    image_tokens_kept: int = 0
+    """Of these, how many the language model reads, at least in its first layer"""
 
 
 class Output(msgspec.Struct, frozen=True, tag="output", omit_defaults=True):
@@ -208,6 +242,8 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
     """Longest text that the draft model reads; None where there is none"""
     refuses: dict[str, str] = {}
     """JSON paths of what a request cannot ask of this engine, and why; a format that it has can be asked for still"""
+    sees: dict[str, int] = {}
+    """What the model sees ("image", "video") -> the id of the tokens that stand for it in a prompt; empty: only text"""
 
 
 class EngineStats(msgspec.Struct, frozen=True, tag="stats"):
