@@ -49,7 +49,10 @@ def moved(state: State, ops: Backend) -> State:
     """A copy of the state as the engine would hold it for a backend."""
     kv, to = state.kv, ops.device()
     sides = {name: {slot: part.to(to, copy=True) for slot, part in getattr(kv, name).items()} for name in SIDES}
-    there = replace(kv, data=kv.data.to(to, copy=True), **sides, votes=dict(kv.votes), native=None, stale=set())
+    tables = {name: getattr(kv, name).clone() for name in ("table", "kept", "sealed", "rest")}
+    there = replace(
+        kv, data=kv.data.to(to, copy=True), **tables, **sides, votes=dict(kv.votes), native=None, stale=set()
+    )
     return replace(state, kv=there, batch=fresh(state.batch))
 
 

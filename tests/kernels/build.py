@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any
 
+import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor
 
 from winnow.kernels.bases import Bases, Rope
+from winnow.kernels.dispatch import Backend
 from winnow.kernels.formats.think import THINK
 from winnow.kernels.kv import LaneBatch, PagedKV
 from winnow.kernels.layout import PageFormat, PageLayout
@@ -50,6 +53,28 @@ class Held:
             + self.open[i % len(self.open)]
             for i in range(lanes)
         ]
+
+
+def formats_in(value: Any) -> set[PageFormat]:
+    """The page formats that a test's parameter asks for. A list of `Held` asks for none: `read_by` leaves out what a
+    backend does not have."""
+    if isinstance(value, PageFormat):
+        return {value}
+    if isinstance(value, Held):
+        return {fmt for fmt, pages in ((value.fmt, value.sealed), (value.rest_fmt, value.rest)) if any(pages)}
+    if isinstance(value, list | tuple):
+        return set().union(*(formats_in(one) for one in value if not isinstance(one, Held)))
+    if is_dataclass(value):
+        return set().union(*(formats_in(getattr(value, part.name)) for part in fields(value)))
+    return set()
+
+
+def read_by(ops: Backend, held: list[Held]) -> list[Held]:
+    """What of this lies in formats that a backend has; the test is skipped if nothing does."""
+    there = [one for one in held if formats_in(one) <= {*ops.page_formats()}]
+    if not there:
+        pytest.skip("the backend has no pages in these formats")
+    return there
 
 
 @dataclass

@@ -17,6 +17,7 @@ import pytest
 
 from winnow.kernels.dispatch import Backend, backend
 
+from .build import formats_in
 from .on_device import OnDevice
 
 GPU = ["triton"] if torch.cuda.is_available() else []
@@ -29,9 +30,13 @@ def _backend(name: str) -> Backend:
 
 
 def _one_of(request: pytest.FixtureRequest) -> Backend:
-    if request.param == "triton" and request.node.callspec.params.get("kind") == "int8":
+    params = request.node.callspec.params
+    if request.param == "triton" and params.get("kind") == "int8":
         pytest.skip("the triton backend has no int8 weights")
-    return _backend(request.param)
+    ops = _backend(request.param)
+    if missing := formats_in(list(params.values())).difference(ops.page_formats()):
+        pytest.skip(f"the {request.param} backend has no pages in {missing.pop().label}")
+    return ops
 
 
 @pytest.fixture(params=["reference", "cpu", *GPU])

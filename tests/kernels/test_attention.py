@@ -12,7 +12,7 @@ from winnow.kernels.dispatch import Backend
 from winnow.kernels.kv import LaneBatch
 from winnow.kernels.layout import PageFormat, PageLayout
 
-from .build import FORMATS, Held, State, build, one_sequence, randn
+from .build import FORMATS, Held, State, build, one_sequence, randn, read_by
 
 F32, BF16, INT8, INT4, INT2, FP8, F16, *_ = PageFormat
 OPENED = [fmt for fmt in FORMATS if fmt.is_opened]
@@ -95,6 +95,7 @@ def _assert_parity(native: Backend, reference: Backend, state: State, group: int
 def test_attention_matches_the_reference(
     native: Backend, reference: Backend, held: list[Held], compute: PageFormat
 ) -> None:
+    held = read_by(native, held)
     _assert_parity(native, reference, build(PageLayout(64, compute), held, kv_heads=3), group=3)
 
 
@@ -110,7 +111,8 @@ def test_head_shapes(native: Backend, reference: Backend, group: int, dim: int, 
         *(Held((5,), fmt=fmt, sealed=(2, 1)) for fmt in OPENED),
         Held((20,), rows=20),
     ]
-    _assert_parity(native, reference, build(PageLayout(dim, compute), held, seed=dim + group), group)
+    state = build(PageLayout(dim, compute), read_by(native, held), seed=dim + group)
+    _assert_parity(native, reference, state, group)
 
 
 @pytest.mark.parametrize("page_tokens", [32, 64, 256])
@@ -123,7 +125,7 @@ def test_page_sizes(native: Backend, reference: Backend, page_tokens: int) -> No
         Held((9,), sealed=(1, 2), fmt=FP8),
         *(Held((9,), sealed=(1, 2), fmt=fmt) for fmt in OPENED),
     ]
-    _assert_parity(native, reference, build(PageLayout(64, F32, page_tokens), held), group=2)
+    _assert_parity(native, reference, build(PageLayout(64, F32, page_tokens), read_by(native, held)), group=2)
 
 
 WINDOWED = {

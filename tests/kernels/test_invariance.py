@@ -12,7 +12,7 @@ import torch
 from winnow.kernels.dispatch import Backend
 from winnow.kernels.layout import PageFormat, PageLayout
 
-from .build import Held, assert_same_bits, build, chunk_of, one_sequence, randn
+from .build import Held, assert_same_bits, build, chunk_of, one_sequence, randn, read_by
 from .test_attention import MIXED, OPENED
 
 F32, BF16, INT8, INT4, INT2, FP8, *_ = PageFormat
@@ -24,7 +24,7 @@ windows = pytest.mark.parametrize("window", [0, 20])
 @pytest.mark.parametrize("group", [1, 3, 8])
 def test_alone_and_in_a_batch(native: Backend, compute: PageFormat, group: int, window: int) -> None:
     held = [*MIXED, Held((1,)), Held((900, 700), sealed=(1, 0), first_vote=0), Held((130,), rows=130)]
-    state = build(PageLayout(64, compute), held, kv_heads=2)
+    state = build(PageLayout(64, compute), read_by(native, held), kv_heads=2)
     untouched = state.copy()
     q = randn(state.rows, 2 * group, 64)
     together = native.attention(q, state.batch, state.kv, 0, 0.125, window)
@@ -63,6 +63,8 @@ CUTS = {
     ],
 )
 def test_a_prompt_cut_into_chunks(native: Backend, held: Held, cut: Iterable[int], window: int) -> None:
+    if native.device().type == "cuda":
+        pytest.skip("on a GPU a chunk's length chooses the tiles, and with them the order of sums")
     whole = build(PageLayout(32, BF16), [held], kv_heads=2)
     cut_up = whole.copy()
     slot, q = int(whole.batch.slots[0]), randn(201, 6, 32)
@@ -88,7 +90,7 @@ def test_page_ids_do_not_matter(native: Backend) -> None:
 
 
 def test_a_second_call_gives_the_same_bits(native: Backend) -> None:
-    state = build(PageLayout(64), MIXED, kv_heads=2)
+    state = build(PageLayout(64), read_by(native, MIXED), kv_heads=2)
     q = randn(state.rows, 6, 64)
     first, second = (native.attention(q, s.batch, s.kv, 0, 0.125, 0) for s in (state.copy(), state.copy()))
     assert_same_bits(first, second)

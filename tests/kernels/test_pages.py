@@ -8,7 +8,7 @@ import torch
 from winnow.kernels.dispatch import Backend
 from winnow.kernels.layout import PageFormat, PageLayout
 
-from .build import FORMATS, Held, assert_same_bits, build, int32, place_of
+from .build import FORMATS, Held, assert_same_bits, build, int32, place_of, read_by
 from .repacking import stored
 
 F32, BF16, INT8, INT4, INT2, FP8, *_ = PageFormat
@@ -36,7 +36,7 @@ cases = pytest.mark.parametrize("held", CASES.values(), ids=CASES.keys())
 def test_lanes_are_read_as_their_pages_store_them(
     ops: Backend, held: list[Held], dim: int, compute: PageFormat
 ) -> None:
-    layout = PageLayout(dim, compute)
+    layout, held = PageLayout(dim, compute), read_by(ops, held)
     state = build(layout, held, layers=2, kv_heads=3)
     for slot, one in zip(state.batch.slots.tolist(), held, strict=True):
         for layer in range(2):
