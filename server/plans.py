@@ -16,6 +16,7 @@ from winnow.engine.compression.plan import Plan, evict_schema, plan_schema
 from winnow.engine.compression.profiles import PROFILES, load_profiles
 from winnow.engine.compression.prompt.plan import prompt_schema
 from winnow.engine.compression.read import read_schema
+from winnow.engine.compression.vision.plan import vision_schema
 from winnow.engine.errors import RequestError
 from winnow.engine.messages import EngineInfo
 from winnow.kernels.layout import PageFormat
@@ -71,6 +72,7 @@ class Plans:
             "policies": evict_schema(),
             "merges": merge_schema(),
             "mixes": mix_schema(),
+            "vision": vision_schema(),
             "prompt": prompt_schema(),
             "read": read_schema(),
             "formats": FORMATS,

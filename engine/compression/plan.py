@@ -2,6 +2,7 @@
 
     {"kv": {"evict": {"policy": "snapkv", "budget": 0.25, "sinks": 4, "recent": 64, "window": 32},
             "format": "int4", "residual": 32},
+     "vision": {"policy": "div_prune", "keep": 64},
      "prompt": {"policy": "selective", "keep": 0.5},
      "on_pressure": {"format": "int4", "residual": 0}}
 
@@ -33,6 +34,8 @@ from winnow.engine.compression.pressure_plan import OnPressure
 from winnow.engine.compression.prompt.plan import AnyPrompt, Prompt, prompt_model
 from winnow.engine.compression.read import AnyRead, Read, read_model
 from winnow.engine.compression.registry import EVICTION, MERGE, MIX, PROMPT, READ, eviction_policy
+from winnow.engine.compression.vision.plan import AnyVision, Vision, vision_model
+from winnow.engine.compression.vision.registry import VISION
 from winnow.engine.config import NO_DRAFT
 from winnow.engine.errors import PlanNotSupported, RequestError
 from winnow.kernels.layout import PageFormat
@@ -100,6 +103,7 @@ class Plan(Part):
     """The resolved compression of one request."""
 
     kv: KV = KV()
+    vision: AnyVision | None = Field(None, description="which tokens of images and videos the model reads")
     prompt: AnyPrompt | None = Field(None, description="shortens what messages mark as context, before it is read")
     on_pressure: OnPressure | None = Field(None, description="compression beyond `kv`, done when pages run out")
 
@@ -134,6 +138,11 @@ class Plan(Part):
         """The prompt compression asked for; None if there is none or it keeps everything."""
         return None if self.prompt is None or self.prompt.keeps_all else self.prompt
 
+    @property
+    def prunes(self) -> Vision | None:
+        """The pruning of vision tokens asked for; None if there is none or it keeps everything."""
+        return None if self.vision is None or self.vision.keeps_all else self.vision
+
     @cached_property
     def evict(self) -> Evict | None:
         """The choice of tokens to keep, or under a mix to keep at more bits; None if there is none or it is all."""
@@ -155,8 +164,8 @@ class Plan(Part):
 
     @property
     def is_off(self) -> bool:
-        """Neither shortens, nor evicts, nor names a format, nor reads a part, nor will: as if there were no plan."""
-        does = (self.shortens, self.evict, self.format, self.read, self.on_pressure)
+        """Neither shortens, prunes, evicts, names a format, nor reads a part, nor will: as if there were no plan."""
+        does = (self.shortens, self.prunes, self.evict, self.format, self.read, self.on_pressure)
         return all(part is None for part in does)
 
     @property
@@ -254,7 +263,7 @@ class Plan(Part):
         if not isinstance(data, dict):
             raise RequestError(at, f"{at} must be an object")
         try:
-            plan = cls.model_validate(_without_future(data, at))
+            plan = cls.model_validate(data)
         except ValidationError as error:
             raise explain(error, at, _fields) from None
         if plan.read is not None:
@@ -299,15 +308,6 @@ def plan_schema() -> dict[str, Any]:
     return Plan.model_json_schema()
 
 
-def _without_future(data: dict[str, Any], at: str) -> dict[str, Any]:
-    """The data without the parts of the design that this version does not serve; they may only be null."""
-    names = ("vision",)
-    for name in names:
-        if data.get(name) is not None:
-            raise PlanNotSupported(f"{at}.{name}", f"{at}.{name} is not supported by this server; leave it out")
-    return {key: value for key, value in data.items() if key not in names}
-
-
 def _fields(path: tuple[str, ...], policy: str | None) -> list[str]:
     """Names that are allowed in the object at `path`."""
     if path == ():
@@ -320,6 +320,8 @@ def _fields(path: tuple[str, ...], policy: str | None) -> list[str]:
         return list(mix_model(policy or next(iter(MIX))).model_fields)
     if path[-1] == "merge":
         return list(merge_model(policy or next(iter(MERGE))).model_fields)
+    if path == ("vision",):
+        return list(vision_model(policy or next(iter(VISION))).model_fields)
     if path == ("prompt",):
         return list(prompt_model(policy or next(iter(PROMPT))).model_fields)
     if path == ("kv", "read"):

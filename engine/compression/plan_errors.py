@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from winnow.engine.compression.registry import EVICTION, MERGE, MIX, PROMPT, READ
+from winnow.engine.compression.vision.registry import VISION
 from winnow.engine.errors import PlanNotSupported, RequestError
 
 SENTENCES = {
@@ -35,6 +36,7 @@ UNIONS: dict[tuple[str, ...], str] = {
     ("kv", "evict"): ", ".join(EVICTION),
     ("kv", "evict", "merge"): ", ".join(MERGE),
     ("kv", "mix"): ", ".join(MIX),
+    ("vision",): ", ".join(VISION),
     ("prompt",): ", ".join(PROMPT),
     ("kv", "read"): ", ".join(READ),
     ("on_pressure", "evict"): ", ".join(EVICTION),

@@ -24,6 +24,7 @@ REFUSES = {
     "compression.kv.residual": "vLLM leaves no token unquantized",
     "compression.kv.read": "vLLM reads every token",
     "compression.kv.scope": "vLLM reads documents and questions alike",
+    "compression.vision": "vLLM is given no images",
     "compression.prompt": "vLLM shortens no prompts",
     "compression.on_pressure": "vLLM makes room by preempting",
     "compression.quality": "no plan but the format that it was started with can be carried out by vLLM",

@@ -29,6 +29,10 @@ def shorten(**knobs: Any) -> dict[str, Any]:
     return {"prompt": {"policy": "selective", "keep": 0.5} | knobs}
 
 
+def prune(**knobs: Any) -> dict[str, Any]:
+    return {"vision": {"policy": "uniform", "keep": 0.5} | knobs}
+
+
 def refused(data: Any) -> RequestError:
     with pytest.raises(RequestError) as caught:
         Plan.parse(data)

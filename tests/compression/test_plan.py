@@ -14,9 +14,10 @@ from winnow.engine.compression.budget import MAX_TOKENS
 from winnow.engine.compression.part import FORMATS
 from winnow.engine.compression.plan import Plan
 from winnow.engine.compression.registry import EVICTION, MERGE, PROMPT, READ
+from winnow.engine.compression.vision.registry import VISION
 from winnow.engine.errors import PlanNotSupported, RequestError
 
-from .knobs import evict, refused, shorten
+from .knobs import evict, prune, refused, shorten
 
 BUDGET = "compression.kv.evict.budget"
 
@@ -64,6 +65,7 @@ MERGES = ", ".join(MERGE)
 *_FIRST, _LAST = FORMATS
 FORMAT_NAMES = f"{', '.join(map(repr, _FIRST))} or {_LAST!r}"
 PROMPT_POLICIES = ", ".join(PROMPT)
+VISION_POLICIES = ", ".join(VISION)
 NO_BUDGET = "must be a fraction in (0, 1] or a count of tokens from 1 to 10000000"
 
 
@@ -72,7 +74,7 @@ NO_BUDGET = "must be a fraction in (0, 1] or a count of tokens from 1 to 1000000
     [
         ([], "", "must be an object"),
         (None, "", "must be an object"),
-        ({"kw": {}}, ".kw", "is not a known field; known here: kv, prompt, on_pressure, quality"),
+        ({"kw": {}}, ".kw", "is not a known field; known here: kv, vision, prompt, on_pressure, quality"),
         ({"kv": None}, ".kv", "must be an object, not null"),
         ({"kv": 3}, ".kv", "must be an object, not 3"),
         (
@@ -126,6 +128,16 @@ NO_BUDGET = "must be a fraction in (0, 1] or a count of tokens from 1 to 1000000
         ({"kv": {"format": 4}}, ".kv.format", f"must be {FORMAT_NAMES}, not 4"),
         ({"kv": {"residual": 64}}, ".kv.residual", "has no effect without `format` or `mix`"),
         ({"kv": {"format": "int8", "residual": -1}}, ".kv.residual", "must be at least 0, not -1"),
+        ({"vision": []}, ".vision", "must be an object, not a list"),
+        ({"vision": {"keep": 64}}, ".vision.policy", f"is required; known policies: {VISION_POLICIES}"),
+        (prune(policy="snapkv"), ".vision.policy", f"must be one of {VISION_POLICIES}, not 'snapkv'"),
+        ({"vision": {"policy": "uniform"}}, ".vision.keep", "is required"),
+        (prune(keep=0), ".vision.keep", f"{NO_BUDGET}, not 0"),
+        (prune(keep=1.5), ".vision.keep", f"{NO_BUDGET}, not 1.5"),
+        (prune(keep="64"), ".vision.keep", f"{NO_BUDGET}, not '64'"),
+        (prune(positions="new"), ".vision.positions", "must be 'original' or 'contiguous', not 'new'"),
+        (prune(seed=1), ".vision.seed", "is not a knob of 'uniform'; known here: policy, keep, positions"),
+        (prune(policy="random", seed=-1), ".vision.seed", "must be at least 0, not -1"),
         ({"prompt": []}, ".prompt", "must be an object, not a list"),
         ({"prompt": {}}, ".prompt.policy", f"is required; known policies: {PROMPT_POLICIES}"),
         (shorten(policy="snapkv"), ".prompt.policy", f"must be one of {PROMPT_POLICIES}, not 'snapkv'"),
@@ -144,17 +156,49 @@ def test_what_is_said(data: Any, param: str, message: str) -> None:
     assert not isinstance(error, PlanNotSupported)
 
 
+def test_pruning_nothing_is_no_plan() -> None:
+    assert Plan.parse(prune(keep=1.0)).is_off
+    assert Plan.parse(prune(keep=1.0)).prunes is None
+    assert not Plan.parse(prune(keep=1)).is_off
+    plan = Plan.parse(prune(keep=0.5))
+    assert plan.prunes is plan.vision is not None
+    assert Plan.parse(json.loads(json.dumps(plan.to_wire()))) == plan
+    error = refused(prune() | {"quality": 0.9})
+    assert (error.param, error.message) == (
+        "compression.quality",
+        "compression.quality: chooses the plan itself; leave out 'vision'",
+    )
+
+
 @pytest.mark.parametrize(
-    ("data", "param"),
+    ("keep", "patches", "tokens"),
     [
-        ({"vision": {"policy": "div_prune", "keep": 64}}, "compression.vision"),
+        (64, 576, 64),
+        (600, 576, 576),
+        (1, 1, 1),
+        (0.25, 576, 144),
+        (0.5, 3, 2),
+        (0.5, 1, 1),
+        (0.001, 100, 1),
+        (1.0, 9, 9),
     ],
 )
-def test_parts_that_are_not_served(data: Any, param: str) -> None:
-    error = refused(data)
-    assert isinstance(error, PlanNotSupported)
-    assert (error.param, error.code) == (param, "compression_not_supported")
-    assert error.message == f"{param} is not supported by this server; leave it out"
+def test_keep(keep: float, patches: int, tokens: int) -> None:
+    vision = Plan.parse(prune(keep=keep)).vision
+    assert vision is not None and vision.tokens(patches) == tokens
+
+
+def test_views_are_told_apart_by_all_but_positions() -> None:
+    def fingerprint(**knobs: Any) -> str:
+        vision = Plan.parse(prune(**knobs)).vision
+        assert vision is not None
+        return vision.fingerprint
+
+    assert fingerprint() == fingerprint(positions="contiguous") == fingerprint(positions="original")
+    assert fingerprint(policy="random") == fingerprint(policy="random", seed=0)
+    others = (fingerprint(), fingerprint(keep=1), fingerprint(policy="random"), fingerprint(policy="random", seed=1))
+    assert len(set(others)) == len(others)
+    assert Plan.parse(prune(positions="contiguous")).fingerprint != Plan.parse(prune()).fingerprint
 
 
 def test_a_merge_that_weighs_by_attention_needs_a_policy_that_looks_at_it() -> None:

@@ -128,6 +128,7 @@ from winnow.engine.compression.plan import Plan, evict_schema, plan_schema
 from winnow.engine.compression.profiles import load_profiles
 from winnow.engine.compression.read import read_schema
 from winnow.engine.compression.prompt.plan import prompt_schema
+from winnow.engine.compression.vision.plan import vision_schema
 from winnow.engine.sampling import SamplingTable
 profiles = load_profiles()
 for name in read_schema():
@@ -138,6 +139,9 @@ for name in evict_schema():
     plan.evict.voters(100), plan.evict.recent_tokens(100), plan.fingerprint
 for name in prompt_schema():
     Plan.parse({"prompt": {"policy": name, "keep": 0.5}})
+for name in vision_schema():
+    vision = Plan.parse({"vision": {"policy": name, "keep": 64}}).vision
+    vision.tokens(576), vision.stages, vision.kinds, vision.reads_text, vision.fingerprint
 plan_schema()
 assert "torch" not in sys.modules, "torch was imported"
 """

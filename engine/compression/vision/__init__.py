@@ -1,0 +1,1 @@
+"""Which tokens of an image the language model reads."""

@@ -1,0 +1,1 @@
+"""Vision policies: one file each, named in `vision.registry.VISION`."""

@@ -1,0 +1,114 @@
+"""What a vision policy is: it says which tokens of an image the language model reads, at one or several stages.
+
+    pre_llm    `TokenPolicy`: between projector and language model
+    encoder    within the vision tower
+    llm_layer  within the language model, which forgets tokens between layers
+
+The stages of a policy are the protocols that its class has the methods of (`STAGES`).
+
+Like all policies these are stateless, and import torch where they compute only: the server reads their knobs. Images
+never see one another, and nothing but the arguments has a part in what a policy says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
+
+from winnow.engine.compression.policy import PolicyParams
+from winnow.engine.compression.vision.features import Features, VisionSignal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Kind = Literal["image", "video"]
+ANY_KIND: frozenset[Kind] = frozenset({"image", "video"})
+
+
+@dataclass(frozen=True)
+class View:
+    """What is left of an image."""
+
+    tokens: Tensor
+    """[n] int64, ascending: the placeholders that stay; a merged token stays at the place of its representative"""
+    embeddings: Tensor
+    """[n, hidden] float32: rows of `Features.embeddings` to the bit, unless the policy merges"""
+
+
+class VisionPolicy(Protocol):
+    """One named method. Stateless; the registry makes one instance for the process."""
+
+    signals: ClassVar[frozenset[VisionSignal]]
+    """What it goes by beside the places of tokens"""
+
+    reads_text: ClassVar[bool]
+    """Whether it goes by the text that the image came with, too"""
+
+    kinds: ClassVar[frozenset[Kind]]
+    """What it prunes"""
+
+    Params: ClassVar[type[PolicyParams]]
+    """The method's own knobs; the request's `vision` object holds them beside the common ones"""
+
+
+@runtime_checkable
+class TokenPolicy(VisionPolicy, Protocol):
+    """A policy that acts when the tower is done with an image and before the language model reads it."""
+
+    def view(self, image: Features, keep: int, text: Tensor, seed: int, params: Any) -> View:
+        """What stays of the image.
+
+        Args
+            keep   how many of its P patch tokens: 1 <= keep < P
+            text   [t, hidden] float32: embeddings of the text that it came with; empty unless `reads_text`
+            seed   64 bits that stand for the image: what is drawn at random is drawn by them
+            params the plan's `vision`
+        Raises
+            RequestError: it cannot prune an image of this layout
+        """
+
+
+STAGES: dict[str, type] = {"pre_llm": TokenPolicy}
+"""The protocols by the stage at which policies of theirs act"""
+
+
+def stages_of(policy: VisionPolicy) -> tuple[str, ...]:
+    return tuple(stage for stage, protocol in STAGES.items() if isinstance(policy, protocol))
+
+
+def whole(image: Features) -> View:
+    """The view of an image that is not pruned."""
+    tokens = image.places.new_ones(len(image.places)).cumsum(0) - 1
+    return View(tokens, image.embeddings)
+
+
+def kept(image: Features, chosen: Tensor, merged: Tensor | None = None) -> View:
+    """The view of an image of which some patch tokens stay.
+
+    A mark stays as long as one patch of the row that it ends does: of the patches before it that stand side by side in
+    a grid, crops next to one another included.
+
+    Args
+        chosen [n] int64: placeholders of patches, each once, in any order
+        merged [n, hidden] float32: what stands at `chosen` from now on; their own embeddings if None
+    """
+    import torch
+
+    places = image.places
+    is_mark = places[:, 0] < 0
+    is_kept = torch.zeros_like(is_mark)
+    is_kept[chosen] = True
+    # Rows are counted along the placeholders; the thumbnail's are not those of the crops, and a mark ends its row.
+    label = torch.stack((places[:, 1], places[:, 0].clamp(max=1)), 1)
+    begins = torch.ones_like(is_mark)
+    begins[1:] = (label[1:] != label[:-1]).any(1) & ~is_mark[1:] | (is_mark[:-1] & ~is_mark[1:])
+    row = begins.long().cumsum(0) - 1
+    alive = torch.zeros(len(places), dtype=torch.bool).index_fill_(0, row[is_kept], True)
+    # A mark before all patches ends no row.
+    leads = (~is_mark).long().cumsum(0) == 0
+    is_kept |= is_mark & (alive[row] | leads)
+    tokens = is_kept.nonzero().squeeze(1)
+    embeddings = image.embeddings[tokens]
+    if merged is not None:
+        embeddings[torch.searchsorted(tokens, chosen)] = merged
+    return View(tokens, embeddings)
