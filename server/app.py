@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
@@ -16,12 +17,15 @@ from winnow.server import __version__
 from winnow.server.auth import Auth
 from winnow.server.client import Client
 from winnow.server.errors import ClientGone, handle
+from winnow.server.metrics import Metrics
 from winnow.server.middleware import BodyLimit, Observe
+from winnow.server.models import Models
 from winnow.server.protocol.chat import ChatRequest
 from winnow.server.protocol.completions import CompletionRequest
 from winnow.server.protocol.responses import ErrorBody
 from winnow.server.protocol.tokenize import DetokenizeRequest, TokenizeRequest
-from winnow.server.routes import chat, completions, models, probes, tokenize
+from winnow.server.routes import chat, completions, probes, tokenize
+from winnow.server.routes import models as listing
 from winnow.server.service import Service
 from winnow.server.settings import Settings
 
@@ -31,38 +35,32 @@ if TYPE_CHECKING:
 BODIES = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
 
 
-def create_app(settings: Settings, client: Client | None = None, tokenizer: Tokenizer | None = None) -> FastAPI:
-    """The application; it starts its engine when it is started itself, and `app.state.service` is what it works with.
+def create_app(settings: Settings, *served: tuple[Client, Tokenizer]) -> FastAPI:
+    """The application; it starts its engines when it is started itself, and `app.state.models` is what it works with.
 
     Args
-        client, tokenizer: those of `settings.model` unless given
+        served: for tests, what stands for the engine and the tokenizer of each of `settings.of_models`
     Raises
         SettingsError: a profile is wrong
-        ModelError: the tokenizer cannot be loaded
+        ModelError: a tokenizer cannot be loaded
     """
-    if tokenizer is None:
-        from winnow.engine.models.tokenizer import load_tokenizer
-
-        tokenizer = load_tokenizer(settings.model)
-    if client is None:
-        from winnow.engine.client import EngineClient
-
-        client = EngineClient(settings.of_engine)
-    service = Service(settings, client, tokenizer)
+    metrics = Metrics()
+    services = [Service(of, metrics, *(parts or _load(of))) for of, parts in zip_longest(settings.of_models, served)]
+    models = Models(settings, services, metrics)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await service.start()
+        await models.start()
         try:
             yield
         finally:
-            await service.stop()
+            await models.stop()
 
     # The documentation pages would load scripts from elsewhere; /openapi.json is there.
     app = FastAPI(title="Winnow", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.router.redirect_slashes = False
-    app.state.service = service
-    for routes in (chat, completions, models, tokenize, probes):
+    app.state.models = models
+    for routes in (chat, completions, listing, tokenize, probes):
         app.include_router(routes.router, responses={"default": {"model": ErrorBody}})
     for error in (WinnowError, ClientGone, HTTPException, RequestValidationError):
         app.add_exception_handler(error, handle)
@@ -71,6 +69,13 @@ def create_app(settings: Settings, client: Client | None = None, tokenizer: Toke
     app.add_middleware(Observe)
     _describe(app, bool(settings.api_key))
     return app
+
+
+def _load(settings: Settings) -> tuple[Client, Tokenizer]:
+    from winnow.engine.client import EngineClient
+    from winnow.engine.models.tokenizer import load_tokenizer
+
+    return EngineClient(settings.of_engine), load_tokenizer(settings.model)
 
 
 def _describe(app: FastAPI, needs_key: bool) -> None:

@@ -21,7 +21,7 @@ def json_body(model: type[Model]) -> Callable[[Request], Awaitable[Model]]:
 
     async def read(request: Request) -> Model:
         require_json(request.headers.get("content-type"))
-        settings: Settings = request.app.state.service.settings
+        settings: Settings = request.app.state.models.settings
         try:
             async with asyncio.timeout(settings.body_timeout_s):
                 data = decode(await request.body())

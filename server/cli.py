@@ -82,7 +82,17 @@ def serve(
     draft_memory_gib: Annotated[
         float | None, typer.Option(help="Memory for the draft model's keys and values.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of the engine.")] = None,
+    vision_model: Annotated[
+        str | None, typer.Option(help="A model that sees images, served beside the first by an engine of its own.")
+    ] = None,
+    vision_model_name: Annotated[
+        list[str] | None, typer.Option(help="Name that requests use for it; repeatable, the first is shown.")
+    ] = None,
+    vision_weights: Annotated[
+        str | None, typer.Option(help="How its weights are held; like the model's if unset.")
+    ] = None,
+    vision_memory_gib: Annotated[float | None, typer.Option(help="Memory for its keys and values.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of an engine.")] = None,
     api_key: Annotated[
         list[str] | None, typer.Option(help="Key that requests must bring; repeatable. Better: WINNOW_API_KEY.")
     ] = None,

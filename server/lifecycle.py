@@ -15,7 +15,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from winnow.server.service import Service
+from winnow.server.models import Models
 from winnow.server.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -27,9 +27,9 @@ CLOSE_S = 5
 class Server(uvicorn.Server):
     """uvicorn, which by itself stops listening at the first signal and dies of it in the end."""
 
-    def __init__(self, config: uvicorn.Config, service: Service):
+    def __init__(self, config: uvicorn.Config, models: Models):
         super().__init__(config)
-        self.service = service
+        self.models = models
         self.failure: Exception | None = None
         self._draining: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
@@ -38,18 +38,17 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
-        self._watching = self._loop.create_task(self._watch_engine())
+        self._watching = self._loop.create_task(self._watch_engines())
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if self._watching is not None:
             self._watching.cancel()
         await super().shutdown(sockets)
 
-    async def _watch_engine(self) -> None:
-        """Ends the process when the engine will never start."""
-        if (failed := self.service.client.failed) is not None:
-            self.failure = await asyncio.shield(failed)
-            self.should_exit = True
+    async def _watch_engines(self) -> None:
+        """Ends the process when one of them will never start."""
+        self.failure = await self.models.failure()
+        self.should_exit = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._loop is None or not self.started:
@@ -61,12 +60,12 @@ class Server(uvicorn.Server):
         if self._draining is None:
             self._draining = asyncio.get_running_loop().create_task(self._drain(name))
         else:
-            self.service.admission.cut_all()
+            self.models.cut_all()
 
     async def _drain(self, name: str) -> None:
-        running, seconds = len(self.service.admission.flights), self.service.settings.drain_s
+        running, seconds = self.models.running, self.models.settings.drain_s
         logger.info("%s: finishing %d requests within %g s", name, running, seconds)
-        await self.service.admission.drain(seconds)
+        await self.models.drain(seconds)
         self.should_exit = True
 
 
@@ -74,7 +73,7 @@ def serve(app: FastAPI, settings: Settings) -> None:
     """Returns after a drain.
 
     Raises
-        ModelError: the engine cannot load the model
+        ModelError: an engine cannot load its model
     """
     config = uvicorn.Config(
         app,
@@ -87,7 +86,7 @@ def serve(app: FastAPI, settings: Settings) -> None:
         ws="none",
         timeout_graceful_shutdown=CLOSE_S,
     )
-    server = Server(config, app.state.service)
+    server = Server(config, app.state.models)
     server.run()
     if server.failure is not None:
         raise server.failure

@@ -34,7 +34,7 @@ class Observe:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        metrics: Metrics = scope["app"].state.service.metrics
+        metrics: Metrics = scope["app"].state.models.metrics
         own_id, began, status = uuid4().hex, time.monotonic(), 0
         given = Headers(scope=scope).get("x-request-id", "")
         shown_id = given if REQUEST_ID.fullmatch(given) else own_id

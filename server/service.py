@@ -1,4 +1,4 @@
-"""What every route works with: settings, engine, tokenizer, plans, admission, metrics."""
+"""What every route works with for one model: settings, engine, tokenizer, plans, admission, metrics."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
-from fastapi import Request
 from pydantic import ValidationError
 
 from winnow.engine.errors import ModelError, Overloaded
@@ -18,8 +17,7 @@ from winnow.engine.models.files import generation_config, resolve_model
 from winnow.engine.recital import lead_ins
 from winnow.server.admission import Admission
 from winnow.server.client import Client
-from winnow.server.errors import ApiError
-from winnow.server.metrics import Metrics
+from winnow.server.metrics import Metrics, ModelMetrics
 from winnow.server.plans import Plans
 from winnow.server.protocol.common import SAMPLING_DEFAULTS, GenerationRequest
 from winnow.server.settings import Settings
@@ -34,14 +32,17 @@ RETRY_LOADING_S = 5
 
 
 class Service:
-    def __init__(self, settings: Settings, client: Client, tokenizer: Tokenizer):
+    """One model of this server."""
+
+    def __init__(self, settings: Settings, metrics: Metrics, client: Client, tokenizer: Tokenizer):
+        """`settings`: the server's, with what differs for this model (see Settings.of_vision)."""
         self.settings = settings
         self.client = client
         self.tokenizer = tokenizer
         self.plans = Plans(settings)
         self.speculations = Speculations(settings)
         self.admission = Admission(settings)
-        self.metrics = Metrics(client, settings.model_names[0])
+        self.metrics: ModelMetrics = metrics.of(self.name, client)
         self.sampling_defaults = sampling_defaults(settings)
         self.created = int(time.time())
         self._pool = ThreadPoolExecutor(settings.tokenizer_threads, "tokenizer")
@@ -51,11 +52,12 @@ class Service:
         """Of plans under which the model repeats its prompt."""
         return lead_ins(self.tokenizer)
 
-    async def start(self) -> None:
-        await self.client.start()
+    @property
+    def name(self) -> str:
+        """The first of the model's names."""
+        return self.settings.model_names[0]
 
     async def stop(self) -> None:
-        """Cuts what still runs; a server that drains has done so before (see lifecycle.py)."""
         await self.admission.drain(0)
         await self.client.stop(0)
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -84,20 +86,6 @@ class Service:
             raise Overloaded("the engine is starting", RETRY_LOADING_S)
         return info
 
-    def model_name(self, asked: str | None) -> str:
-        """The name to answer with.
-
-        Raises
-            ApiError: 404
-        """
-        names = self.settings.model_names
-        if asked is None:
-            return names[0]
-        if asked not in names:
-            message = f"this server has no such model; it has {', '.join(names)}"
-            raise ApiError(404, message, param="model", code="model_not_found")
-        return asked
-
 
 def sampling_defaults(settings: Settings) -> GenerationRequest:
     """A request that names what the model's makers would have it sampled with.
@@ -113,9 +101,3 @@ def sampling_defaults(settings: Settings) -> GenerationRequest:
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise ModelError(f"{settings.model}: its generation_config.json cannot be used: {wrong}") from error
-
-
-async def service_of(request: Request) -> Service:
-    """A dependency; a plain function would be called in a thread."""
-    service: Service = request.app.state.service
-    return service

@@ -19,13 +19,14 @@ from pydantic_settings import SettingsError as SourceError
 from yaml import YAMLError
 
 from winnow.engine.compression.maximum import Maximum
-from winnow.engine.config import EngineSettings
+from winnow.engine.config import WEIGHTS, EngineSettings
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
 NOT_OF_VLLM = {"page_tokens", "max_stream_len", "embedding_model", "llmlingua2_model", "speculative"}
 NOT_OF_VLLM |= {"draft_model", "draft_weights", "draft_memory_gib"}
+NOT_OF_VLLM |= {"vision_model", "vision_model_name", "vision_weights", "vision_memory_gib"}
 """Settings of what only our own engine does"""
 
 
@@ -67,6 +68,16 @@ class Settings(BaseSettings, EngineSettings):
         None, description="method, or method and knobs, of requests that name none; `{}` in a request turns it off"
     )
 
+    # A second model
+    vision_model: str | None = Field(
+        None, description="a model that sees images, named like `model`, served beside it by an engine of its own"
+    )
+    vision_model_name: Annotated[tuple[str, ...], NoDecode] = Field((), description="its names, like served_model_name")
+    vision_weights: Literal["f32", "int8", "bf16", "fp8"] | None = Field(
+        None, description="how its weights are held; like the model's if unset"
+    )
+    vision_memory_gib: float = Field(1.0, gt=0, le=4096, description="size of its engine's page arena")
+
     # Limits on one request
     max_body_bytes: int = Field(4 << 20, ge=1024, le=1 << 30, description="request body, counted while it is read")
     body_timeout_s: float = Field(30.0, gt=0, le=3600, description="time for a client to send its body")
@@ -99,7 +110,7 @@ class Settings(BaseSettings, EngineSettings):
     drain_s: float = Field(30.0, ge=0, le=3600, description="time that running requests get after SIGTERM")
     heartbeat_s: float = Field(30.0, gt=0, le=3600, description="silence of the engine that /live calls dead")
 
-    @field_validator("api_key", "served_model_name", mode="before")
+    @field_validator("api_key", "served_model_name", "vision_model_name", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):
@@ -132,6 +143,11 @@ class Settings(BaseSettings, EngineSettings):
             raise ValueError("max_queue_tokens must hold at least one prompt of max_model_len tokens")
         if self.engine == "vllm" and (idle := sorted(NOT_OF_VLLM & self.model_fields_set)):
             raise ValueError(f"{idle[0]} has no effect with engine: vllm")
+        if self.vision_model is None and (self.vision_weights is not None or self.vision_model_name):
+            raise ValueError("vision_weights and vision_model_name have no effect without vision_model")
+        if self.vision_weights is not None and self.vision_weights not in WEIGHTS[self.device]:
+            able = ", ".join(WEIGHTS[self.device])
+            raise ValueError(f"vision_weights: {self.vision_weights} is not for device {self.device}, which has {able}")
         return self
 
     @classmethod
@@ -148,6 +164,26 @@ class Settings(BaseSettings, EngineSettings):
     @property
     def of_engine(self) -> EngineSettings:
         return EngineSettings(**{name: getattr(self, name) for name in EngineSettings.model_fields})
+
+    @property
+    def of_models(self) -> tuple[Settings, ...]:
+        """Those of each model that is served: the first model's are the server's own."""
+        if self.vision_model is None:
+            return (self,)
+        changes = {
+            "model": self.vision_model,
+            "served_model_name": self.vision_model_name,
+            "weights": self.vision_weights or self.weights,
+            "kv_memory_gib": self.vision_memory_gib,
+            "vision_model": None,
+            # Of the first model alone:
+            "max_model_len": None,
+            "tensor_parallel": 1,
+            "draft_model": None,
+            "draft_weights": None,
+            "speculative": None,
+        }
+        return self, self.model_copy(update=changes)
 
     @property
     def model_to_name(self) -> str:

@@ -10,10 +10,10 @@ from winnow.server.answers import ChatAnswer
 from winnow.server.body import body_docs, json_body
 from winnow.server.generation import Generation
 from winnow.server.marks import PromptSource, marked_chat
+from winnow.server.models import Models, models_of
 from winnow.server.protocol.chat import ChatRequest
 from winnow.server.protocol.responses import ChatCompletion
 from winnow.server.respond import respond
-from winnow.server.service import Service, service_of
 from winnow.server.templates import chat_tokens
 
 router = APIRouter()
@@ -27,10 +27,10 @@ router = APIRouter()
 )
 async def chat_completions(
     request: Request,
-    service: Annotated[Service, Depends(service_of)],
+    models: Annotated[Models, Depends(models_of)],
     body: Annotated[ChatRequest, Depends(json_body(ChatRequest))],
 ) -> Response:
-    name = service.model_name(body.model)
+    service, name = models.choose(body.model)
     prompt = PromptSource(
         tokens=lambda: chat_tokens(service.tokenizer, body),
         marked=lambda: marked_chat(service.tokenizer, body),

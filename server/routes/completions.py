@@ -10,10 +10,10 @@ from winnow.server.answers import CompletionAnswer
 from winnow.server.body import body_docs, json_body
 from winnow.server.generation import Generation
 from winnow.server.marks import MarkedPrompt, PromptSource, marked_text
+from winnow.server.models import Models, models_of
 from winnow.server.protocol.completions import DEFAULT_MAX_TOKENS, CompletionRequest, Prompt
 from winnow.server.protocol.responses import Completion
 from winnow.server.respond import respond
-from winnow.server.service import Service, service_of
 
 router = APIRouter()
 
@@ -26,9 +26,11 @@ router = APIRouter()
 )
 async def completions(
     request: Request,
-    service: Annotated[Service, Depends(service_of)],
+    models: Annotated[Models, Depends(models_of)],
     body: Annotated[CompletionRequest, Depends(json_body(CompletionRequest))],
 ) -> Response:
+    service, name = models.choose(body.model)
+
     def source_of(prompt: Prompt) -> PromptSource:
         if not isinstance(prompt, str):
             return PromptSource(lambda: prompt, lambda: MarkedPrompt(prompt, [], ""), is_marked=False)
@@ -38,7 +40,6 @@ async def completions(
             is_marked=bool(body.context),
         )
 
-    name = service.model_name(body.model)
     generation = Generation(
         service,
         body,

@@ -6,19 +6,20 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
 
-from winnow.server.service import Service, service_of
+from winnow.server.models import Models, models_of
+from winnow.server.service import Service
 
 router = APIRouter()
 
 
 @router.get("/v1/models", summary="The models, with their compression")
-async def list_models(service: Annotated[Service, Depends(service_of)]) -> dict[str, Any]:
-    return {"object": "list", "data": [_card(service, name) for name in service.settings.model_names]}
+async def list_models(models: Annotated[Models, Depends(models_of)]) -> dict[str, Any]:
+    return {"object": "list", "data": [_card(service, name) for name, service in models.by_name.items()]}
 
 
 @router.get("/v1/models/{model:path}", summary="One model")
-async def get_model(model: str, service: Annotated[Service, Depends(service_of)]) -> dict[str, Any]:
-    return _card(service, service.model_name(model))
+async def get_model(model: str, models: Annotated[Models, Depends(models_of)]) -> dict[str, Any]:
+    return _card(*models.choose(model))
 
 
 def _card(service: Service, name: str) -> dict[str, Any]:
@@ -29,7 +30,7 @@ def _card(service: Service, name: str) -> dict[str, Any]:
         "object": "model",
         "created": service.created,
         "owned_by": "winnow",
-        "root": service.settings.model_names[0],
+        "root": service.name,
         "parent": None,
         "max_model_len": info.max_model_len if info else None,
         "max_stream_len": info.max_stream_len if info else None,

@@ -8,10 +8,10 @@ from fastapi import APIRouter, Depends
 
 from winnow.engine.errors import RequestError
 from winnow.server.body import body_docs, json_body
+from winnow.server.models import Models, models_of
 from winnow.server.protocol.common import at_most
 from winnow.server.protocol.responses import Text, Tokens
 from winnow.server.protocol.tokenize import DetokenizeRequest, TokenizeRequest
-from winnow.server.service import Service, service_of
 from winnow.server.templates import chat_tokens
 
 router = APIRouter()
@@ -19,10 +19,10 @@ router = APIRouter()
 
 @router.post("/tokenize", summary="Token ids of a text", openapi_extra=body_docs(TokenizeRequest))
 async def tokenize(
-    service: Annotated[Service, Depends(service_of)],
+    models: Annotated[Models, Depends(models_of)],
     body: Annotated[TokenizeRequest, Depends(json_body(TokenizeRequest))],
 ) -> Tokens:
-    service.model_name(body.model)
+    service, _ = models.choose(body.model)
     longest = service.engine().max_model_len
     at_most("messages", len(body.messages or ()), service.settings.max_messages)
 
@@ -39,10 +39,10 @@ async def tokenize(
 
 @router.post("/detokenize", summary="Text of token ids", openapi_extra=body_docs(DetokenizeRequest))
 async def detokenize(
-    service: Annotated[Service, Depends(service_of)],
+    models: Annotated[Models, Depends(models_of)],
     body: Annotated[DetokenizeRequest, Depends(json_body(DetokenizeRequest))],
 ) -> Text:
-    service.model_name(body.model)
+    service, _ = models.choose(body.model)
     size = service.engine().vocab_size
     if body.tokens and max(body.tokens) >= size:
         raise RequestError("tokens", f"tokens: the vocabulary has {size} tokens", "invalid_value")

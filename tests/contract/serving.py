@@ -31,12 +31,16 @@ class Serving:
         headers = {"authorization": f"Bearer {KEY}"}
         return httpx.Client(base_url=self.url, headers=headers, timeout=PATIENCE_S)
 
-    def metric(self, name: str) -> float:
-        """A metric that has one sample."""
+    def metric(self, name: str, **labels: str) -> float:
+        """A metric that has one sample with these labels."""
         with self.http() as http:
             text = http.get("/metrics").raise_for_status().text
         samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
-        (value,) = (sample.value for sample in samples if sample.name == f"winnow:{name}")
+        (value,) = (
+            sample.value
+            for sample in samples
+            if sample.name == f"winnow:{name}" and labels.items() <= sample.labels.items()
+        )
         return value
 
     def is_ready(self) -> bool:
@@ -62,11 +66,10 @@ class Serving:
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(PATIENCE_S)
 
-    def engine_pid(self) -> int:
+    def engine_pids(self) -> list[int]:
         pid = self.process.pid
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        (engine,) = (int(child) for child in children if "engine.process" in Path(f"/proc/{child}/cmdline").read_text())
-        return engine
+        return [int(child) for child in children if "engine.process" in Path(f"/proc/{child}/cmdline").read_text()]
 
 
 @contextmanager

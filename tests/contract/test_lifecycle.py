@@ -57,7 +57,8 @@ def test_an_engine_that_dies_comes_back(tmp_path: Path) -> None:
         with server.http() as http:
             with http.stream("POST", "/v1/completions", json=BODY | {"max_tokens": 4000}) as response:
                 lines = read_first(response)
-                os.kill(server.engine_pid(), signal.SIGKILL)
+                (engine,) = server.engine_pids()
+                os.kill(engine, signal.SIGKILL)
                 rest = [line for line in lines if line]
             assert '"code":"engine_died"' in rest[-1]
             assert http.get("/live").status_code == 200

@@ -121,7 +121,8 @@ def test_the_pod_asks_for_probes_that_exist_and_waits_for_the_drain(tmp_path: Pa
 @pytest.fixture(scope="module")
 def series() -> set[str]:
     """Names of the server's time series."""
-    metrics = Metrics(FakeEngine(load_tokenizer("default")), "model")
+    metrics = Metrics()
+    metrics.of("model", FakeEngine(load_tokenizer("default")))
     metrics.http_started()
     text = generate_latest(metrics.registry).decode()
     return {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")}

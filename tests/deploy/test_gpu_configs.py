@@ -68,7 +68,7 @@ def test_there_are_some() -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_card_holds_what_the_file_says(path: Path, tokenizer: Tokenizer) -> None:
     settings = load(path)
-    create_app(load(path, model="default"), FakeEngine(tokenizer), tokenizer)  # its plans are served
+    create_app(load(path, model="default"), (FakeEngine(tokenizer), tokenizer))  # its plans are served
     card = CARDS[max((name for name in CARDS if path.stem.startswith(f"{name}-")), key=len)]
     model = MODELS[settings.model]
     assert settings.device == "cuda" and settings.weights in ("bf16", "fp8")

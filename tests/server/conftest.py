@@ -51,7 +51,7 @@ def settings() -> Settings:
 
 @pytest.fixture
 def app(settings: Settings, engine: FakeEngine, tokenizer: Tokenizer) -> FastAPI:
-    return create_app(settings, engine, tokenizer)
+    return create_app(settings, (engine, tokenizer))
 
 
 Connect = Callable[..., Any]
@@ -63,7 +63,7 @@ def connect(engine: FakeEngine, tokenizer: Tokenizer) -> Connect:
 
     @asynccontextmanager
     async def connected(**options: Any) -> AsyncIterator[httpx.AsyncClient]:
-        app = create_app(load(**options), engine, tokenizer)
+        app = create_app(load(**options), (engine, tokenizer))
         transport = httpx.ASGITransport(app=app)
         async with (
             app.router.lifespan_context(app),

@@ -21,7 +21,7 @@ def bearer(key: str) -> dict[str, str]:
 
 
 async def test_every_route_but_the_probes(connect: Connect, engine: FakeEngine) -> None:
-    paths = create_app(load(), engine, engine.tokenizer).openapi()["paths"]
+    paths = create_app(load(), (engine, engine.tokenizer)).openapi()["paths"]
     assert "/v1/chat/completions" in paths
     async with connect(api_key=["k1"]) as http:
         for path in [*paths, "/openapi.json", "/docs", "/", "/no/such/url", "/live/", "//live"]:

@@ -14,7 +14,7 @@ from winnow.engine.errors import ModelError
 from winnow.engine.models.tokenizer import Tokenizer
 from winnow.server.app import create_app
 from winnow.server.lifecycle import Server
-from winnow.server.service import Service
+from winnow.server.models import Models
 from winnow.server.settings import load
 
 from .asgi import Call
@@ -29,8 +29,8 @@ def ask(app: FastAPI, stream: bool = False) -> Call:
     return Call(app, CHAT, {"messages": HELLO, "stream": stream})
 
 
-def service(app: FastAPI) -> Service:
-    found: Service = app.state.service
+def models(app: FastAPI) -> Models:
+    found: Models = app.state.models
     return found
 
 
@@ -43,7 +43,7 @@ async def test_a_disconnect_aborts(app: FastAPI, engine: FakeEngine, stream: boo
     call.disconnect()
     await call.end()
     assert engine.aborted == [engine.submits[0].request_id]
-    assert not service(app).admission.flights
+    assert not models(app).running
     assert call.status in (None, 200, 499)
 
 
@@ -59,7 +59,7 @@ async def test_a_disconnect_aborts_every_prompt(app: FastAPI, engine: FakeEngine
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_request_that_takes_too_long(engine: FakeEngine, tokenizer: Tokenizer, stream: bool) -> None:
-    app = create_app(load(request_timeout_s=0.05), engine, tokenizer)
+    app = create_app(load(request_timeout_s=0.05), (engine, tokenizer))
     engine.pause_after = 0
     call = ask(app, stream)
     await call.end()
@@ -69,7 +69,7 @@ async def test_a_request_that_takes_too_long(engine: FakeEngine, tokenizer: Toke
 
 
 async def test_one_that_gets_stuck_on_the_way(engine: FakeEngine, tokenizer: Tokenizer) -> None:
-    app = create_app(load(request_timeout_s=0.2), engine, tokenizer)
+    app = create_app(load(request_timeout_s=0.2), (engine, tokenizer))
     engine.pause_after = 2
     call = ask(app, stream=True)
     await call.end()
@@ -79,7 +79,7 @@ async def test_one_that_gets_stuck_on_the_way(engine: FakeEngine, tokenizer: Tok
 
 
 async def test_a_body_that_does_not_come(engine: FakeEngine, tokenizer: Tokenizer) -> None:
-    app = create_app(load(body_timeout_s=0.05), engine, tokenizer)
+    app = create_app(load(body_timeout_s=0.05), (engine, tokenizer))
     call = ask(app)
     call.inbox.get_nowait()
     call.inbox.put_nowait({"type": "http.request", "body": b"{", "more_body": True})
@@ -102,15 +102,15 @@ async def test_a_drain_lets_requests_finish(app: FastAPI, engine: FakeEngine) ->
     await running[0].until("capital")
     while len(engine.submits) < 2:
         await asyncio.sleep(0)
-    draining = asyncio.create_task(service(app).admission.drain(30))
+    draining = asyncio.create_task(models(app).drain(30))
     await asyncio.sleep(0)
 
     late = ask(app)
     await late.end()
     assert late.status == 503
     assert dict(late.sent[0]["headers"])[b"retry-after"] == b"5"
-    assert not service(app).is_ready
-    assert service(app).is_alive
+    assert not models(app).is_ready
+    assert models(app).is_alive
 
     engine.go_on()
     for call in running:
@@ -128,7 +128,7 @@ async def test_a_drain_cuts_what_does_not_finish(app: FastAPI, engine: FakeEngin
     await stream.until("capital")
     while len(engine.submits) < 2:
         await asyncio.sleep(0)
-    await service(app).admission.drain(0.01)
+    await models(app).drain(0.01)
     for call in (stream, whole):
         await call.end()
     assert '"code":"overloaded"' in stream.text
@@ -139,7 +139,7 @@ async def test_a_drain_cuts_what_does_not_finish(app: FastAPI, engine: FakeEngin
 async def test_signals_under_uvicorn(app: FastAPI, engine: FakeEngine) -> None:
     """The first signal keeps listening while requests finish; the second one cuts them."""
     config = uvicorn.Config(app, port=0, log_config=None, access_log=False, lifespan="on", ws="none")
-    server = Server(config, service(app))
+    server = Server(config, models(app))
     serving = asyncio.create_task(server._serve())
     while not server.started:
         await asyncio.sleep(0.01)
@@ -149,7 +149,7 @@ async def test_signals_under_uvicorn(app: FastAPI, engine: FakeEngine) -> None:
         running = asyncio.create_task(http.post(CHAT, json={"messages": HELLO}))
         await engine.paused.wait()
         server.handle_exit(15, None)
-        while not service(app).admission.is_draining:
+        while not models(app).is_draining:
             await asyncio.sleep(0.01)
         assert (await http.get("/ready")).status_code == 503
         assert (await http.get("/live")).status_code == 200
@@ -165,7 +165,7 @@ async def test_signals_under_uvicorn(app: FastAPI, engine: FakeEngine) -> None:
 
 async def test_an_engine_that_never_starts_ends_the_server(app: FastAPI, engine: FakeEngine) -> None:
     config = uvicorn.Config(app, port=0, log_config=None, access_log=False, lifespan="on", ws="none")
-    server = Server(config, service(app))
+    server = Server(config, models(app))
     serving = asyncio.create_task(server._serve())
     while engine.failed is None:
         await asyncio.sleep(0.01)
@@ -175,7 +175,7 @@ async def test_an_engine_that_never_starts_ends_the_server(app: FastAPI, engine:
 
 
 async def test_a_full_queue(engine: FakeEngine, tokenizer: Tokenizer) -> None:
-    app = create_app(load(max_queue_requests=2), engine, tokenizer)
+    app = create_app(load(max_queue_requests=2), (engine, tokenizer))
     engine.pause_after = 0
     waiting = [ask(app), ask(app)]
     while len(engine.submits) < 2:
@@ -196,7 +196,7 @@ async def test_a_full_queue(engine: FakeEngine, tokenizer: Tokenizer) -> None:
 
 
 async def test_running_requests_do_not_fill_the_queue(engine: FakeEngine, tokenizer: Tokenizer) -> None:
-    app = create_app(load(max_queue_requests=1), engine, tokenizer)
+    app = create_app(load(max_queue_requests=1), (engine, tokenizer))
     engine.pause_after = 1
     first = ask(app, stream=True)
     await first.until("The")  # it has a token: it waits no more
@@ -208,7 +208,7 @@ async def test_running_requests_do_not_fill_the_queue(engine: FakeEngine, tokeni
 
 
 async def test_a_queue_full_of_tokens(engine: FakeEngine, tokenizer: Tokenizer) -> None:
-    app = create_app(load(max_queue_tokens=1000), engine, tokenizer)
+    app = create_app(load(max_queue_tokens=1000), (engine, tokenizer))
     engine.pause_after = 0
     # Alone a prompt may be larger than the queue.
     first = Call(app, COMPLETIONS, {"prompt": [5] * 1500})
@@ -223,7 +223,7 @@ async def test_a_queue_full_of_tokens(engine: FakeEngine, tokenizer: Tokenizer) 
 
 
 async def test_prompts_count_one_by_one(engine: FakeEngine, tokenizer: Tokenizer) -> None:
-    app = create_app(load(max_queue_requests=4), engine, tokenizer)
+    app = create_app(load(max_queue_requests=4), (engine, tokenizer))
     engine.pause_after = 0
     first = Call(app, COMPLETIONS, {"prompt": ["a"] * 3})
     while len(engine.submits) < 3:

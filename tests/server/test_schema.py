@@ -32,7 +32,7 @@ FEW = settings(
 @pytest.fixture(scope="module")
 def schema() -> Any:
     tokenizer = load_tokenizer("default")
-    app = create_app(load(), FakeEngine(tokenizer), tokenizer)
+    app = create_app(load(), (FakeEngine(tokenizer), tokenizer))
 
     async def running(scope: Any, receive: Any, send: Any) -> None:
         """The application without its start and stop, which schemathesis would run around every request."""

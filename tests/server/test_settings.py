@@ -123,7 +123,7 @@ def test_model_names_are_no_paths(tmp_path: Path, model: str, names: tuple[str, 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("server*.yaml")), ids=lambda path: path.name)
 def test_shipped_configs(path: Path, engine: FakeEngine, tokenizer: Tokenizer) -> None:
-    create_app(load(path), engine, tokenizer)
+    create_app(load(path), (engine, tokenizer))
 
 
 def test_the_config_that_shows_the_defaults() -> None:
@@ -132,7 +132,7 @@ def test_the_config_that_shows_the_defaults() -> None:
     assert written == {name: getattr(defaults, name) for name in written}
     left_out = {"max_model_len", "threads", "api_key", "served_model_name", "compression", "max_compression"}
     left_out |= {"profiles", "speculative", "embedding_model", "llmlingua2_model", "draft_model", "draft_weights"}
-    left_out |= {"vllm_args"}
+    left_out |= {"vllm_args", "vision_model", "vision_model_name", "vision_weights"}
     left_out |= ON_CUDA.keys()  # each device has its own
     assert set(Settings.model_fields) - set(written) == left_out
 
@@ -150,7 +150,7 @@ def test_bad_plans_are_found_at_start(
     engine: FakeEngine, tokenizer: Tokenizer, options: dict[str, object], named: str
 ) -> None:
     with pytest.raises(SettingsError, match=named):
-        create_app(load(**options), engine, tokenizer)
+        create_app(load(**options), (engine, tokenizer))
 
 
 @pytest.fixture

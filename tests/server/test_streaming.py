@@ -141,7 +141,7 @@ async def test_a_bug_on_the_way(http: httpx.AsyncClient, engine: FakeEngine) -> 
 
 @pytest.fixture
 def impatient(engine: FakeEngine, tokenizer: Tokenizer) -> FastAPI:
-    return create_app(load(ping_s=0.01), engine, tokenizer)
+    return create_app(load(ping_s=0.01), (engine, tokenizer))
 
 
 async def test_pings_fill_a_long_prefill(impatient: FastAPI, engine: FakeEngine) -> None:
