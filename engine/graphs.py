@@ -100,7 +100,7 @@ class Graphs:
             return None
         if not all(host.ready):
             return None  # kernels will say what is wrong
-        if host.positions_end > self._model.config.max_position:
+        if host.angles_end > self._model.config.max_position:
             raise IndexError(f"a position is not below {self._model.config.max_position}")
         rows = next(size for size in self._sizes if size >= host.size)
         kind = Kind(rows, host.sealed_formats, host.rest_formats, host.sides)

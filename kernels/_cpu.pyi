@@ -12,7 +12,9 @@ class KV:
     def set_rope(self, cos: int, sin: int, positions: int, factor: float) -> None: ...
 
 class Batch:
-    def __init__(self, size: int, rows: int, slots: int, cu_rows: int, positions: int, first_vote: int) -> None: ...
+    def __init__(
+        self, size: int, rows: int, slots: int, cu_rows: int, positions: int, angles: int, first_vote: int
+    ) -> None: ...
     def set_mass(
         self, sequence: int, mass: int, capacity: int, is_max: bool, decay: float, temperature: float, heating: float,
         warm_from: int, noise: int,
@@ -40,7 +42,7 @@ def embed(w: Matrix, tokens: int, count: int, out: int) -> None: ...
 def rms_norm(x: int, weight: int, eps: float, count: int, width: int, out: int) -> None: ...
 def silu_mul(x: int, count: int, width: int, out: int) -> None: ...
 def rope_write(
-    kv: KV, batch: Batch, layer: int, qkv: int, q_heads: int, cos: int, sin: int, max_position: int,
+    kv: KV, batch: Batch, layer: int, qkv: int, q_heads: int, cos: int, sin: int, angles: int,
     q_norm: int, k_norm: int, eps: float, q_out: int,
 ) -> None: ...  # fmt: skip
 def attention(

@@ -158,11 +158,21 @@ class LaneBatch:
     first_vote: Tensor
     """[B] int32: first of the sequence's rows, counted from its own first, whose attention adds to the slot's mass and
     whose query adds to its moments; no row does from `rows` on, or in a slot without them"""
+    angles: Tensor | None = None
+    """[T] int32: the row of the rotation tables that each row is turned by, where it is not at its position; None where
+    all are"""
+    rope: tuple[Tensor, Tensor] | None = None
+    """The step's own cos and sin, [n, head_dim / 2] float32, where rows are not turned by the model's"""
     choices: dict[int, Tensor] = field(default_factory=dict)
     """b -> [rows, kv_heads, tokens] uint8: lane tokens that the rows of a sequence in `PagedKV.reading` chose, in the
     last layer where they did"""
     native: Any = field(default=None, repr=False, compare=False)
     """A backend's own handle"""
+
+    @property
+    def turned_by(self) -> Tensor:
+        """[T] int32: the row of the rotation tables for each row."""
+        return self.positions if self.angles is None else self.angles
 
     def make_room_for_choices(self, kv: PagedKV) -> None:
         """Empty choices for the sequences that read by a rule; once a step, before its first layer."""

@@ -58,6 +58,8 @@ class ModelConfig:
     rope_factor: float
     """What cos and sin are multiplied by (yarn's attention factor)"""
     eos_token_ids: tuple[int, ...]
+    rope_sections: tuple[int, ...] = ()
+    """Frequencies that are turned by each of a position's three axes (M-RoPE); empty where it has one"""
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -211,6 +213,7 @@ def _from_transformers(
         inv_freq=tuple(inv_freq.tolist()),
         rope_factor=float(rope_factor),
         eos_token_ids=eos,
+        rope_sections=tuple(config.rope_parameters.get("mrope_section") or ()),
     )
 
 

@@ -69,6 +69,8 @@ class Decoder:
         self._head = head
         self._scale = config.head_dim**-0.5
         self._cos, self._sin = (table.to(ops.device()) for table in rope_tables(config))
+        sections = torch.tensor(config.rope_sections, dtype=torch.int64)
+        self._axes = torch.arange(len(sections)).repeat_interleave(sections).to(ops.device())
 
     def with_ops(self, wrap: Callable[[Backend], Backend]) -> Decoder:
         """The same weights behind other operations, made of its own; they must read what those have packed."""
@@ -79,6 +81,12 @@ class Decoder:
     def rope(self) -> Rope:
         """The tables that turn queries and keys."""
         return Rope(self._cos, self._sin, self.config.rope_factor)
+
+    def turns(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [n, head_dim / 2] of rows whose positions have three axes, `places` [3, n] int64: each frequency
+        has those of its own axis (M-RoPE, Qwen2-VL, arXiv:2409.12191)."""
+        rows = places[self._axes].T  # [n, head_dim / 2]
+        return self._cos.gather(0, rows), self._sin.gather(0, rows)
 
     @property
     def nbytes(self) -> int:
@@ -118,7 +126,8 @@ class Decoder:
 
         Returns what the next layer reads [T, hidden_size], or behind the last one, of `rows`, what `logits` does.
         """
-        ops, eps, cos, sin, scale = self._ops, self.config.rms_eps, self._cos, self._sin, self._scale
+        ops, eps, scale = self._ops, self.config.rms_eps, self._scale
+        cos, sin = (self._cos, self._sin) if batch.rope is None else batch.rope
         last = self._blocks[-1]
         for layer in layers:
             block = self._blocks[layer]

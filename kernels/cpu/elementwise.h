@@ -48,7 +48,7 @@ INLINE void rotate(const float* x, const float* cos, const float* sin, int half,
 }
 
 static bool rope_write(const KV& kv, const Batch& batch, int layer, const float* qkv, int q_heads, const float* cos,
-                       const float* sin, int max_position, const float* q_norm, const float* k_norm, float eps,
+                       const float* sin, int angles, const float* q_norm, const float* k_norm, float eps,
                        float* q_out) {
   const int dim = kv.dim, heads = kv.heads, half = dim / 2;
   const PageShape& open = kv.shapes[kv.compute];
@@ -58,9 +58,9 @@ static bool rope_write(const KV& kv, const Batch& batch, int layer, const float*
     const int rows = batch.cu_rows[b + 1] - batch.cu_rows[b], slot = batch.slots[b];
 #pragma omp parallel for schedule(static) reduction(&& : ok) if (rows > 8)
     for (int j = 0; j < rows; j++) {
-      const int row = batch.cu_rows[b] + j, position = batch.positions[row];
-      if (position < 0 || position >= max_position) { ok = false; continue; }
-      const float *c = cos + (int64_t)position * half, *s = sin + (int64_t)position * half;
+      const int row = batch.cu_rows[b] + j, angle = batch.angles[row];
+      if (angle < 0 || angle >= angles) { ok = false; continue; }
+      const float *c = cos + (int64_t)angle * half, *s = sin + (int64_t)angle * half;
       const float* x = qkv + (int64_t)row * (q_heads + 2 * heads) * dim;
       float normed[256], key[256];
       for (int h = 0; h < q_heads; h++) {

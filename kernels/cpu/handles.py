@@ -61,11 +61,12 @@ def _set_bases(handle: Any, kv: PagedKV) -> None:
 def native_batch(batch: LaneBatch, kv: PagedKV) -> Any:
     """The step's addresses; made once a step, so the lanes' side state must be in place before its first layer."""
     if batch.native is None:
-        for tensor in (batch.slots, batch.cu_rows, batch.positions, batch.first_vote):
+        for tensor in (batch.slots, batch.cu_rows, batch.positions, batch.turned_by, batch.first_vote):
             if tensor.dtype != torch.int32 or not tensor.is_contiguous():
                 raise ValueError("a batch holds contiguous int32 tensors")
         size, rows = batch.slots.shape[0], batch.positions.shape[0]
-        if batch.cu_rows.shape[0] != size + 1 or batch.first_vote.shape[0] != size or int(batch.cu_rows[-1]) != rows:
+        fits = len(batch.cu_rows) == size + 1 and len(batch.first_vote) == size and len(batch.turned_by) == rows
+        if not fits or int(batch.cu_rows[-1]) != rows:
             raise ValueError("the batch's tensors do not fit each other")
         native = _cpu.Batch(
             size,
@@ -73,6 +74,7 @@ def native_batch(batch: LaneBatch, kv: PagedKV) -> Any:
             batch.slots.data_ptr(),
             batch.cu_rows.data_ptr(),
             batch.positions.data_ptr(),
+            batch.turned_by.data_ptr(),
             batch.first_vote.data_ptr(),
         )
         if kv.mass or kv.positions or kv.log_weights or kv.moments or kv.energy:

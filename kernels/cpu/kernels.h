@@ -84,6 +84,7 @@ struct Energy {  // Energy in kv.py; null sums where there is none
 struct Batch {  // LaneBatch in kv.py
   int size, rows;
   const int32_t *slots, *cu_rows, *positions;
+  const int32_t* angles;  // [rows]: the row of the rotation tables that each is turned by
   // Per sequence, null where it has none: attention mass to add to, logical positions of its lanes' tokens, and log
   // weights that are added to their scores, all [layers, heads, capacity]; moments of queries to add to, [layers,
   // q_heads, 1 + dim, dim]; sums of squares of queries to add to; and the first row that votes, and how.
@@ -122,7 +123,7 @@ struct Kernels {
   void (*rms_norm)(const float* x, const float* weight, float eps, int count, int width, float* out);
   void (*silu_mul)(const float* gate_up, int count, int width, float* out);
   bool (*rope_write)(const KV& kv, const Batch& batch, int layer, const float* qkv, int q_heads, const float* cos,
-                     const float* sin, int max_position, const float* q_norm, const float* k_norm, float eps,
+                     const float* sin, int angles, const float* q_norm, const float* k_norm, float eps,
                      float* q_out);
   bool (*attention)(const KV& kv, const Batch& batch, int layer, const float* q, int q_heads, float scale, int window,
                     float* out, float* lse);

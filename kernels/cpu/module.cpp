@@ -91,7 +91,8 @@ struct PyBatch : Batch {
   std::vector<const float*> log_weights_;
   std::vector<int32_t> mass_capacity_, positions_capacity_, log_weights_capacity_;
   std::vector<Reading> reading_;
-  PyBatch(int size_, int rows_, uintptr_t slots_, uintptr_t cu_rows_, uintptr_t rows_positions, uintptr_t first_vote_)
+  PyBatch(int size_, int rows_, uintptr_t slots_, uintptr_t cu_rows_, uintptr_t rows_positions, uintptr_t angles_,
+          uintptr_t first_vote_)
       : mass_(size_), positions_(size_), votes_(size_), moments_(size_), energy_(size_), log_weights_(size_), mass_capacity_(size_),
         positions_capacity_(size_), log_weights_capacity_(size_), reading_(size_) {
     size = size_;
@@ -99,6 +100,7 @@ struct PyBatch : Batch {
     slots = at<const int32_t>(slots_);
     cu_rows = at<const int32_t>(cu_rows_);
     positions = at<const int32_t>(rows_positions);
+    angles = at<const int32_t>(angles_);
     first_vote = at<const int32_t>(first_vote_);
     mass = mass_.data();
     votes = votes_.data();
@@ -159,7 +161,7 @@ NB_MODULE(_cpu, m) {
       .def("set_bases", &set_bases)
       .def("set_rope", &set_rope);
   nb::class_<PyBatch>(m, "Batch")
-      .def(nb::init<int, int, uintptr_t, uintptr_t, uintptr_t, uintptr_t>())
+      .def(nb::init<int, int, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>())
       .def("set_mass", &PyBatch::set_mass)
       .def("set_moments", &PyBatch::set_moments)
       .def("set_energy", &PyBatch::set_energy)
@@ -190,8 +192,8 @@ NB_MODULE(_cpu, m) {
     active->silu_mul(at<const float>(x), count, width, at<float>(out));
   }, release());
   m.def("rope_write", [](const PyKV& kv, const PyBatch& batch, int layer, uintptr_t qkv, int q_heads, uintptr_t cos, uintptr_t sin,
-                         int max_position, uintptr_t q_norm, uintptr_t k_norm, float eps, uintptr_t q_out) {
-    check(active->rope_write(kv, batch, layer, at<const float>(qkv), q_heads, at<const float>(cos), at<const float>(sin), max_position,
+                         int angles, uintptr_t q_norm, uintptr_t k_norm, float eps, uintptr_t q_out) {
+    check(active->rope_write(kv, batch, layer, at<const float>(qkv), q_heads, at<const float>(cos), at<const float>(sin), angles,
                              at<const float>(q_norm), at<const float>(k_norm), eps, at<float>(q_out)), "rope_write");
   }, release());
   m.def("attention", [](const PyKV& kv, const PyBatch& batch, int layer, uintptr_t q, int q_heads, float scale, int window,

@@ -1,7 +1,7 @@
 """From the projections to queries in hand and keys and values in pages.
 
 q, k    (per head) rms_norm, if the model has it
-x1, x2  first and second half of a head, p its position
+x1, x2  first and second half of a head, p its position, or where the batch says so another row of the tables
         y1 = x1·cos[p] - x2·sin[p]      y2 = x2·cos[p] + x1·sin[p]
 k, v    to the lane's page in the compute format, rounded to nearest even
 """
@@ -35,13 +35,15 @@ def rope_write(
     if cos.shape != sin.shape or cos.shape[1] != dim // 2:
         raise ValueError(f"cos and sin must be [P, {dim // 2}], not {list(cos.shape)} and {list(sin.shape)}")
     step = list(sequences(batch, kv, layer, qkv.shape[0]))
-    positions = batch.positions.long()
-    if positions.numel() and not 0 <= int(positions.min()) <= int(positions.max()) < cos.shape[0]:
+    angles = batch.turned_by.long()
+    if angles.shape != batch.positions.shape:
+        raise ValueError(f"{len(angles)} angles do not fit {len(batch.positions)} rows")
+    if angles.numel() and not 0 <= int(angles.min()) <= int(angles.max()) < cos.shape[0]:
         raise IndexError(f"a position is not among the {cos.shape[0]} that cos and sin cover")
     heads = qkv.unflatten(1, (-1, dim))
     q, k, v = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
-    q = _rotate(q if q_norm is None else rms_norm(q, q_norm, eps), cos[positions], sin[positions])
-    k = _rotate(k if k_norm is None else rms_norm(k, k_norm, eps), cos[positions], sin[positions])
+    q = _rotate(q if q_norm is None else rms_norm(q, q_norm, eps), cos[angles], sin[angles])
+    k = _rotate(k if k_norm is None else rms_norm(k, k_norm, eps), cos[angles], sin[angles])
 
     keys, values = float_views(kv.data, kv.layout, kv.layout.compute)
     for sequence in step:

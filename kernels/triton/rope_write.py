@@ -42,7 +42,7 @@ def rope_write(
         raise ValueError(f"qkv has {len(qkv)} rows, the batch {step.rows}")
     if cos.shape != sin.shape or cos.shape[1] != dim // 2:
         raise ValueError(f"cos and sin must be [P, {dim // 2}], not {list(cos.shape)} and {list(sin.shape)}")
-    if step.positions_end > len(cos):
+    if step.angles_end > len(cos):
         raise IndexError(f"a position is not among the {len(cos)} that cos and sin cover")
     for norm in (q_norm, k_norm):
         if norm is not None and norm.shape != (dim,):
@@ -54,7 +54,7 @@ def rope_write(
     _rope_write[(triton.cdiv(len(qkv), ROWS), heads)](
         qkv.contiguous(), q, cos, sin, q_norm, k_norm, eps,
         kv.data.view(TYPES[layout.compute]),
-        step.table, step.slots, step.owners, step.cu_rows, step.positions, step.sealed, step.rest, step.open_tokens,
+        step.table, step.slots, step.owners, step.cu_rows, step.angles, step.sealed, step.rest, step.open_tokens,
         len(qkv), layer, layers, width,
         Q_HEADS=heads - 2 * kv_heads, KV_HEADS=kv_heads, D=dim, HALF=triton.next_power_of_2(dim // 2),
         PAGE_TOKENS=layout.page_tokens, ROWS=ROWS, num_warps=4,
@@ -76,7 +76,7 @@ def _rope_write(
     slots: tl.tensor,
     owners: tl.tensor,
     cu_rows: tl.tensor,
-    positions: tl.tensor,
+    angles: tl.tensor,
     sealed: tl.tensor,
     rest: tl.tensor,
     open_tokens: tl.tensor,
@@ -99,7 +99,7 @@ def _rope_write(
     start = qkv + (row.to(tl.int64) * ((Q_HEADS + 2 * KV_HEADS) * D) + head * D)[:, None] + channel
     first = tl.load(start, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(start + D // 2, mask=inside, other=0.0).to(tl.float32)
-    angle = tl.load(positions + row, mask=is_row, other=0)[:, None] * (D // 2) + channel
+    angle = tl.load(angles + row, mask=is_row, other=0)[:, None] * (D // 2) + channel
     if head < Q_HEADS:
         first, second = _turned(first, second, cos + angle, sin + angle, inside, channel, q_norm, eps, D)
         out = q_out + (row.to(tl.int64) * (Q_HEADS * D) + head * D)[:, None] + channel

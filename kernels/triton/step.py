@@ -43,8 +43,8 @@ class DeviceBatch:
     """T"""
     most_rows: int
     """of one sequence"""
-    positions_end: int
-    """One more than the highest position"""
+    angles_end: int
+    """One more than the last row of the rotation tables that is looked up"""
     sealed_formats: frozenset[PageFormat]
     """of the sealed pages that any of the lanes has"""
     rest_formats: frozenset[PageFormat]
@@ -59,6 +59,8 @@ class DeviceBatch:
     """[B]"""
     positions: Tensor
     """[T]"""
+    angles: Tensor
+    """[T]: rows of the rotation tables"""
     owners: Tensor
     """[T]: b of each row"""
     kept: Tensor
@@ -154,7 +156,7 @@ class HostStep:
     size: int
     rows: int
     most_rows: int
-    positions_end: int
+    angles_end: int
     sealed_formats: frozenset[PageFormat]
     rest_formats: frozenset[PageFormat]
     sides: tuple[str, ...]
@@ -173,6 +175,7 @@ def host_step(batch: LaneBatch, kv: PagedKV) -> HostStep:
         "cu_rows": batch.cu_rows,
         "first_vote": batch.first_vote,
         "positions": batch.positions,
+        "angles": batch.turned_by,
         "owners": torch.repeat_interleave(torch.arange(size, dtype=torch.int32), counts.long()),
         "kept": kept,
         "sealed": sealed,
@@ -193,7 +196,7 @@ def host_step(batch: LaneBatch, kv: PagedKV) -> HostStep:
         size=size,
         rows=rows,
         most_rows=int(counts.max()) if size else 0,
-        positions_end=int(batch.positions.max()) + 1 if rows else 0,
+        angles_end=int(batch.turned_by.max()) + 1 if rows else 0,
         sealed_formats=_present(formats, sealed),
         rest_formats=_present(rest_formats, rest),
         sides=tuple(sides),
@@ -214,7 +217,7 @@ def bring(step: HostStep, kv: PagedKV) -> DeviceBatch:
         size=step.size,
         rows=step.rows,
         most_rows=step.most_rows,
-        positions_end=step.positions_end,
+        angles_end=step.angles_end,
         sealed_formats=step.sealed_formats,
         rest_formats=step.rest_formats,
         table=device_table(kv),
@@ -299,10 +302,11 @@ def _flat(step: HostStep) -> Tensor:
 def _check_batch(batch: LaneBatch, kv: PagedKV) -> None:
     """IndexError or ValueError unless the batch's tensors fit each other and the tables."""
     bounds, size, rows = batch.cu_rows, len(batch.slots), len(batch.positions)
-    for tensor in (batch.slots, bounds, batch.positions, batch.first_vote):
+    for tensor in (batch.slots, bounds, batch.positions, batch.turned_by, batch.first_vote):
         if tensor.dtype != torch.int32 or not tensor.is_contiguous():
             raise ValueError("a batch holds contiguous int32 tensors")
-    if len(bounds) != size + 1 or len(batch.first_vote) != size or int(bounds[0]) != 0 or int(bounds[-1]) != rows:
+    fits = len(bounds) == size + 1 and len(batch.first_vote) == size and len(batch.turned_by) == rows
+    if not fits or int(bounds[0]) != 0 or int(bounds[-1]) != rows:
         raise ValueError("the batch's tensors do not fit each other")
     if not size:
         return
@@ -310,7 +314,7 @@ def _check_batch(batch: LaneBatch, kv: PagedKV) -> None:
         raise IndexError(f"a slot is not among {len(kv.table)}")
     if int(bounds.diff().min()) < 0 or int(batch.first_vote.min()) < 0:
         raise ValueError("row bounds must ascend, and no first vote is negative")
-    if rows and int(batch.positions.min()) < 0:
+    if rows and min(int(batch.positions.min()), int(batch.turned_by.min())) < 0:
         raise IndexError("a position is negative")
 
 

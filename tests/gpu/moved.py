@@ -58,7 +58,7 @@ def moved(state: State, ops: Backend) -> State:
 
 def fresh(batch: LaneBatch) -> LaneBatch:
     """As it was before a backend saw it."""
-    return LaneBatch(batch.slots, batch.cu_rows, batch.positions, batch.first_vote)
+    return LaneBatch(batch.slots, batch.cu_rows, batch.positions, batch.first_vote, batch.angles, batch.rope)
 
 
 def queries(state: State, shape: tuple[int, int, int], seed: int = 5) -> Tensor:

@@ -96,7 +96,7 @@ class State:
     def copy(self) -> State:
         """The same state on memory of its own. The batch too: a backend may keep addresses in it."""
         batch = self.batch
-        fresh = LaneBatch(batch.slots, batch.cu_rows, batch.positions, batch.first_vote)
+        fresh = LaneBatch(batch.slots, batch.cu_rows, batch.positions, batch.first_vote, batch.angles)
         return replace(self, kv=copy_kv(self.kv), batch=fresh)
 
 

@@ -137,3 +137,31 @@ def test_a_chunk_has_the_same_bits_however_it_is_cut(ops: Backend) -> None:
         chunk = replace(cut, batch=chunk_of(whole.batch, first, last))
         assert_same_bits(_run(ops, chunk, qkv[first:last], True), q[first:last])
     assert torch.equal(cut.kv.data, whole.kv.data)
+
+
+def test_rows_are_turned_by_their_angles_and_not_by_their_positions(ops: Backend) -> None:
+    held = [Held((40, 20), rows=20), Held((7,)), Held((60,), rows=12)]
+    state = build(PageLayout(64), held, layers=2, kv_heads=2)
+    qkv = randn(state.rows, 8 * 64)
+    angles = torch.randint(0, POSITIONS, (state.rows,), generator=torch.Generator().manual_seed(3)).int()
+    turned, there = state.copy(), state.copy()
+    turned.batch.angles = angles
+    there.batch.positions = angles
+    assert_same_bits(_run(ops, turned, qkv, True), _run(ops, there, qkv, True))
+    assert torch.equal(turned.kv.data, there.kv.data)
+
+
+@pytest.mark.parametrize("angle", [-1, POSITIONS])
+def test_an_angle_outside_the_tables(ops: Backend, angle: int) -> None:
+    state = build(PageLayout(64), [Held((5,), rows=3)], layers=2, kv_heads=2)
+    state.batch.angles = state.batch.positions.clone()
+    state.batch.angles[1] = angle
+    with pytest.raises(IndexError):
+        _run(ops, state, randn(3, 8 * 64), False)
+
+
+def test_angles_of_another_number_of_rows(ops: Backend) -> None:
+    state = build(PageLayout(64), [Held((5,), rows=3)], layers=2, kv_heads=2)
+    state.batch.angles = state.batch.positions[:2].clone()
+    with pytest.raises(ValueError, match="fit"):
+        _run(ops, state, randn(3, 8 * 64), False)

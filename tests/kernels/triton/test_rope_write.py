@@ -62,3 +62,22 @@ def test_a_row_has_the_same_bits_in_any_company(triton: Backend) -> None:
         alone.batch, rows = one_sequence(state.batch, index)
         assert_same_bits(_run(triton, alone, qkv[rows], norms).float(), q[rows].float())
     assert torch.equal(alone.kv.data, together.kv.data)
+
+
+def test_rows_are_turned_by_their_angles(triton: Backend) -> None:
+    state = build(PageLayout(32, BF16), HELD, layers=2)
+    qkv, norms = randn(state.rows, 8 * 32).bfloat16(), (randn(32, seed=8), randn(32, seed=9))
+    angles = torch.randint(0, 400, (state.rows,), generator=torch.Generator().manual_seed(3)).int()
+    turned, there = state.copy(), state.copy()
+    turned.batch.angles = angles
+    there.batch.positions = angles
+    assert_same_bits(_run(triton, turned, qkv, norms), _run(triton, there, qkv, norms))
+    assert_same_bits(turned.kv.data, there.kv.data)
+
+
+@pytest.mark.parametrize("angle", [-1, 400])
+def test_an_angle_outside_the_tables(triton: Backend, angle: int) -> None:
+    state = build(PageLayout(32, BF16), HELD[3:4], layers=2)
+    state.batch.angles = torch.tensor([angle], dtype=torch.int32)
+    with pytest.raises(IndexError):
+        _run(triton, state, randn(1, 8 * 32).bfloat16(), (None, None))

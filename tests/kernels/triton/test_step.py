@@ -31,7 +31,7 @@ def test_open_tokens_are_those_behind_full_pages() -> None:
     state = _seen(20)
     step = device_batch(_next_step(state), state.kv, 0)
     assert step.open_tokens.tolist() == [[[21, 4], [21, 4]]]
-    assert step.positions_end == int(state.batch.positions[0]) + 2
+    assert step.angles_end == int(state.batch.positions[0]) + 2
 
 
 def test_a_lane_that_grows_behind_its_pages() -> None:
