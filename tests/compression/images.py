@@ -22,6 +22,10 @@ class FakeSignals:
     """Distinct values that are drawn: few make ties"""
     layers: int = LAYERS
 
+    @property
+    def nbytes(self) -> int:
+        return self.is_patch.nbytes
+
     def attention(self, layer: int) -> Tensor:
         drawn = self._drawn(layer, 0, 1).squeeze(1) + 1
         return drawn / drawn.sum() * self.is_patch

@@ -35,6 +35,10 @@ class Signals(Protocol):
 
     layers: int
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are held for it"""
+
     def attention(self, layer: int) -> Tensor:
         """[N] float32: what the class token pays to each patch, mean over heads; in towers without one the attention
         matrix's column means, so that the patches of a crop sum to one (with a class token: to at most one)."""
