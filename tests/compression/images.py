@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from winnow.engine.compression.vision.features import Features
+from winnow.engine.compression.vision.registry import vision_policy
 
 LAYERS = 4
 
@@ -27,7 +28,7 @@ class FakeSignals:
         return self.is_patch.nbytes
 
     def attention(self, layer: int) -> Tensor:
-        drawn = self._drawn(layer, 0, 1).squeeze(1) + 1
+        drawn = self._drawn(layer, 0, 1).squeeze(1).abs() + 0.1
         return drawn / drawn.sum() * self.is_patch
 
     def keys(self, layer: int) -> Tensor:
@@ -70,11 +71,42 @@ def beside(crops: list[int], height: int, width: int) -> list[tuple[int, int, in
     ]
 
 
-def image(places: list[tuple[int, int, int]], hidden: int = 8, seed: int = 0, levels: int = 0) -> Features:
+def image(
+    places: list[tuple[int, int, int]],
+    crop_grid: tuple[int, int] | None = None,
+    seed: int = 0,
+    levels: int = 0,
+    hidden: int = 8,
+) -> Features:
     """An image of this layout with random contents."""
     at = torch.tensor(places)
     return Features(
         embeddings=drawn((len(places), hidden), 7 + seed, levels),
         places=at,
         signals=FakeSignals(at[:, 0] >= 0, seed, levels),
+        crop_grid=crop_grid,
     )
+
+
+THUMBNAIL = grid(0, 4, 4)
+LAYOUTS: dict[str, tuple[list[tuple[int, int, int]], tuple[int, int] | None]] = {
+    "one row": (grid(0, 1, 7), None),
+    "square": (grid(0, 6, 6), None),
+    "wide, with newlines": (grid(0, 3, 8, newlines=True), None),
+    "a newline at the end": ([*grid(0, 4, 4), MARK], None),
+    "thumbnail and crops": (THUMBNAIL + beside([1, 2], 4, 4) + beside([3, 4], 4, 4), (2, 2)),
+    "crops cut at the sides": (  # as LLaVA-NeXT leaves out what was padding: the outer column of each
+        THUMBNAIL + [place for place in beside([1, 2], 4, 4) if place[:1] + place[2:] not in ((1, 0), (2, 3))],
+        (1, 2),
+    ),
+    "crops one after the other, the thumbnail last": (  # as Idefics3 has them
+        [place for crop in range(1, 7) for place in grid(crop, 4, 4)] + THUMBNAIL,
+        (3, 2),
+    ),
+    "frames": (grid(0, 4, 4) + grid(1, 4, 4) + grid(2, 4, 4), None),
+}
+
+
+def layouts(name: str) -> list[str]:
+    """Those of the layouts that a policy prunes."""
+    return [layout for layout in LAYOUTS if "video" in vision_policy(name).kinds or layout != "frames"]

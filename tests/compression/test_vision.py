@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from winnow.engine.compression.plan import Plan
 from winnow.engine.compression.policy import PolicyParams
-from winnow.engine.compression.vision.features import Features, VisionSignal
+from winnow.engine.compression.vision.features import Features, Signals, VisionSignal
 from winnow.engine.compression.vision.plan import Vision, vision_model, vision_schema
 from winnow.engine.compression.vision.policy import ANY_KIND, STAGES, TokenPolicy, View, kept, stages_of
 from winnow.engine.compression.vision.registry import VISION, vision_policy
+from winnow.engine.errors import PlanNotSupported
 
-from .images import MARK, beside, drawn, grid, image
+from .images import LAYERS, LAYOUTS, MARK, beside, drawn, grid, image, layouts
 
 TOKEN = [name for name in VISION if isinstance(vision_policy(name), TokenPolicy)]
 
@@ -50,14 +53,10 @@ def test_conforms(name: str) -> None:
     assert "(" in module.__doc__
 
 
-LAYOUTS = {
-    "one row": grid(0, 1, 7),
-    "square": grid(0, 6, 6),
-    "wide, with newlines": grid(0, 3, 8, newlines=True),
-    "a newline at the end": [*grid(0, 4, 4), MARK],
-    "thumbnail and crops": grid(0, 4, 4) + beside([1, 2], 4, 4) + beside([3, 4], 4, 4),
-    "frames": grid(0, 4, 4) + grid(1, 4, 4) + grid(2, 4, 4),
-}
+MERGES = {"avg_pool", "downsample", "vision_zip", "apet"}
+"""Policies that average tokens; the others leave those that stay as they are"""
+KEEPS_LESS = {"avg_pool", "downsample"}
+"""Policies whose grids need not have exactly `keep` cells"""
 
 
 def view_of(name: str, picture: Features, keep: float, text: torch.Tensor | None = None, seed: int = 5) -> View:
@@ -69,13 +68,14 @@ def view_of(name: str, picture: Features, keep: float, text: torch.Tensor | None
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", VISION)
 def test_keeping_all_is_no_pruning(name: str, layout: str) -> None:
-    picture = image(LAYOUTS[layout])
+    picture = image(*LAYOUTS[layout])
     for keep in (1.0, len(picture.patches), 10_000):
         view = view_of(name, picture, keep)
         assert torch.equal(view.tokens, torch.arange(len(picture.places)))
         assert torch.equal(view.embeddings, picture.embeddings)
 
 
+@settings(max_examples=40, deadline=None)
 @given(
     layout=st.sampled_from(list(LAYOUTS)),
     keep=st.floats(0.01, 0.99),
@@ -84,18 +84,22 @@ def test_keeping_all_is_no_pruning(name: str, layout: str) -> None:
 )
 @pytest.mark.parametrize("name", TOKEN)
 def test_views(name: str, layout: str, keep: float, levels: int, seed: int) -> None:
-    picture = image(LAYOUTS[layout], seed=seed, levels=levels)
+    assume(layout in layouts(name))
+    picture = image(*LAYOUTS[layout], seed=seed, levels=levels)
     text = drawn((5, 8), seed + 50, levels)
     view = view_of(name, picture, keep, text)
-    again = view_of(name, image(LAYOUTS[layout], seed=seed, levels=levels), keep, text)
+    again = view_of(name, image(*LAYOUTS[layout], seed=seed, levels=levels), keep, text)
     assert torch.equal(view.tokens, again.tokens) and torch.equal(view.embeddings, again.embeddings)
     assert bool((view.tokens.diff() > 0).all())
     assert view.embeddings.shape == (len(view.tokens), 8)
     assert bool(view.embeddings.isfinite().all())
     is_patch = picture.places[view.tokens, 0] >= 0
     asked = max(1, round(keep * len(picture.patches)))
-    assert int(is_patch.sum()) == asked
-    assert torch.equal(view.embeddings, picture.embeddings[view.tokens])
+    assert 1 <= int(is_patch.sum()) <= asked
+    assert int(is_patch.sum()) == asked or name in KEEPS_LESS
+    is_itself = (view.embeddings == picture.embeddings[view.tokens]).all(1)
+    assert bool(is_itself.all()) or name in MERGES
+    assert bool(is_itself[~is_patch].all())
     assert torch.equal(view.tokens[~is_patch], marks_beside(picture, view.tokens[is_patch]))
 
 
@@ -141,3 +145,58 @@ def test_what_is_merged_stands_at_its_place() -> None:
     assert view.tokens.tolist() == [0, 3, 5, 7]
     assert torch.equal(view.embeddings[[2, 0]], merged)
     assert torch.equal(view.embeddings[[1, 3]], picture.embeddings[[3, 7]])
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Signals that note what they are asked for."""
+
+    signals: Signals
+    asked: set[VisionSignal] = field(default_factory=set)
+    layers: int = LAYERS
+    nbytes: int = 0
+
+    def attention(self, layer: int) -> Tensor:
+        self.asked.add(VisionSignal.ATTENTION)
+        return self.signals.attention(layer)
+
+    def keys(self, layer: int) -> Tensor:
+        self.asked.add(VisionSignal.KEYS)
+        return self.signals.keys(layer)
+
+    def hidden(self, layer: int) -> Tensor:
+        self.asked.add(VisionSignal.HIDDEN)
+        return self.signals.hidden(layer)
+
+
+TOWER = {VisionSignal.ATTENTION, VisionSignal.KEYS, VisionSignal.HIDDEN}
+
+
+@pytest.mark.parametrize("name", TOKEN)
+def test_what_a_policy_says_that_it_goes_by(name: str) -> None:
+    policy = vision_policy(name)
+    picture = image(*LAYOUTS["square"])
+    watched = Watched(picture.signals)
+    text = drawn((5, 8), 1)
+    view = view_of(name, replace(picture, signals=watched), 0.5, text)
+    assert watched.asked == policy.signals & TOWER
+    other = view_of(name, picture, 0.5, drawn((5, 8), 2))
+    assert torch.equal(view.tokens, other.tokens) is not policy.reads_text
+    scrambled = replace(picture, embeddings=drawn((36, 8), 9))
+    same = torch.equal(view.tokens, view_of(name, scrambled, 0.5, text).tokens)
+    assert same or VisionSignal.EMBEDDINGS in policy.signals
+
+
+def test_an_image_whose_crops_lie_in_no_grid() -> None:
+    picture = image(LAYOUTS["thumbnail and crops"][0])
+    with pytest.raises(PlanNotSupported) as caught:
+        view_of("global_com2", picture, 0.5)
+    assert caught.value.param == "compression.vision.policy"
+    assert caught.value.message.endswith("'global_com2' needs crops that lie in a grid, and a thumbnail")
+
+
+@pytest.mark.parametrize("places", [[(0, 0, 0), (0, 0, 1), (0, 1, 0)], [(0, 0, 0), (0, 0, 0), (0, 1, 0), (0, 1, 1)]])
+@pytest.mark.parametrize("name", sorted(KEEPS_LESS))
+def test_tokens_that_form_no_grid_are_not_pooled(name: str, places: list[tuple[int, int, int]]) -> None:
+    with pytest.raises(PlanNotSupported, match=f"'{name}' averages grids, and this image's tokens form none"):
+        view_of(name, image(places), 2)

@@ -60,6 +60,9 @@ class Features:
     """[N, 3] int64: crop or frame (where there are several crops, 0 is the thumbnail of the whole image), row and
     column of the token in its grid; (-1, -1, -1) for a mark, which stands for no patch (newline, separator)"""
     signals: Signals
+    crop_grid: tuple[int, int] | None = None
+    """Rows and columns in which the crops 1, 2, ... lie, row by row, over the image that crop 0 is a thumbnail of; None
+    where there is no such thing"""
 
     @cached_property
     def patches(self) -> Tensor:

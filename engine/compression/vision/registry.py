@@ -13,6 +13,19 @@ from winnow.engine.compression.vision.policy import VisionPolicy
 VISION: dict[str, str] = {
     "random": "winnow.engine.compression.vision.policies.random:Random",
     "uniform": "winnow.engine.compression.vision.policies.uniform:Uniform",
+    "avg_pool": "winnow.engine.compression.vision.policies.avg_pool:AvgPool",
+    "downsample": "winnow.engine.compression.vision.policies.downsample:Downsample",
+    "vtc_cls": "winnow.engine.compression.vision.policies.vtc_cls:VTCCLS",
+    "div_prune": "winnow.engine.compression.vision.policies.div_prune:DivPrune",
+    "vision_zip": "winnow.engine.compression.vision.policies.vision_zip:VisionZip",
+    "vis_pruner": "winnow.engine.compression.vision.policies.vis_pruner:VisPruner",
+    "holo_v": "winnow.engine.compression.vision.policies.holo_v:HoloV",
+    "apet": "winnow.engine.compression.vision.policies.apet:ApET",
+    "flash_vlm": "winnow.engine.compression.vision.policies.flash_vlm:FlashVLM",
+    "id_pruner": "winnow.engine.compression.vision.policies.id_pruner:IDPruner",
+    "to_dre": "winnow.engine.compression.vision.policies.to_dre:ToDRE",
+    "global_com2": "winnow.engine.compression.vision.policies.global_com2:GlobalCom2",
+    "token_corr": "winnow.engine.compression.vision.policies.token_corr:TokenCorr",
 }
 
 

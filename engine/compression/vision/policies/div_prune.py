@@ -1,0 +1,49 @@
+"""DivPrune: keep the tokens that are least alike (Alvar et al., 2025, arXiv:2503.02175).
+
+    distance(a, b) = 1 - cos(embedding a, embedding b)
+    first(token)   = distance to its nearest neighbour;  next(token) = distance to the nearest of those chosen
+
+each time the largest: a greedy solution of the max-min diversity problem. All crops are one set, as in the reference.
+The reference may choose one of several equal tokens twice; here no token is chosen again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from winnow.engine.compression.policy import PolicyParams
+from winnow.engine.compression.vision.features import Features, VisionSignal
+from winnow.engine.compression.vision.policy import ANY_KIND, View, kept
+from winnow.engine.compression.vision.ranking import spread, unit
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BLOCK = 1024
+
+
+class DivPrune:
+    """Keep the tokens that are least alike."""
+
+    signals = frozenset({VisionSignal.EMBEDDINGS})
+    reads_text = False
+    kinds = ANY_KIND
+
+    class Params(PolicyParams):
+        pass
+
+    def view(self, image: Features, keep: int, text: Tensor, seed: int, params: Params) -> View:
+        units = unit(image.embeddings[image.patches])
+        return kept(image, image.patches[spread(units, _loneliest(units), keep - 1)])
+
+
+def _loneliest(units: Tensor) -> Tensor:
+    """[1] the token whose nearest neighbour is farthest."""
+    import torch
+
+    nearest = []
+    for first in range(0, len(units), BLOCK):
+        like = units[first : first + BLOCK] @ units.T
+        like[torch.arange(len(like)), first + torch.arange(len(like))] = -torch.inf
+        nearest.append(like.amax(1))
+    return torch.cat(nearest).argmin(keepdim=True)
