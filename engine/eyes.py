@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from winnow.engine.compression.vision.features import Features
 from winnow.engine.errors import RequestError
@@ -16,6 +15,7 @@ from winnow.engine.messages import Array, Picture
 
 if TYPE_CHECKING:
     from winnow.engine.compression.vision.plan import Vision
+    from winnow.engine.compression.vision.policy import View
     from winnow.engine.pages import Ints
 
 TYPES = ("float32", "int64", "int32", "uint8", "bool")
@@ -39,9 +39,13 @@ class Eyes(Protocol):
             RequestError: these are not the inputs that it reads
         """
 
-    def reduced(self, inputs: Inputs, vision: Vision) -> tuple[Features, Tensor]:
-        """The same under a policy that acts within the tower: what is left, and [n] int64, ascending, the placeholders
-        at whose places it stands."""
+    def reduced(self, inputs: Inputs, vision: Vision) -> View:
+        """What a policy that acts within the tower (`EncoderPolicy`) leaves of it, in host memory.
+
+        Raises
+            RequestError: these are not the inputs that it reads
+            PlanNotSupported: the policy cannot act in this tower
+        """
 
     def positions(self, tokens: Ints, pictures: Sequence[Picture]) -> Ints | None:
         """[3, n] int32 time, row and column of each token of a whole prompt (M-RoPE); None where the model's positions

@@ -21,8 +21,12 @@ from winnow.engine.compression.vision.features import Features, VisionSignal
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from winnow.engine.compression.vision.encoder import LayerTokens, Reduction
+
 Kind = Literal["image", "video"]
-ANY_KIND: frozenset[Kind] = frozenset({"image", "video"})
+IMAGES: frozenset[Kind] = frozenset({"image"})
+VIDEOS: frozenset[Kind] = frozenset({"video"})
+ANY_KIND = IMAGES | VIDEOS
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,24 @@ class TokenPolicy(VisionPolicy, Protocol):
         """
 
 
-STAGES: dict[str, type] = {"pre_llm": TokenPolicy}
+@runtime_checkable
+class EncoderPolicy(VisionPolicy, Protocol):
+    """A policy that acts between the attention and the MLP of the tower's layers."""
+
+    def counts(self, layers: int, patches: int, keep: int, params: Any) -> list[int]:
+        """[layers] patch tokens after each layer that is run: never more than before, `keep` after the last one."""
+
+    def reduce(self, tokens: LayerTokens, count: int, params: Any) -> Reduction:
+        """What becomes of the n > 1 patch tokens of one image.
+
+        Args
+            count  1 <= count <= n: how many are to stay. A policy that cannot go so far in one round, because it merges
+                   pairs, leaves more and is asked again. It may leave fewer if its knobs say so.
+            params the plan's `vision`
+        """
+
+
+STAGES: dict[str, type] = {"pre_llm": TokenPolicy, "encoder": EncoderPolicy}
 """The protocols by the stage at which policies of theirs act"""
 
 
@@ -85,16 +106,28 @@ def whole(image: Features) -> View:
 def kept(image: Features, chosen: Tensor, merged: Tensor | None = None) -> View:
     """The view of an image of which some patch tokens stay.
 
-    A mark stays as long as one patch of the row that it ends does: of the patches before it that stand side by side in
-    a grid, crops next to one another included.
-
     Args
         chosen [n] int64: placeholders of patches, each once, in any order
         merged [n, hidden] float32: what stands at `chosen` from now on; their own embeddings if None
     """
     import torch
 
-    places = image.places
+    tokens = with_marks(image.places, chosen)
+    embeddings = image.embeddings[tokens]
+    if merged is not None:
+        embeddings[torch.searchsorted(tokens, chosen)] = merged
+    return View(tokens, embeddings)
+
+
+def with_marks(places: Tensor, chosen: Tensor) -> Tensor:
+    """[n] int64, ascending: of an image at these places [N, 3] the patch tokens `chosen`, and the marks that stay with
+    them.
+
+    A mark stays as long as one patch of the row that it ends does: of the patches before it that stand side by side in
+    a grid, crops next to one another included.
+    """
+    import torch
+
     is_mark = places[:, 0] < 0
     is_kept = torch.zeros_like(is_mark)
     is_kept[chosen] = True
@@ -107,8 +140,4 @@ def kept(image: Features, chosen: Tensor, merged: Tensor | None = None) -> View:
     # A mark before all patches ends no row.
     leads = (~is_mark).long().cumsum(0) == 0
     is_kept |= is_mark & (alive[row] | leads)
-    tokens = is_kept.nonzero().squeeze(1)
-    embeddings = image.embeddings[tokens]
-    if merged is not None:
-        embeddings[torch.searchsorted(tokens, chosen)] = merged
-    return View(tokens, embeddings)
+    return is_kept.nonzero().squeeze(1)

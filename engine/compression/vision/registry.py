@@ -26,6 +26,11 @@ VISION: dict[str, str] = {
     "to_dre": "winnow.engine.compression.vision.policies.to_dre:ToDRE",
     "global_com2": "winnow.engine.compression.vision.policies.global_com2:GlobalCom2",
     "token_corr": "winnow.engine.compression.vision.policies.token_corr:TokenCorr",
+    "to_me": "winnow.engine.compression.vision.policies.to_me:ToMe",
+    "pi_to_me": "winnow.engine.compression.vision.policies.pi_to_me:PiToMe",
+    "diff_rate": "winnow.engine.compression.vision.policies.diff_rate:DiffRate",
+    "dy_mu": "winnow.engine.compression.vision.policies.dy_mu:DyMU",
+    "zero_tprune": "winnow.engine.compression.vision.policies.zero_tprune:ZeroTPrune",
 }
 
 
