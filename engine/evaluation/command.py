@@ -18,7 +18,7 @@ from winnow.engine.errors import EvalError
 from winnow.engine.evaluation.facts import facts
 from winnow.engine.evaluation.harness import PROTOCOLS, Harness, Protocol, Scope
 from winnow.engine.evaluation.page import page
-from winnow.engine.evaluation.plans import check, read_plans
+from winnow.engine.evaluation.plans import check, default_plans, read_plans
 from winnow.engine.evaluation.result import Result, write_text
 from winnow.engine.evaluation.server import ServerTarget
 from winnow.engine.evaluation.tables import show
@@ -81,7 +81,7 @@ def run_plans(options: Options, console: Console) -> list[Path]:
         raise EvalError("--against-f32 needs an engine in this process, with weights that are not f32")
     if options.draft_model is not None and options.url is not None:
         raise EvalError("--draft-model needs an engine in this process; a server has its own")
-    plans = read_plans(options.plans, _numbers("budgets", options.budgets, float))
+    plans = read_plans(options.plans, default_plans(_numbers("budgets", options.budgets, float)))
     for name, why in check(plans).items():
         raise EvalError(f"{name}: {why}")
     text = corpus()

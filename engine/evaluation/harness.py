@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import secrets
+import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 from winnow.engine.errors import EvalError, RequestError
 from winnow.engine.evaluation.haystack import Haystack
 from winnow.engine.evaluation.measures import distance, loss_of_last
-from winnow.engine.evaluation.plans import OFF, WEIGHTS, Plans
+from winnow.engine.evaluation.pictures import Question, Scene, Scenes, blank
+from winnow.engine.evaluation.plans import BLIND, OFF, WEIGHTS, Plans
 from winnow.engine.evaluation.result import Cell, Result
 from winnow.engine.evaluation.targets import Answer, Ask, Target
 from winnow.engine.evaluation.tasks import TASKS, sample
@@ -26,22 +31,31 @@ Key = tuple[str, str]
 """A plan's name, and the protocol under which it was asked; empty for real text"""
 GROUP = 8
 """Requests that are asked together: what they hold, and whole distributions of all of them, are in memory at once"""
+IMAGE = "image"
+"""Protocol of questions about pictures: the image's tokens are pruned, the question may have a part in which"""
+PREFILL = "prefill"
+PICTURES = 64
+"""Requests about pictures that are asked together"""
+ANSWER_TOKENS = 8
+"""Of an answer about a picture, at most: the model ends it"""
 
 
 @dataclass(frozen=True)
 class Scope:
     """How much is measured."""
 
-    tasks: tuple[str, ...]
-    lengths: tuple[int, ...]
+    tasks: tuple[str, ...] = ()
+    lengths: tuple[int, ...] = ()
     """Tokens of a task's context, question and answer"""
-    samples: int
+    samples: int = 0
     """Of each task at each length"""
-    text_prompts: int
-    text_context: int
-    text_new: int
+    text_prompts: int = 0
+    text_context: int = 0
+    text_new: int = 0
     """Tokens of real text that follow the context"""
     protocols: tuple[Protocol, ...] = PROTOCOLS
+    scenes: int = 0
+    """Pictures, each with all its questions"""
 
     @property
     def contexts(self) -> list[tuple[int, int, str]]:
@@ -52,20 +66,32 @@ class Scope:
     @property
     def units(self) -> int:
         """Contexts that will be asked about."""
-        return self.text_prompts + len(self.contexts)
+        return self.text_prompts + len(self.contexts) + self.scenes
 
 
 class Harness:
     """Measures plans on one target, as far as the result does not have them. The uncompressed model is asked first: it
     leaves its prefix to the others."""
 
-    def __init__(self, target: Target, text: str, plans: Plans, result: Result):
+    def __init__(self, target: Target, text: str, plans: Plans, result: Result, scenes: Scenes | None = None):
         self._target = target
         self._plans: Plans = {OFF: {}} | plans
         self._refused: set[Key] = set()
         self._result = result
-        self._book = PromptBook(target.encode, text)
-        self._haystack = Haystack(text, target.encode)
+        self._text = text
+        self._scenes = scenes
+
+    def _scene(self, number: int) -> Scene:
+        assert self._scenes is not None
+        return self._scenes(number)
+
+    @cached_property
+    def _book(self) -> PromptBook:
+        return PromptBook(self._target.encode, self._text)
+
+    @cached_property
+    def _haystack(self) -> Haystack:
+        return Haystack(self._text, self._target.encode)
 
     def run(self, scope: Scope, say: Callable[[str], None], save: Callable[[], None] = lambda: None) -> None:
         """`say` is told what is next, once for each context; `save` is called when something was measured."""
@@ -83,6 +109,36 @@ class Harness:
             if any(lacks.values()):
                 self._measure_task(lacks, task, length, index)
                 save()
+        for index in range(scope.scenes):
+            say("pictures")
+            pictured = self._scene(index)
+            asks = {
+                question: names
+                for question in pictured.questions
+                if (names := self._lacking(question.kind, 0, IMAGE, index))
+            }
+            if asks:
+                self._measure_scene(pictured, asks)
+                save()
+
+    def time_prefills(self, count: int, say: Callable[[str], None], save: Callable[[], None]) -> None:
+        """How long each plan alone takes from an ask to its first token, of pictures that nobody has asked about."""
+        seed = secrets.randbits(32)
+        for name in self._plans:
+            say(f"prefill, {name}")
+            cell = Cell(name, PREFILL, 0, IMAGE)
+            left = count - len(self._result.values.get(cell, {}).get("seconds", ()))
+            if left <= 0 or name == BLIND or name in self._result.refused:
+                continue
+            for number in range(left + 1):
+                seed += 1
+                new = self._scene(seed)
+                ask = Ask([], self._plans[name], image=new.image, question=new.questions[0].text)
+                began = time.perf_counter()
+                self._target.ask([ask])
+                if number:  # the first one warms up
+                    self._result.add(*cell, seconds=time.perf_counter() - began)
+            save()
 
     def compare_weights(self, exact: Target, scope: Scope, say: Callable[[str], None]) -> None:
         """How far the target's weights alone bring it from those of `exact`, on the same real text."""
@@ -107,6 +163,8 @@ class Harness:
 
     def _prompts(self, scope: Scope) -> list[list[int]]:
         """[prompts][text_context + text_new] tokens of real text"""
+        if not scope.text_prompts:
+            return []
         return self._book.prompts("eval/text", scope.text_prompts, scope.text_context + scope.text_new)
 
     def _measure_text(self, names: list[str], context: list[int], text: list[int]) -> None:
@@ -161,6 +219,34 @@ class Harness:
         for name, kind, (said, told) in self._compressed(wanted):
             note(name, kind, said, told)
 
+    def _measure_scene(self, pictured: Scene, lacking: dict[Question, list[str]]) -> None:
+        """Each plan is asked what the scene has of the questions that it lacks, all of them together."""
+        asks = {
+            question: Ask([], {}, image=pictured.image, question=question.text, new=ANSWER_TOKENS)
+            for question in lacking
+        }
+        exact = dict(zip(asks, self._uncompressed(list(asks.values())), strict=True))
+
+        def note(name: str, question: Question, said: Answer) -> None:
+            memory = _memory(said, exact[question])
+            score = question.score(said.text)
+            self._result.add(name, question.kind, 0, IMAGE, score=score, kept=said.image_kept, **memory)
+
+        mine: dict[str, list[Question]] = defaultdict(list)
+        for question, names in lacking.items():
+            for name in names:
+                mine[name].append(question)
+        for question in mine.pop(OFF, ()):
+            note(OFF, question, exact[question])
+        shown = {BLIND: blank(pictured.image)}
+        wanted = [
+            (name, IMAGE, [replace(asks[question], image=shown.get(name, pictured.image)) for question in questions])
+            for name, questions in mine.items()
+        ]
+        for name, _, answers in self._compressed(wanted, PICTURES):
+            for question, said in zip(mine[name], answers, strict=True):
+                note(name, question, said)
+
     def _uncompressed(self, asks: list[Ask]) -> list[Answer]:
         answers = []
         for answer in self._target.ask(asks):
@@ -169,11 +255,13 @@ class Harness:
             answers.append(answer)
         return answers
 
-    def _compressed(self, wanted: Sequence[tuple[str, str, list[Ask]]]) -> Iterator[tuple[str, str, list[Answer]]]:
+    def _compressed(
+        self, wanted: Sequence[tuple[str, str, list[Ask]]], most: int = GROUP
+    ) -> Iterator[tuple[str, str, list[Answer]]]:
         """Answers of plans to what they are asked, by plan and protocol. What is refused is noted, and not asked again
         under that protocol."""
         while wanted:
-            count = max(1, GROUP // len(wanted[0][2]))
+            count = max(1, most // len(wanted[0][2]))
             group, wanted = wanted[:count], wanted[count:]
             asks = [replace(ask, plan=self._plans[name]) for name, _, asks in group for ask in asks]
             answers = iter(self._target.ask(asks))
@@ -184,7 +272,7 @@ class Harness:
                     yield name, protocol, [answer for answer in mine if isinstance(answer, Answer)]
                 else:
                     why = refusal.message
-                    self._result.refused[name] = f"{protocol}: {why}" if protocol else why
+                    self._result.refused[name] = f"{protocol}: {why}" if protocol in PROTOCOLS else why
                     self._refused.add((name, protocol))
 
 

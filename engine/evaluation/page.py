@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from html import escape
 from itertools import count
 
@@ -37,14 +38,7 @@ tr.off td { font-weight: 600; } tr.control td { color: var(--soft); }
 
 
 def page(result: Result) -> str:
-    facts = result.facts
-    stated = "; ".join(f"{key}: {value}" for key, value in facts.items() if isinstance(value, str | int))
     lines = [
-        "<!doctype html>",
-        f'<html lang="en"><head><meta charset="utf-8"><title>winnow eval: {escape(result.name)}</title>',
-        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>',
-        f"<h1>What compression costs: {escape(str(facts.get('model', '')))}</h1>",
-        f"<p>{escape(stated)}</p>",
         "<p>Every plan is compared with the same model uncompressed, on the same tokens. Bytes are those of the pages "
         "that a request held at its end. Errors are one standard error over contexts. Grey are the controls, which "
         "keep tokens at random, or the first and the newest: what any other eviction has to beat.</p>",
@@ -53,6 +47,21 @@ def page(result: Result) -> str:
     ]
     for protocol in result.protocols:
         lines += _tasks(result, protocol)
+    return document("What compression costs", result, lines)
+
+
+def document(title: str, result: Result, body: list[str]) -> str:
+    """The page around lines of HTML: whose result it is, what was measured how, and what was not measured."""
+    facts = result.facts
+    stated = "; ".join(f"{key}: {value}" for key, value in facts.items() if isinstance(value, str | int))
+    lines = [
+        "<!doctype html>",
+        f'<html lang="en"><head><meta charset="utf-8"><title>winnow eval: {escape(result.name)}</title>',
+        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>',
+        f"<h1>{escape(title)}: {escape(str(facts.get('model', '')))}</h1>",
+        f"<p>{escape(stated)}</p>",
+        *body,
+    ]
     if result.refused:
         lines += ["<h2>Not measured</h2><ul>"]
         lines += [f"<li>{escape(name)}: {escape(why)}</li>" for name, why in result.refused.items()]
@@ -85,8 +94,12 @@ def _plots(result: Result) -> list[str]:
         figures.append(
             f"<figure>{plot(lines, percent_axis('bytes held, of those under no plan', [0.0, *xs]), up)}</figure>"
         )
-    marks = [f"<li>{swatch(line)}{escape(line.name)}</li>" for line in legend.values()]
-    return ["<h2>Frontier</h2>", f'<ul class="legend">{"".join(marks)}</ul>', '<div class="plots">', *figures, "</div>"]
+    return ["<h2>Frontier</h2>", legend_of(legend.values()), '<div class="plots">', *figures, "</div>"]
+
+
+def legend_of(lines: Iterable[Line]) -> str:
+    marks = [f"<li>{swatch(line)}{escape(line.name)}</li>" for line in lines]
+    return f'<ul class="legend">{"".join(marks)}</ul>'
 
 
 def _lines(result: Result, measure: str, protocol: str | None, length: int | None) -> list[Line]:
@@ -119,7 +132,7 @@ def _text_table(result: Result) -> list[str]:
         means = {m: result.mean(name, m, TEXT) for m in ("held", "held_mib", "read", "kl", "agreement", "loss")}
         if means["kl"] is not None:
             rows.append(
-                _row(
+                row(
                     name,
                     [
                         percent(means["held"]),
@@ -140,7 +153,7 @@ def _text_table(result: Result) -> list[str]:
         "whatever the model would have said, and were read after the context was compressed. Read: bytes that their "
         "attention read, of those under no plan, for plans that read a part of what is held."
     )
-    return ["<h2>Real text</h2>", f"<p>{note}</p>", *_table(head, rows)]
+    return ["<h2>Real text</h2>", f"<p>{note}</p>", *table(head, rows)]
 
 
 def _tasks(result: Result, protocol: str) -> list[str]:
@@ -154,9 +167,9 @@ def _tasks(result: Result, protocol: str) -> list[str]:
     )
     lines = [f"<h2>Tasks, {escape(protocol)}</h2>", f"<p>{escape(note)}</p>"]
     for length in tasks:
-        rows = [_row(name, task_cells(result, name, protocol, length)) for name in result.ranked(protocol, length)]
+        rows = [row(name, task_cells(result, name, protocol, length)) for name in result.ranked(protocol, length)]
         lines += [f"<h3>{length} tokens</h3>", f"<p>{_worth(result, protocol, length)}</p>"]
-        lines += _table(task_titles(result, protocol, length), rows)
+        lines += table(task_titles(result, protocol, length), rows)
     return lines
 
 
@@ -170,11 +183,11 @@ def _worth(result: Result, protocol: str, length: int) -> str:
     return said + few
 
 
-def _row(name: str, cells: list[str]) -> str:
+def row(name: str, cells: list[str]) -> str:
     kind = ' class="off"' if name == OFF else ' class="control"' if is_control(name) else ""
     return f"<tr{kind}><td>{escape(name)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
 
-def _table(head: list[str], rows: list[str]) -> list[str]:
+def table(head: list[str], rows: list[str]) -> list[str]:
     titles = "".join(f"<th>{escape(title)}</th>" for title in ("plan", *head))
     return ['<div class="scroll"><table>', f"<tr>{titles}</tr>", *rows, "</table></div>"]

@@ -1,8 +1,8 @@
 """The plans that are compared, written briefly: `snapkv:0.25:adaptive+int4`.
 
 plan    part+part…
-part    a page format (int4), an eviction or prompt policy with its budget (h2o:0.5), or another policy of `kv`
-        (quest:tokens=256)
+part    a page format (int4), an eviction or prompt policy with its budget (h2o:0.5), another policy of `kv`
+        (quest:tokens=256), or "vision:" and a policy for images with what it keeps (vision:div_prune:0.25)
 budget  as in a request: 0.25 is a fraction of the tokens, 512 a count
 option  adaptive, pyramid, decode, both, merge=method, or knob=value (window=32)
 """
@@ -18,6 +18,7 @@ import yaml
 from winnow.engine.compression.mix import mix_model
 from winnow.engine.compression.plan import FormatName, Plan
 from winnow.engine.compression.registry import EVICTION, MERGE, MIX, PROMPT, READ
+from winnow.engine.compression.vision.registry import VISION, vision_policy
 from winnow.engine.errors import EvalError, RequestError
 from winnow.kernels.formats import PageFormat
 
@@ -30,7 +31,13 @@ WEIGHTS = "off, against f32 weights"
 """The uncompressed model, compared with itself in exact weights"""
 CONTROLS = ("random", "streaming_llm")
 """What any other eviction has to beat; they stand beside it at its budget"""
+BLIND = "blind"
+"""The uncompressed model, shown a grey image instead of each one"""
+VISION_CONTROLS = ("random", "uniform", "avg_pool", "downsample")
+"""What any other vision policy has to beat, at what it keeps"""
 BUDGETS = (0.5, 0.25)
+KEEPS = (0.5, 0.25, 0.125, 0.0625)
+"""Of the tokens of an image"""
 MERGED = "h2o:0.25"
 FORMATS = tuple(
     fmt.label for fmt in PageFormat if fmt not in (PageFormat.F32, PageFormat.BF16) and not fmt.spans_layers
@@ -58,15 +65,22 @@ def default_plans(budgets: Iterable[float] = BUDGETS) -> list[str]:
     return [*FORMATS, *evictions, *reads, *mixes, *merges, *COMPOSED, *prompts]
 
 
-def read_plans(text: str, budgets: Iterable[float] = BUDGETS) -> Plans:
+def default_vision_plans(keeps: Iterable[float] = KEEPS) -> list[str]:
+    """Every policy for images."""
+    policies = [policy for policy in VISION if "image" in vision_policy(policy).kinds]
+    return [f"vision:{policy}:{keep}" for policy in policies for keep in keeps]
+
+
+def read_plans(text: str, default: Iterable[str] = ()) -> Plans:
     """Plans of a command line: brief ones, files of full ones, and "default", separated by commas.
 
-    A file is YAML or JSON: names, and under each what a request writes.
+    A file is YAML or JSON: names, and under each what a request writes. `default`: brief plans that this word stands
+    for.
     """
     plans: Plans = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
         if item == "default":
-            plans |= {name: read_plan(name) for name in default_plans(budgets)}
+            plans |= {name: read_plan(name) for name in default}
         elif item.endswith((".yaml", ".yml", ".json")):
             plans |= _read_file(Path(item))
         elif item != OFF:
@@ -81,7 +95,12 @@ def read_plan(text: str) -> dict[str, Any]:
     kv: dict[str, Any] = {}
     for part in text.split("+"):
         name, *options = part.split(":")
-        if name in get_args(FormatName) and not options:
+        if name == "vision" and len(options) > 1 and options[0] in VISION:
+            policy, keep, *knobs = options
+            _set(plan, "vision", {"policy": policy, "keep": _number(keep), **dict(map(_option, knobs))}, text)
+        elif name == "vision":
+            raise EvalError(f"{text}: vision needs a policy and what it keeps, as in vision:random:0.25")
+        elif name in get_args(FormatName) and not options:
             _set(kv, "format", name, text)
         elif name in EVICTION and options:
             _set(kv, "evict", {"policy": name, "budget": _number(options[0]), **dict(map(_option, options[1:]))}, text)
@@ -102,17 +121,26 @@ def with_controls(plans: Plans) -> Plans:
     shortens = [prompt["keep"] for plan in plans.values() if (prompt := plan.get("prompt"))]
     budgets = dict.fromkeys(evicts + shortens)
     controls = [f"{policy}:{budget}" for policy in CONTROLS for budget in budgets]
+    keeps = dict.fromkeys(vision["keep"] for plan in plans.values() if (vision := plan.get("vision")))
+    controls += [f"vision:{policy}:{keep}" for policy in VISION_CONTROLS for keep in keeps]
     return plans | {name: read_plan(name) for name in controls if name not in plans}
 
 
 def is_control(name: str) -> bool:
-    return name.count(":") == 1 and name.split(":")[0] in CONTROLS and "+" not in name
+    match name.split(":"):
+        case [policy, budget]:
+            return policy in CONTROLS and "+" not in budget
+        case ["vision", policy, keep]:
+            return policy in VISION_CONTROLS and "+" not in keep
+    return name == BLIND
 
 
 def family(name: str) -> str:
     """A plan's name without its budgets: plans of one family make one line of a plot."""
     parts = (part.split(":") for part in name.split("+"))
-    return "+".join(":".join(piece for i, piece in enumerate(part) if i != 1) for part in parts)
+    return "+".join(
+        ":".join(piece for i, piece in enumerate(part) if i != (2 if part[0] == "vision" else 1)) for part in parts
+    )
 
 
 def check(plans: Plans) -> dict[str, str]:

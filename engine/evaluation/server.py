@@ -7,6 +7,7 @@ A server tells the likeliest tokens only, and by their text, so what is said of 
 from __future__ import annotations
 
 import asyncio
+import base64
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
@@ -29,11 +30,21 @@ TOGETHER = 16
 class ServerTarget:
     """A Winnow server. Raises EvalError where it cannot be reached or is none."""
 
-    def __init__(self, url: str, api_key: str | None = None, transport: httpx.AsyncBaseTransport | None = None):
+    def __init__(
+        self,
+        url: str,
+        api_key: str | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
+        sees: bool = False,
+    ):
+        """`sees`: the first of the server's models that sees images is asked, not the first of all."""
         self._url = url.rstrip("/").removesuffix("/v1")
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._transport = transport
-        card = self._run(self._get("/v1/models"))["data"][0]
+        cards = self._run(self._get("/v1/models"))["data"]
+        card = next((card for card in cards if not sees or "image" in (card.get("sees") or ())), None)
+        if card is None:
+            raise EvalError(f"{url} has no model that sees images")
         if "compression" not in card or not card.get("max_model_len"):
             raise EvalError(f"{url} is no Winnow server, or it is not ready")
         self.model = str(card["id"])
@@ -65,6 +76,8 @@ class ServerTarget:
         return self._run(all_of_them())
 
     async def _ask(self, http: httpx.AsyncClient, ask: Ask) -> Answer | RequestError:
+        if ask.image is not None:
+            return await self._ask_about(http, ask.image, ask)
         body = {
             "model": self.model,
             "prompt": ask.prompt,
@@ -81,11 +94,9 @@ class ServerTarget:
             body["forced"] = ask.forced
         if ask.foretells:
             body["logprobs"] = TOP
-        answer = await http.post("/v1/completions", json=body)
-        if answer.status_code == 400:
-            error = answer.json()["error"]
-            return RequestError(error["param"], error["message"], error["code"])
-        data = self._checked(answer)
+        data = await self._answer(http, "/v1/completions", body)
+        if isinstance(data, RequestError):
+            return data
         choice, report = data["choices"][0], data["usage"]["compression"]
         foretold = None
         if ask.foretells:
@@ -98,6 +109,38 @@ class ServerTarget:
         reading = report.get("read")
         read = None if reading is None else reading["bytes_per_token"] / reading["bytes_per_token_dense"]
         return Answer(text, foretold, report["bytes_held"], report["bytes_uncompressed"], read)
+
+    async def _ask_about(self, http: httpx.AsyncClient, image: bytes, ask: Ask) -> Answer | RequestError:
+        url = f"data:image/png;base64,{base64.b64encode(image).decode()}"
+        parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": ask.question}]
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": parts}],
+            "max_tokens": ask.new,
+            "temperature": 0,
+            "seed": SEED,
+            "compression": ask.plan,
+        }
+        data = await self._answer(http, "/v1/chat/completions", body)
+        if isinstance(data, RequestError):
+            return data
+        text, usage = data["choices"][0]["message"]["content"], data["usage"]
+        report, of_prompt = usage["compression"], usage["prompt_tokens_details"]
+        return Answer(
+            text,
+            None,
+            report["bytes_held"],
+            report["bytes_uncompressed"],
+            image_tokens=of_prompt["image_tokens"],
+            image_kept=of_prompt["image_tokens_kept"],
+        )
+
+    async def _answer(self, http: httpx.AsyncClient, path: str, body: dict[str, Any]) -> dict[str, Any] | RequestError:
+        answer = await http.post(path, json=body)
+        if answer.status_code == 400:
+            error = answer.json()["error"]
+            return RequestError(error["param"], error["message"], error["code"])
+        return self._checked(answer)
 
     def _client(self) -> httpx.AsyncClient:
         return httpx.AsyncClient(base_url=self._url, timeout=TIMEOUT, headers=self._headers, transport=self._transport)

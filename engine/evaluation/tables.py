@@ -23,7 +23,7 @@ def show(result: Result, console: Console) -> None:
 
 def _text(result: Result) -> Table:
     length = next(cell.length for cell in result.values if cell.part == TEXT)
-    table = _table(f"Real text after {length} tokens, against the uncompressed model")
+    table = new_table(f"Real text after {length} tokens, against the uncompressed model")
     for title in ("held", "MiB", "read", "KL, nats", "agreement, %", "loss, nats"):
         table.add_column(title, justify="right")
     for name in result.measured_plans:
@@ -39,17 +39,17 @@ def _text(result: Result) -> Table:
                 with_error(kl),
                 with_error(agreement, scale=100, digits=1),
                 with_error(loss),
-                style=_style(name),
+                style=style(name),
             )
     return table
 
 
 def _tasks(result: Result, protocol: str, length: int) -> Table:
-    table = _table(f"Tasks, {protocol}: % of answers at {length} tokens; loss of the right one beyond that of {OFF}")
+    table = new_table(f"Tasks, {protocol}: % of answers at {length} tokens; loss of the right one beyond that of {OFF}")
     for title in task_titles(result, protocol, length):
         table.add_column(title, justify="right")
     for name in result.ranked(protocol, length):
-        table.add_row(name, *task_cells(result, name, protocol, length), style=_style(name))
+        table.add_row(name, *task_cells(result, name, protocol, length), style=style(name))
     return table
 
 
@@ -70,13 +70,13 @@ def task_cells(result: Result, name: str, protocol: str, length: int) -> list[st
     return [*every, *(number(mean("score", task), 0, 100) for task in tasks), str(contexts)]
 
 
-def _table(title: str) -> Table:
+def new_table(title: str) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("plan", no_wrap=True)
     return table
 
 
-def _style(name: str) -> str | None:
+def style(name: str) -> str | None:
     return "bold" if name == OFF else "dim" if is_control(name) else None
 
 

@@ -38,6 +38,8 @@ class Ask:
     """Text of the prompt's beginning, which a plan may shorten"""
     question: str = ""
     """Text of the rest of it"""
+    image: bytes | None = None
+    """A PNG file. The prompt is then a chat of one turn, this and `question`, and the model may end its answer"""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,10 @@ class Answer:
     """Bytes of the same tokens under no plan"""
     read: float | None = None
     """Share of the bytes that generated tokens would read under no plan; None where they read all that is held"""
+    image_tokens: int = 0
+    """Of the prompt"""
+    image_kept: int = 0
+    """Of these, how many the language model read"""
 
 
 class Target(Protocol):

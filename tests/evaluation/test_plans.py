@@ -101,7 +101,7 @@ def test_controls_stand_beside_each_budget() -> None:
 
 
 def test_the_default_names_every_policy() -> None:
-    plans = read_plans("default", [0.5])
+    plans = read_plans("default", default_plans([0.5]))
     assert {plan["kv"]["evict"]["policy"] for plan in plans.values() if "evict" in plan.get("kv", {})} == set(EVICTION)
     assert {plan["prompt"]["policy"] for plan in plans.values() if "prompt" in plan} == set(PROMPT)
     assert check(plans) == {}
