@@ -6,6 +6,8 @@ python loadtest/methods.py loadtest/results/smollm2-135m-eval.json engine/compre
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +27,9 @@ from winnow.engine.compression.registry import (
     prompt_policy,
     read_policy,
 )
+from winnow.engine.compression.vision.plan import Vision, vision_model
+from winnow.engine.compression.vision.policy import stages_of
+from winnow.engine.compression.vision.registry import VISION, vision_policy
 from winnow.engine.errors import RequestError
 from winnow.engine.evaluation.harness import PROTOCOLS, TEXT
 from winnow.engine.evaluation.plans import FORMATS, MERGED, OFF
@@ -49,6 +54,14 @@ OF_LANES: dict[str, dict[str, Any]] = {
     "documents": {"scope": "document"},
 }
 """What is tried with each method, as a part of `kv`; a format and a way to read stand for those like them"""
+OF_IMAGES: dict[str, dict[str, Any]] = {
+    "compact positions": {"evict": EVICTS | {"budget": 64, "positions": "compact"}},
+    "prompt_distill": {"evict": {"policy": "prompt_distill", "budget": 0.5}},
+    "mini_cache": {"mix": {"policy": "mini_cache"}},
+    "tidal_decode": {"read": {"policy": "tidal_decode", "tokens": 64}},
+    "documents": {"scope": "document", "evict": {"policy": "knorm", "budget": 0.5}},
+}
+"""What is tried with each vision policy"""
 WITHOUT = "goes not with"
 ANSWERS_AT = 512
 """Tokens of the tasks whose answers are counted"""
@@ -83,6 +96,11 @@ def methods(result: Result) -> str:
         *_table("Page formats: `kv.format`", ("format", *HEAD[1:2], "measured", "answers", WITHOUT), _formats(result)),
         *_table("Two formats in a lane: `kv.mix`", (*HEAD[:2], "measured", "answers", WITHOUT), _mixes(result)),
         *_table("Prompts: `prompt`, shortens what is marked as context", (*HEAD[:2], *HEAD[3:]), _prompts(result)),
+        *_table(
+            "Images: `vision`, tokens that the language model does not read",
+            (*HEAD[:2], "where", "sees", "of", "knobs", "source", WITHOUT),
+            _visions(),
+        ),
     ]
     return "\n".join(lines) + "\n"
 
@@ -138,6 +156,18 @@ def _prompts(result: Result) -> Iterator[tuple[str, ...]]:
         yield f"`{name}`", _first_line(prompt_policy(name)), *cells, _answers(result, f"{name}:{BUDGETS[0]}")
 
 
+def _visions() -> Iterator[tuple[str, ...]]:
+    for name in VISION:
+        policy, model = vision_policy(name), vision_model(name)
+        sees = ", ".join(sorted(policy.signals)) or "places"
+        own = [knob for knob in model.model_fields if knob not in Vision.model_fields]
+        knobs = ", ".join(f"{knob} {json.dumps(model.model_fields[knob].default)}" for knob in own)
+        kinds = ", ".join(f"{kind}s" for kind in sorted(policy.kinds))
+        without = _refused({}, OF_IMAGES, vision={"policy": name, "keep": 0.5})
+        cells = ", ".join(stages_of(policy)), sees + ", text" * policy.reads_text, kinds, knobs, _source(policy)
+        yield f"`{name}`", _first_line(policy), *cells, without
+
+
 def _measured(result: Result, plan: str) -> str:
     agreement, kl, held = (result.mean(plan, measure, "text") for measure in ("agreement", "kl", "held"))
     if agreement is None or kl is None or held is None:
@@ -163,13 +193,13 @@ def _answers(result: Result, plan: str) -> str:
     return f"{' / '.join(shares)} of {exact:.0%}{few}"
 
 
-def _refused(kv: dict[str, Any], parts: dict[str, dict[str, Any]]) -> str:
-    """Which of the parts a plan of this `kv` cannot have besides."""
+def _refused(kv: dict[str, Any], parts: dict[str, dict[str, Any]], **others: Any) -> str:
+    """Which of the parts a plan of this `kv`, and of these others beside it, cannot have besides."""
     refused = []
     for label, part in parts.items():
         both = {name: kv.get(name, {}) | value if isinstance(value, dict) else value for name, value in part.items()}
         try:
-            Plan.parse({"kv": kv | both})
+            Plan.parse({"kv": kv | both, **others})
         except RequestError:
             refused.append(label)
     return ", ".join(refused)
@@ -177,6 +207,12 @@ def _refused(kv: dict[str, Any], parts: dict[str, dict[str, Any]]) -> str:
 
 def _signals(method: Any) -> str:
     return ", ".join(sorted(method.signals)) or "positions"
+
+
+def _source(method: Any) -> str:
+    """The paper that a method's module names first."""
+    found = re.search(r"arXiv:(\d{4}\.\d{5})", sys.modules[type(method).__module__].__doc__ or "")
+    return f"[{found[1]}](https://arxiv.org/abs/{found[1]})" if found else ""
 
 
 def _first_line(method: Any) -> str:
