@@ -5,7 +5,7 @@ Both become a transformers config first, so that defaults, rope scaling and atte
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from winnow.engine.errors import ModelError
 from winnow.engine.models.files import directory_eos_ids, gguf_eos_ids, read_json
 from winnow.engine.models.gguf_file import GgufFile
+from winnow.engine.models.vision.names import VISION_MODELS
 from winnow.kernels.layout import PageLayout
 
 _FAMILIES = {
@@ -26,6 +27,8 @@ _FAMILIES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
+_MROPE_FAMILIES = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2"}
+"""Types of language models inside vision-language ones that are a family's but for their positions"""
 _GGUF_FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """GGUF calls Mistral's models "llama" too."""
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
@@ -72,18 +75,22 @@ def read_config(path: Path) -> ModelConfig:
 def _from_directory(path: Path) -> ModelConfig:
     stated = read_json(path / "config.json")
     names = stated.get("architectures") or []
-    family = _FAMILIES.get(names[0]) if names else None
-    if family is None:
+    known = _FAMILIES | VISION_MODELS
+    model_type = known.get(names[0]) if names else None
+    if model_type is None:
         what = f"architecture {names[0]}" if names else "a config.json without architectures"
-        raise ModelError(f"{path}: {what} is not supported; supported: {', '.join(_FAMILIES)}")
+        raise ModelError(f"{path}: {what} is not supported; supported: {', '.join(known)}")
     if "quantization_config" in stated:
         method = stated["quantization_config"].get("quant_method", "?")
         raise ModelError(f"{path}: weights quantized by {method} are not supported; use float weights or a GGUF file")
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        if config.model_type != family:
+        if config.model_type != model_type:
             raise ModelError(f"{path}: architecture {names[0]} does not go with model type {config.model_type}")
-        return _from_transformers(config, str(path), directory_eos_ids(path))
+        eos = directory_eos_ids(path)
+        if names[0] in VISION_MODELS:
+            return _of_language_model(config, str(path), eos)
+        return _from_transformers(config, model_type, str(path), eos)
     except _TRANSFORMERS_ERRORS as error:
         raise ModelError(f"{path}: config.json cannot be used: {_one_line(error)}") from error
 
@@ -101,7 +108,7 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
                 raise ModelError(f"{file.path}: a sliding window is not supported for GGUF architecture {family!r}")
             family = "mistral"
         config = AutoConfig.for_model(family, **stated)
-        return _from_transformers(config, str(file.path), gguf_eos_ids(file), _gguf_rope_divisors(file))
+        return _from_transformers(config, family, str(file.path), gguf_eos_ids(file), _gguf_rope_divisors(file))
     except _TRANSFORMERS_ERRORS as error:
         raise ModelError(f"{file.path}: the metadata cannot be used: {_one_line(error)}") from error
 
@@ -169,11 +176,30 @@ def _gguf_rope_divisors(file: GgufFile) -> torch.Tensor | None:
     return torch.from_numpy(divisors)
 
 
+def _of_language_model(config: PreTrainedConfig, source: str, eos: tuple[int, ...]) -> ModelConfig:
+    """That of the decoder inside a vision-language model."""
+    text = config.text_config
+    family = _MROPE_FAMILIES.get(text.model_type, text.model_type)
+    if family not in _FAMILIES.values():
+        raise ModelError(f"{source}: a language model of type {text.model_type!r} is not supported")
+    made = _from_transformers(text, family, source, eos)
+    section: tuple[int, ...] = ()
+    if text.model_type in _MROPE_FAMILIES:
+        section = tuple(text.rope_parameters.get("mrope_section", (16, 24, 24)))
+        if len(section) != 3 or sum(section) != made.head_dim // 2:
+            wanted = made.head_dim // 2
+            raise ModelError(f"{source}: mrope_section {list(section)} must be three numbers that add up to {wanted}")
+    return replace(made, tied_embeddings=bool(config.tie_word_embeddings), rope_sections=section)
+
+
 def _from_transformers(
-    config: PreTrainedConfig, source: str, eos: tuple[int, ...], rope_divisors: torch.Tensor | None = None
+    config: PreTrainedConfig,
+    family: str,
+    source: str,
+    eos: tuple[int, ...],
+    rope_divisors: torch.Tensor | None = None,
 ) -> ModelConfig:
     """The parts of a transformers config that matter; what the decoder cannot do is an error."""
-    family: str = config.model_type
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // heads
     if config.hidden_act != "silu":
@@ -204,7 +230,7 @@ def _from_transformers(
         head_dim=head_dim,
         max_position=_max_position(config),
         rms_eps=config.rms_norm_eps,
-        windows=_windows(config),
+        windows=_windows(config, family),
         tied_embeddings=bool(config.tie_word_embeddings),
         qk_norm=family == "qwen3",
         qkv_bias=flag or family == "qwen2",
@@ -213,7 +239,6 @@ def _from_transformers(
         inv_freq=tuple(inv_freq.tolist()),
         rope_factor=float(rope_factor),
         eos_token_ids=eos,
-        rope_sections=tuple(config.rope_parameters.get("mrope_section") or ()),
     )
 
 
@@ -233,11 +258,11 @@ def _rope(config: PreTrainedConfig, head_dim: int, source: str) -> tuple[torch.T
     return 1.0 / (rope["rope_theta"] ** exponents), 1.0
 
 
-def _windows(config: PreTrainedConfig) -> tuple[int, ...]:
+def _windows(config: PreTrainedConfig, family: str) -> tuple[int, ...]:
     layers: int = config.num_hidden_layers
-    if config.model_type == "mistral":
+    if family == "mistral":
         return (config.sliding_window or 0,) * layers
-    kinds = getattr(config, "layer_types", None) if config.model_type in ("qwen2", "qwen3") else None
+    kinds = getattr(config, "layer_types", None) if family in ("qwen2", "qwen3") else None
     window = getattr(config, "sliding_window", None) or 0
     return tuple(window if kind == "sliding_attention" else 0 for kind in kinds or [""] * layers)
 

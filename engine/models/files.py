@@ -86,8 +86,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def directory_eos_ids(path: Path) -> tuple[int, ...]:
     """End tokens of a Hugging Face directory: of generation_config.json, else of config.json; () if neither says."""
-    for name in ("generation_config.json", "config.json"):
-        ids = read_json(path / name).get("eos_token_id")
+    config = read_json(path / "config.json")
+    for stated in (read_json(path / "generation_config.json"), config, config.get("text_config") or {}):
+        ids = stated.get("eos_token_id")
         if ids is not None:
             return tuple(ids) if isinstance(ids, list) else (ids,)
     return ()

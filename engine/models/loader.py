@@ -23,6 +23,7 @@ from winnow.engine.models.decoder import Block, Decoder
 from winnow.engine.models.files import read_json, resolve_model
 from winnow.engine.models.gguf_file import GgufFile
 from winnow.engine.models.shard import Shard, sharded_config
+from winnow.engine.models.vision.names import Part, vision_type
 from winnow.engine.ranks import ALONE, Ranks
 from winnow.kernels.dispatch import Backend, Weight, WeightKind
 
@@ -74,6 +75,8 @@ def load_model(path_or_name: str, ops: Backend, weights: WeightKind, ranks: Rank
     if path.is_dir():
         config = read_config(path)
         source = SafetensorsSource(path)
+        if vision_type(path):
+            source = Part(source, is_text=True)
     else:
         file = GgufFile(path)
         config = config_from_gguf(file)

@@ -33,7 +33,9 @@ class Signals(Protocol):
     for several patches (2x2 merger, pixel shuffle, pooled crops) it has their mean. Computed when asked for.
     """
 
-    layers: int
+    @property
+    def layers(self) -> int:
+        """How many are run"""
 
     @property
     def nbytes(self) -> int:
