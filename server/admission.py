@@ -1,4 +1,4 @@
-"""Who may come in: a queue bounded in requests and in prompt tokens, deadlines, and the drain before an exit."""
+"""Who may come in: a queue bounded in requests, prompt tokens and bytes of images, deadlines, the drain at the end."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ class Flight:
         self.admission = admission
         self.prompts = prompts
         self.tokens = 0
+        self.image_bytes = 0
         self.is_queued = True
         self.error: WinnowError = ApiError(504, "the request took too long", type="server_error", code="timeout")
         self.deadline = asyncio.get_running_loop().time() + timeout_s
@@ -44,6 +45,17 @@ class Flight:
         if others and others + tokens > self.admission.max_tokens:
             raise Overloaded(f"{others} prompt tokens are waiting already", RETRY_FULL_S)
         self.tokens = tokens
+
+    def hold(self, image_bytes: int) -> None:
+        """Queues more of its images, as they were sent or as the model takes them.
+
+        Raises
+            Overloaded
+        """
+        others = self.admission.queued_image_bytes - self.image_bytes
+        if others and others + self.image_bytes + image_bytes > self.admission.max_image_bytes:
+            raise Overloaded(f"{others} bytes of images are waiting already", RETRY_FULL_S)
+        self.image_bytes += image_bytes
 
     def leave_queue(self) -> None:
         self.is_queued = False
@@ -72,6 +84,7 @@ class Admission:
     def __init__(self, settings: Settings):
         self.max_requests = settings.max_queue_requests
         self.max_tokens = settings.max_queue_tokens
+        self.max_image_bytes = settings.max_queue_image_bytes
         self.timeout_s = settings.request_timeout_s
         self.flights: set[Flight] = set()
         self.is_draining = False
@@ -84,6 +97,10 @@ class Admission:
     @property
     def queued_tokens(self) -> int:
         return sum(flight.tokens for flight in self.flights if flight.is_queued)
+
+    @property
+    def queued_image_bytes(self) -> int:
+        return sum(flight.image_bytes for flight in self.flights if flight.is_queued)
 
     @contextmanager
     def board(self, prompts: int) -> Iterator[Flight]:

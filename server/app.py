@@ -17,6 +17,7 @@ from winnow.server import __version__
 from winnow.server.auth import Auth
 from winnow.server.client import Client
 from winnow.server.errors import ClientGone, handle
+from winnow.server.images.reader import Processor
 from winnow.server.metrics import Metrics
 from winnow.server.middleware import BodyLimit, Observe
 from winnow.server.models import Models
@@ -35,11 +36,11 @@ if TYPE_CHECKING:
 BODIES = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
 
 
-def create_app(settings: Settings, *served: tuple[Client, Tokenizer]) -> FastAPI:
+def create_app(settings: Settings, *served: tuple[Client, Tokenizer] | tuple[Client, Tokenizer, Processor]) -> FastAPI:
     """The application; it starts its engines when it is started itself, and `app.state.models` is what it works with.
 
     Args
-        served: for tests, what stands for the engine and the tokenizer of each of `settings.of_models`
+        served: for tests, what stands for engine, tokenizer and image processor of each of `settings.of_models`
     Raises
         SettingsError: a profile is wrong
         ModelError: a tokenizer cannot be loaded

@@ -92,6 +92,9 @@ def serve(
         str | None, typer.Option(help="How its weights are held; like the model's if unset.")
     ] = None,
     vision_memory_gib: Annotated[float | None, typer.Option(help="Memory for its keys and values.")] = None,
+    allowed_image_domains: Annotated[
+        str | None, typer.Option(help="Comma-separated hosts from which images are fetched; none: data: URIs only.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of an engine.")] = None,
     api_key: Annotated[
         list[str] | None, typer.Option(help="Key that requests must bring; repeatable. Better: WINNOW_API_KEY.")

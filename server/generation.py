@@ -6,17 +6,18 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from uuid import uuid4
 
 from winnow.engine.compression.plan import Plan
 from winnow.engine.compression.reach import longest_text
-from winnow.engine.errors import EngineDied, PromptTooLong, RequestError
-from winnow.engine.messages import EngineInfo, Output, Submit
+from winnow.engine.errors import EngineDied, PlanNotSupported, PromptTooLong, RequestError
+from winnow.engine.messages import EngineInfo, Output, Picture, Submit
 from winnow.engine.speculation.speculation import Speculation
 from winnow.server.admission import Flight
 from winnow.server.choice import Choice, Piece
 from winnow.server.marks import HOW_TO_MARK, MarkedPrompt, PromptSource, Tokenize
+from winnow.server.pictures import check_unmarked
 from winnow.server.plans import described, labels
 from winnow.server.protocol.common import GenerationRequest
 from winnow.server.service import Service
@@ -32,6 +33,7 @@ class ReadPrompt:
     tokens: list[int]
     question: int = 0
     """The last tokens, read when the document before them has been compressed; 0: all are read at once"""
+    pictures: list[Picture] = field(default_factory=list)
 
     @property
     def document(self) -> int:
@@ -73,6 +75,8 @@ class Generation:
         """Makes the tokens that the output of each prompt begins with"""
         self.usage = Usage()
         self.has_plan = False
+        self.vision_policy = "none"
+        """As metrics name it"""
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """What is new, choice by choice, until each has its finish reason. Closing it early aborts the request.
@@ -89,6 +93,7 @@ class Generation:
             self.usage.speculates = speculation is not None
             self.has_plan = not plan.is_off
             self.usage.plan = described(plan) if self.has_plan else None
+            self.vision_policy = "none" if plan.prunes is None else plan.prunes.policy
             prompts = [await self._read(i, plan, flight, info) for i in range(len(self.prompts))]
             forced = await flight.wait(service.in_thread(self.forced)) if self.forced is not None else []
             submits = [self._submit(prompt, forced, info, plan, speculation) for prompt in prompts]
@@ -100,6 +105,32 @@ class Generation:
                     yield piece
 
     async def _read(self, index: int, plan: Plan, flight: Flight, info: EngineInfo) -> ReadPrompt:
+        prompt = self.prompts[index]
+        if prompt.pictured is not None:
+            self._check_images(plan)
+            pictured = await prompt.pictured(info, flight)
+            self._check_kinds(pictured.pictures, plan)
+            return ReadPrompt(pictured.tokens, pictures=pictured.pictures)
+        read = await self._read_text(index, plan, flight, info)
+        check_unmarked(read.tokens, info.sees, self.prompt_param)
+        return read
+
+    def _check_images(self, plan: Plan) -> None:
+        """Refuses what goes by marked text, of which the tokens are not known where images are among it. The server's
+        own plan does without."""
+        if self.request.compression is None:
+            return
+        for path, is_asked in (("compression.prompt", plan.shortens), ("compression.kv.scope", plan.kv.scope)):
+            if is_asked is not None:
+                raise PlanNotSupported(path, f"{path}: not for prompts with images or videos")
+
+    @staticmethod
+    def _check_kinds(pictures: list[Picture], plan: Plan) -> None:
+        if plan.prunes is not None and (other := {one.kind for one in pictures} - plan.prunes.kinds):
+            path = "compression.vision.policy"
+            raise PlanNotSupported(path, f"{path}: '{plan.prunes.policy}' is not for {other.pop()}s")
+
+    async def _read_text(self, index: int, plan: Plan, flight: Flight, info: EngineInfo) -> ReadPrompt:
         prompt, request = self.prompts[index], self.request
         looks_at_marks = plan.shortens is not None or plan.kv.scope is not None
         # The server's own plan does what it can with marks; a request that asks for it must mark something.
@@ -175,6 +206,7 @@ class Generation:
         return Submit(
             request_id=uuid4().hex,
             prompt=prompt.tokens,
+            pictures=prompt.pictures,
             document=0 if plan.is_off else prompt.document,
             sampling=self.request.sampling(self.service.sampling_defaults, self.service.tokenizer.eos_token_ids, limit),
             plan={} if plan.is_off else plan.to_wire(),
@@ -235,6 +267,10 @@ class Generation:
         usage.rejected_tokens += output.rejected_tokens
         if output.index == 0:  # the other choices share the first one's prompt
             usage.cached_tokens += output.cached_tokens
+            if output.compression is not None:
+                usage.image_tokens += output.compression.image_tokens
+                usage.image_tokens_kept += output.compression.image_tokens_kept
+                metrics.images_kept(self.vision_policy, output.compression)
         if output.compression is not None:
             usage.reports.append(output.compression)
             metrics.kept(*plan_labels, output.compression)

@@ -8,13 +8,15 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from itertools import count, pairwise
 from typing import TYPE_CHECKING
 
 from winnow.engine.errors import RequestError
-from winnow.engine.messages import ContextPart
+from winnow.engine.messages import ContextPart, EngineInfo
+from winnow.server.admission import Flight
+from winnow.server.pictures import PicturedPrompt
 from winnow.server.protocol.chat import ChatPrompt, Message
 from winnow.server.templates import chat_text
 
@@ -53,6 +55,8 @@ class PromptSource:
     marked: Callable[[], MarkedPrompt]
     """As slow as `tokens`"""
     is_marked: bool
+    pictured: Callable[[EngineInfo, Flight], Awaitable[PicturedPrompt]] | None = None
+    """Instead of all that, of a prompt with images or videos"""
 
 
 def marked_chat(tokenizer: Tokenizer, chat: ChatPrompt) -> MarkedPrompt:
@@ -63,7 +67,7 @@ def marked_chat(tokenizer: Tokenizer, chat: ChatPrompt) -> MarkedPrompt:
     opening, closing = _absent_from("".join(message.text for message in chat.messages))
     # Inside the space around it: templates may strip a message.
     wrapped = [
-        "\n".join(_wrapped(part.text, opening, closing) if part.is_context else part.text for part in message.parts)
+        "\n".join(_wrapped(part.text, opening, closing) if part.is_context else part.text for part in message.texts)
         for message in chat.messages
     ]
     text, spans = _unwrapped(chat_text(tokenizer, chat, wrapped), opening, closing)
@@ -141,5 +145,5 @@ def _located(
 def _question(messages: list[Message]) -> str:
     for message in reversed(messages):
         if message.role == "user":
-            return "\n".join(part.text for part in message.parts if not part.is_context).strip()
+            return "\n".join(part.text for part in message.texts if not part.is_context).strip()
     return ""

@@ -41,6 +41,7 @@ TTFT = (
 )
 PER_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 LATENCY = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+DECODE = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 COUNTS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
 PREFIX = "winnow:"
 LABELS = ("model_name", "engine")
@@ -76,6 +77,11 @@ class Metrics:
         )
         self.context = self._counter("prompt_context_tokens", "Context tokens that might have been dropped", "policy")
         self.context_kept = self._counter("prompt_context_tokens_kept", "Context tokens that were kept", "policy")
+        self.images = self._counter("images_read", "Images and videos that were decoded", "kind")
+        self.fetched = self._counter("image_fetched_bytes", "Bytes of images that were fetched")
+        self.decode = self._histogram("image_decode_seconds", "From bytes to what the vision tower reads", DECODE)
+        self.seen = self._counter("image_tokens", "Tokens that stood for images in ended prompts", "policy")
+        self.seen_kept = self._counter("image_tokens_kept", "Those of them that the model read", "policy")
         self._http = Counter(
             PREFIX + "http_requests", "HTTP answers", ("method", "route", "status"), registry=self.registry
         )
@@ -114,6 +120,20 @@ class ModelMetrics:
         self.output_length = metrics.output_length.labels(**labels)
         self.params_n = metrics.params_n.labels(**labels)
         self.params_max_tokens = metrics.params_max_tokens.labels(**labels)
+        self._decode = metrics.decode.labels(**labels)
+        self._fetched = metrics.fetched.labels(**labels)
+
+    def image_fetched(self, size: int) -> None:
+        self._fetched.inc(size)
+
+    def image_read(self, kind: str, seconds: float) -> None:
+        self._metrics.images.labels(**self._labels, kind=kind).inc()
+        self._decode.observe(seconds)
+
+    def images_kept(self, policy: str, report: CompressionReport) -> None:
+        """Of one prompt."""
+        self._metrics.seen.labels(**self._labels, policy=policy).inc(report.image_tokens)
+        self._metrics.seen_kept.labels(**self._labels, policy=policy).inc(report.image_tokens_kept)
 
     def choice_ended(self, reason: str, tokens: int) -> None:
         self._metrics.success.labels(**self._labels, finished_reason=reason).inc()

@@ -17,7 +17,7 @@ from winnow.engine.compression.profiles import PROFILES, load_profiles
 from winnow.engine.compression.prompt.plan import prompt_schema
 from winnow.engine.compression.read import read_schema
 from winnow.engine.compression.vision.plan import vision_schema
-from winnow.engine.errors import RequestError
+from winnow.engine.errors import PlanNotSupported, RequestError
 from winnow.engine.messages import EngineInfo
 from winnow.kernels.layout import PageFormat
 from winnow.server.settings import Settings, SettingsError
@@ -55,6 +55,8 @@ class Plans:
         plan.check_formats(info.formats)
         plan.check_draft(info.draft_max_len is not None)
         check_profiles(plan, info.profiles, model)
+        if asked is not None and plan.prunes is not None and not info.sees:
+            raise PlanNotSupported("compression.vision", "compression.vision: this model reads text only")
         return plan
 
     def catalogue_of(self, info: EngineInfo | None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from winnow.engine.models.files import generation_config, resolve_model
 from winnow.engine.recital import lead_ins
 from winnow.server.admission import Admission
 from winnow.server.client import Client
+from winnow.server.images.reader import ImageReader, Processor
 from winnow.server.metrics import Metrics, ModelMetrics
 from winnow.server.plans import Plans
 from winnow.server.protocol.common import SAMPLING_DEFAULTS, GenerationRequest
@@ -34,8 +35,19 @@ RETRY_LOADING_S = 5
 class Service:
     """One model of this server."""
 
-    def __init__(self, settings: Settings, metrics: Metrics, client: Client, tokenizer: Tokenizer):
-        """`settings`: the server's, with what differs for this model (see Settings.of_vision)."""
+    def __init__(
+        self,
+        settings: Settings,
+        metrics: Metrics,
+        client: Client,
+        tokenizer: Tokenizer,
+        processor: Processor | None = None,
+    ):
+        """
+        Args
+            settings: the server's, with what differs for this model (see Settings.of_models)
+            processor: of a model that sees
+        """
         self.settings = settings
         self.client = client
         self.tokenizer = tokenizer
@@ -43,6 +55,7 @@ class Service:
         self.speculations = Speculations(settings)
         self.admission = Admission(settings)
         self.metrics: ModelMetrics = metrics.of(self.name, client)
+        self.images = None if processor is None else ImageReader(settings, processor, self.metrics)
         self.sampling_defaults = sampling_defaults(settings)
         self.created = int(time.time())
         self._pool = ThreadPoolExecutor(settings.tokenizer_threads, "tokenizer")
@@ -60,6 +73,8 @@ class Service:
     async def stop(self) -> None:
         await self.admission.drain(0)
         await self.client.stop(0)
+        if self.images is not None:
+            await self.images.stop()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def in_thread(self, work: Callable[[], T]) -> T:

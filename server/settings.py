@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,7 +28,10 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 NOT_OF_VLLM = {"page_tokens", "max_stream_len", "embedding_model", "llmlingua2_model", "speculative"}
 NOT_OF_VLLM |= {"draft_model", "draft_weights", "draft_memory_gib"}
 NOT_OF_VLLM |= {"vision_model", "vision_model_name", "vision_weights", "vision_memory_gib"}
+NOT_OF_VLLM |= {"allowed_image_domains"}
 """Settings of what only our own engine does"""
+DOMAIN = re.compile(r"[A-Za-z0-9.-]+(:\d{1,5})?")
+"""A host as it is looked up (internationalized names in their ASCII form), and a port"""
 
 
 class SettingsError(Exception):
@@ -78,8 +82,25 @@ class Settings(BaseSettings, EngineSettings):
     )
     vision_memory_gib: float = Field(1.0, gt=0, le=4096, description="size of its engine's page arena")
 
+    # Images and videos. The limits are on each of them.
+    allowed_image_domains: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="hosts (host:port where it is not the scheme's own) to fetch images from; none: data: URIs only",
+    )
+    max_image_bytes: int = Field(10 << 20, ge=1024, le=1 << 30, description="bytes of an image, or of a video's frame")
+    max_image_pixels: int = Field(1 << 24, ge=1, le=1 << 30, description="pixels of an image, or of a video's frame")
+    max_image_aspect: float = Field(200.0, ge=1, le=65536, description="an image's longer side over its shorter one")
+    min_image_side: int = Field(4, ge=1, le=4096, description="pixels of an image's shorter side")
+    max_video_frames: int = Field(64, ge=1, le=4096, description="frames of a video")
+    max_video_pixels: int = Field(1 << 26, ge=1, le=1 << 32, description="pixels of all frames of a video")
+    image_fetch_timeout_s: float = Field(5.0, gt=0, le=600, description="time to fetch an image, redirects included")
+    max_image_redirects: int = Field(3, ge=0, le=32, description="redirects that are followed, each checked anew")
+    max_image_fetches: int = Field(8, ge=1, le=1024, description="images that are fetched at a time")
+    image_threads: int = Field(2, ge=1, le=64, description="threads that decode images")
+
     # Limits on one request
-    max_body_bytes: int = Field(4 << 20, ge=1024, le=1 << 30, description="request body, counted while it is read")
+    max_images: int = Field(16, ge=0, le=4096, description="images and videos of a chat")
+    max_body_bytes: int = Field(16 << 20, ge=1024, le=1 << 30, description="request body, counted while it is read")
     body_timeout_s: float = Field(30.0, gt=0, le=3600, description="time for a client to send its body")
     max_messages: int = Field(2048, ge=1, le=1 << 20, description="messages of a chat")
     max_prompts: int = Field(64, ge=1, le=4096, description="prompts of a completions request")
@@ -103,6 +124,12 @@ class Settings(BaseSettings, EngineSettings):
     # Limits on all of them. A request is queued until its first token.
     max_queue_requests: int = Field(256, ge=1, le=1 << 20, description="requests that may wait")
     max_queue_tokens: int = Field(1 << 20, ge=1, le=1 << 40, description="prompt tokens that may wait")
+    max_queue_image_bytes: int = Field(
+        1 << 28,
+        ge=1,
+        le=1 << 40,
+        description="bytes of images of requests that may wait, as sent and as the model takes them",
+    )
     tokenizer_threads: int = Field(2, ge=1, le=64, description="threads that tokenize prompts")
 
     # Times
@@ -110,7 +137,7 @@ class Settings(BaseSettings, EngineSettings):
     drain_s: float = Field(30.0, ge=0, le=3600, description="time that running requests get after SIGTERM")
     heartbeat_s: float = Field(30.0, gt=0, le=3600, description="silence of the engine that /live calls dead")
 
-    @field_validator("api_key", "served_model_name", "vision_model_name", mode="before")
+    @field_validator("api_key", "served_model_name", "vision_model_name", "allowed_image_domains", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):
@@ -136,6 +163,13 @@ class Settings(BaseSettings, EngineSettings):
             if not text or not text.isascii() or not text.isprintable() or " " in text:
                 raise ValueError("an API key is printable ASCII without spaces")
         return keys
+
+    @field_validator("allowed_image_domains")
+    @classmethod
+    def _domains(cls, domains: tuple[str, ...]) -> tuple[str, ...]:
+        if wrong := [domain for domain in domains if not DOMAIN.fullmatch(domain)]:
+            raise ValueError(f"'{wrong[0]}' should be a host such as images.example.com, or host:port")
+        return tuple(domain.lower() for domain in domains)
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:

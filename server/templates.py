@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from winnow.server.protocol.chat import ChatPrompt
@@ -20,11 +21,14 @@ def chat_tokens(tokenizer: Tokenizer, chat: ChatPrompt) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-def chat_text(tokenizer: Tokenizer, chat: ChatPrompt, contents: list[str]) -> str:
-    """The conversation as the template writes it, with these texts in its messages.
+def chat_text(tokenizer: Tokenizer, chat: ChatPrompt, contents: Sequence[str | list[dict[str, str]]]) -> str:
+    """The conversation as the template writes it, with these texts or parts in its messages.
 
     A developer's message stands for the system's where the template does not know developers (OpenAI's newer name).
+    Some templates of models that see write parts only.
     """
+    if not tokenizer.template_takes_text and tokenizer.template_takes_parts:
+        contents = [[text_part(content)] if isinstance(content, str) else content for content in contents]
     messages = [message.for_template(content) for message, content in zip(chat.messages, contents, strict=True)]
     if "developer" not in (tokenizer.chat_template or ""):
         for message in messages:
@@ -36,3 +40,7 @@ def chat_text(tokenizer: Tokenizer, chat: ChatPrompt, contents: list[str]) -> st
         continue_final_message=chat.continue_final_message,
         variables=chat.chat_template_kwargs,
     )
+
+
+def text_part(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}

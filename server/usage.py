@@ -26,6 +26,10 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    image_tokens: int = 0
+    """Of prompt_tokens, those that stand for images and videos"""
+    image_tokens_kept: int = 0
+    """Of these, what the plan's `vision` left for the model to read"""
     speculates: bool = False
     accepted_tokens: int = 0
     rejected_tokens: int = 0
@@ -39,7 +43,7 @@ class Usage:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens} | self._images(),
         }
         if self.speculates:
             usage["completion_tokens_details"] = {
@@ -49,6 +53,11 @@ class Usage:
         if self.reports:
             usage["compression"] = self.compression(self.reports)
         return usage
+
+    def _images(self) -> dict[str, int]:
+        if not self.image_tokens:
+            return {}
+        return {"image_tokens": self.image_tokens, "image_tokens_kept": self.image_tokens_kept}
 
     def compression(self, reports: list[CompressionReport]) -> dict[str, Any]:
         """`usage.compression` of some sequences; also what the last chunk of a stream says of its choice."""

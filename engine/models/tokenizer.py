@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from inspect import signature
 from typing import Any
 
@@ -61,6 +62,23 @@ class Tokenizer:
         """The model's chat template; of several, the default one."""
         template = self.hf.chat_template
         return template.get("default") if isinstance(template, dict) else template
+
+    @cached_property
+    def template_takes_text(self) -> bool:
+        """Whether the chat template writes a message whose content is a text."""
+        return "probe" in self._written("probe")
+
+    @cached_property
+    def template_takes_parts(self) -> bool:
+        """Whether it writes the parts of a message: texts, and marks for images."""
+        written = self._written([{"type": "text", "text": "probe"}])
+        return "probe" in written and "'type'" not in written  # not the list as Python shows it
+
+    def _written(self, content: str | list[dict[str, str]]) -> str:
+        try:
+            return self.apply_chat_template([{"role": "user", "content": content}])
+        except RequestError:
+            return ""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; special tokens in it become their own ids."""

@@ -12,6 +12,7 @@ from winnow.server.protocol.common import INT32_MAX, Body, GenerationRequest, Un
 from winnow.server.settings import Settings
 
 NO_TOOLS = "tool calls are not supported"
+DETAILS = ("auto", "low", "high")
 TEXT_PART = {
     "type": "object",
     "required": ["type", "text"],
@@ -28,6 +29,36 @@ TEXT_PART = {
 }
 
 
+_DETAIL = {
+    "enum": [*DETAILS],
+    "default": "auto",
+    "description": "low: shrunk to fit in 512x512 pixels before the model's own processor sees it, which takes fewer "
+    "tokens where these grow with the image; auto and high: as the processor takes it",
+}
+_URL = {
+    "type": "string",
+    "description": "data:image/png;base64,… (or jpeg, webp, gif), or http(s) where the server allows the domain",
+}
+_FRAMES = {
+    "type": "string",
+    "description": "data:video/jpeg;base64,FRAME,FRAME,… (each frame's base64 by itself), or an animated GIF: "
+    "data:image/gif;base64,… or http(s) where the server allows the domain",
+}
+
+
+def _object(kind: str, **fields: dict[str, Any]) -> dict[str, Any]:
+    """Schema of a part with a type, of whose fields only `detail` may be left out."""
+    properties = ({"type": {"type": "string", "const": kind}} if kind else {}) | fields
+    required = [name for name in properties if name != "detail"]
+    return {"type": "object", "required": required, "additionalProperties": False, "properties": properties}
+
+
+IMAGE_PART = _object("image_url", image_url=_object("", url=_URL, detail=_DETAIL))
+INPUT_IMAGE_PART = _object("input_image", image_url=_URL, detail=_DETAIL)
+VIDEO_PART = _object("video_url", video_url=_object("", url=_FRAMES))
+PARTS = {"anyOf": [TEXT_PART, IMAGE_PART, INPUT_IMAGE_PART, VIDEO_PART]}
+
+
 @dataclass(frozen=True, slots=True)
 class TextPart:
     text: str
@@ -35,32 +66,78 @@ class TextPart:
     """Whether its sender lets it be shortened"""
 
 
-def _parts(content: Any) -> tuple[TextPart, ...]:
-    """A text, or text parts; other parts are named and refused."""
+@dataclass(frozen=True, slots=True)
+class MediaPart:
+    """An image or a video, not read yet."""
+
+    kind: Literal["image", "video"]
+    url: str
+    is_low: bool = False
+    """Asked for in low detail"""
+
+    @property
+    def field(self) -> str:
+        """Where a part has its URL."""
+        return f"{self.kind}_url"
+
+
+def _parts(content: Any) -> tuple[TextPart | MediaPart, ...]:
+    """A text, or parts; others are named and refused."""
     if isinstance(content, str):
         return (TextPart(content),)
     if not isinstance(content, list):
-        raise ValueError("must be a string or a list of text parts")
-    return tuple(_text_part(i, part) for i, part in enumerate(content))
+        raise ValueError("must be a string or a list of parts")
+    return tuple(_part(i, part) for i, part in enumerate(content))
 
 
-def _text_part(i: int, part: Any) -> TextPart:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind == "text" and {"type", "text"} <= set(part) <= {"type", "text", "context"}:
-        is_context = part.get("context")
-        if isinstance(part["text"], str) and (is_context is None or isinstance(is_context, bool)):
-            return TextPart(part["text"], bool(is_context))
-    if kind in ("image_url", "image", "input_image"):
-        raise ValueError(f"part {i} is an image, and the loaded model reads no images")
-    if kind in ("input_audio", "audio_url", "video_url", "file"):
-        raise ValueError(f"part {i} is not text, and the loaded model reads nothing else")
+def _part(i: int, part: Any) -> TextPart | MediaPart:
+    fields = part if isinstance(part, dict) else {}
+    match fields.get("type"):
+        case "text":
+            return _text_part(i, fields)
+        case "image_url" | "input_image" | "video_url":
+            return _media_part(i, fields)
+        case "input_audio" | "audio_url" | "file" | "input_file":
+            raise ValueError(f"part {i} is neither text nor image, and the model reads nothing else")
+    raise ValueError(f'part {i} must have the "type" text, image_url or video_url')
+
+
+def _text_part(i: int, part: dict[str, Any]) -> TextPart:
+    is_context = part.get("context")
+    is_whole = {"type", "text"} <= set(part) <= {"type", "text", "context"}
+    if is_whole and isinstance(part["text"], str) and (is_context is None or isinstance(is_context, bool)):
+        return TextPart(part["text"], bool(is_context))
     raise ValueError(f'part {i} must be {{"type": "text", "text": string}}, with "context": true or false if it is one')
 
 
+def _media_part(i: int, part: dict[str, Any]) -> MediaPart:
+    """OpenAI's `image_url` of chats and `input_image` of responses, and vLLM's `video_url`."""
+    kind = part["type"]
+    is_video = kind == "video_url"
+    if kind == "input_image":
+        inner = {"url": part.get("image_url")} | {name: part[name] for name in part.keys() - {"type", "image_url"}}
+    elif part.keys() == {"type", kind} and isinstance(part[kind], dict):
+        inner = part[kind]
+    else:
+        raise ValueError(f'part {i} must be {{"type": "{kind}", "{kind}": {{"url": string}}}}')
+    known = {"url"} if is_video else {"url", "detail"}
+    if unknown := sorted(inner.keys() - known):
+        raise ValueError(
+            f"part {i} ({kind}): of its fields only {' and '.join(sorted(known))} are known, not {unknown[0][:40]!r}"
+        )
+    detail = inner.get("detail")
+    if detail is not None and detail not in DETAILS:
+        raise ValueError(f"part {i} ({kind}): detail must be one of {', '.join(DETAILS)}")
+    url = inner.get("url")
+    if not isinstance(url, str):
+        raise ValueError(f"part {i} ({kind}) must have a URL, as a string")
+    return MediaPart("video" if is_video else "image", url, detail == "low")
+
+
 Content = Annotated[
-    tuple[TextPart, ...],
+    tuple[TextPart | MediaPart, ...],
     PlainValidator(_parts),
-    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": TEXT_PART}]}),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": PARTS}]}),
 ]
 
 
@@ -85,22 +162,33 @@ class Message(Body):
             raise ValueError("a system prompt is never shortened: mark context in other messages")
         return self
 
+    @model_validator(mode="after")
+    def _users_show(self) -> Message:
+        if self.media and self.role != "user":
+            raise ValueError("images and videos stand in messages of the role user")
+        return self
+
     @property
-    def parts(self) -> tuple[TextPart, ...]:
-        return self.content
+    def texts(self) -> list[TextPart]:
+        return [part for part in self.content if isinstance(part, TextPart)]
+
+    @property
+    def media(self) -> list[tuple[int, MediaPart]]:
+        """Images and videos, each with its place among the parts."""
+        return [(i, part) for i, part in enumerate(self.content) if isinstance(part, MediaPart)]
 
     @property
     def text(self) -> str:
-        """The parts, a line each."""
-        return "\n".join(part.text for part in self.parts)
+        """The texts, a line each."""
+        return "\n".join(part.text for part in self.texts)
 
     @property
     def has_context(self) -> bool:
-        return any(part.is_context for part in self.parts)
+        return any(part.is_context for part in self.texts)
 
-    def for_template(self, content: str) -> dict[str, str]:
-        """The turn with this text."""
-        turn: dict[str, str] = {"role": self.role, "content": content}
+    def for_template(self, content: str | list[dict[str, str]]) -> dict[str, Any]:
+        """The turn with this text, or with these parts."""
+        turn: dict[str, Any] = {"role": self.role, "content": content}
         if self.name is not None:
             turn["name"] = self.name
         if self.tool_call_id is not None:
@@ -115,6 +203,15 @@ class ChatPrompt(Body):
     add_generation_prompt: bool = Field(True, description="open the assistant's turn at the end of the prompt")
     continue_final_message: bool = Field(False, description="leave the last message open, to be continued")
     chat_template_kwargs: dict[str, Any] = Field({}, description="variables of the model's chat template")
+
+    @property
+    def media(self) -> list[tuple[str, int, MediaPart]]:
+        """Its images and videos in order, each with its JSON path and its message."""
+        return [
+            (f"messages[{i}].content[{j}].{part.field}", i, part)
+            for i, message in enumerate(self.messages)
+            for j, part in message.media
+        ]
 
     @model_validator(mode="after")
     def _one_end(self) -> ChatPrompt:

@@ -64,7 +64,11 @@ class Compression(Part):
 
 
 class PromptTokensDetails(Part):
+    """Of a prompt with images or videos also the tokens that stand for them, and those of them that the model read."""
+
     cached_tokens: int
+    image_tokens: int | None = None
+    image_tokens_kept: int | None = None
 
 
 class CompletionTokensDetails(Part):

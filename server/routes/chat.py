@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -11,6 +12,7 @@ from winnow.server.body import body_docs, json_body
 from winnow.server.generation import Generation
 from winnow.server.marks import PromptSource, marked_chat
 from winnow.server.models import Models, models_of
+from winnow.server.pictures import pictured_chat
 from winnow.server.protocol.chat import ChatRequest
 from winnow.server.protocol.responses import ChatCompletion
 from winnow.server.respond import respond
@@ -35,6 +37,7 @@ async def chat_completions(
         tokens=lambda: chat_tokens(service.tokenizer, body),
         marked=lambda: marked_chat(service.tokenizer, body),
         is_marked=any(message.has_context for message in body.messages),
+        pictured=partial(pictured_chat, service, body) if body.media else None,
     )
     generation = Generation(service, body, [prompt], "messages")
     return await respond(request, generation, ChatAnswer(name, service.tokenizer, body.logprobs_asked))

@@ -23,7 +23,8 @@ async def get_model(model: str, models: Annotated[Models, Depends(models_of)]) -
 
 
 def _card(service: Service, name: str) -> dict[str, Any]:
-    """OpenAI's fields, vLLM's `max_model_len`, and ours. Facts of the engine are null while it is not up."""
+    """OpenAI's fields, vLLM's `max_model_len`, and ours; `sees` is what the model reads beside text. Facts of
+    the engine are null while it is not up."""
     info = service.client.info
     return {
         "id": name,
@@ -35,6 +36,7 @@ def _card(service: Service, name: str) -> dict[str, Any]:
         "max_model_len": info.max_model_len if info else None,
         "max_stream_len": info.max_stream_len if info else None,
         "draft_max_len": info.draft_max_len if info else None,
+        "sees": list(info.sees) if info else None,
         "device": service.settings.device,
         "weights": service.settings.weights,
         "kv": info

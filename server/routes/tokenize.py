@@ -9,6 +9,7 @@ from fastapi import APIRouter, Depends
 from winnow.engine.errors import RequestError
 from winnow.server.body import body_docs, json_body
 from winnow.server.models import Models, models_of
+from winnow.server.pictures import pictured_chat
 from winnow.server.protocol.common import at_most
 from winnow.server.protocol.responses import Text, Tokens
 from winnow.server.protocol.tokenize import DetokenizeRequest, TokenizeRequest
@@ -23,18 +24,23 @@ async def tokenize(
     body: Annotated[TokenizeRequest, Depends(json_body(TokenizeRequest))],
 ) -> Tokens:
     service, _ = models.choose(body.model)
-    longest = service.engine().max_model_len
+    info = service.engine()
     at_most("messages", len(body.messages or ()), service.settings.max_messages)
 
+    chat = None if body.messages is None else body.chat()
+
     def work() -> list[int]:
-        if body.prompt is None:
-            return chat_tokens(service.tokenizer, body.chat())
-        return service.tokenizer.encode(body.prompt, body.add_special_tokens is not False)
+        if chat is not None:
+            return chat_tokens(service.tokenizer, chat)
+        return service.tokenizer.encode(body.prompt or "", body.add_special_tokens is not False)
 
     with service.admission.board(1) as flight:
-        tokens = await flight.wait(service.in_thread(work))
+        if chat is not None and chat.media:
+            tokens = (await pictured_chat(service, chat, info, flight)).tokens
+        else:
+            tokens = await flight.wait(service.in_thread(work))
     shown: Any = [service.tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
-    return Tokens(count=len(tokens), max_model_len=longest, tokens=tokens, token_strs=shown)
+    return Tokens(count=len(tokens), max_model_len=info.max_model_len, tokens=tokens, token_strs=shown)
 
 
 @router.post("/detokenize", summary="Text of token ids", openapi_extra=body_docs(DetokenizeRequest))

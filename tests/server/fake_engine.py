@@ -43,7 +43,8 @@ INFO = EngineInfo(
 
 
 class FakeEngine:
-    """Says `reply` to every prompt, a token an output, whatever `max_tokens` and stop tokens allow.
+    """Says `reply` to every prompt, a token an output, whatever `max_tokens` and stop tokens allow. Under a plan's
+    `vision` it reads half of the placeholders.
 
     `error_after` tokens it raises `error`; `pause_after` tokens it waits until `go_on()`.
     """
@@ -145,7 +146,14 @@ class FakeEngine:
 
     def _report(self, submit: Submit) -> CompressionReport:
         is_found = 0 < submit.document <= self.cached_tokens
-        return msgspec.structs.replace(REPORT, document_tokens=submit.document, found_document=is_found)
+        seen = sum(token in (self.info or INFO).sees.values() for token in submit.prompt)
+        return msgspec.structs.replace(
+            REPORT,
+            document_tokens=submit.document,
+            found_document=is_found,
+            image_tokens=seen,
+            image_tokens_kept=seen // 2 if "vision" in submit.plan else seen,
+        )
 
     @staticmethod
     def _logprobs(tokens: list[int], top: int | None) -> list[TokenLogprob] | None:

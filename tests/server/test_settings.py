@@ -132,7 +132,7 @@ def test_the_config_that_shows_the_defaults() -> None:
     assert written == {name: getattr(defaults, name) for name in written}
     left_out = {"max_model_len", "threads", "api_key", "served_model_name", "compression", "max_compression"}
     left_out |= {"profiles", "speculative", "embedding_model", "llmlingua2_model", "draft_model", "draft_weights"}
-    left_out |= {"vllm_args", "vision_model", "vision_model_name", "vision_weights"}
+    left_out |= {"vllm_args", "vision_model", "vision_model_name", "vision_weights", "allowed_image_domains"}
     left_out |= ON_CUDA.keys()  # each device has its own
     assert set(Settings.model_fields) - set(written) == left_out
 

@@ -236,6 +236,7 @@ class Rewriting:
     def __init__(self, tokenizer: Tokenizer, change: Any):
         self._tokenizer, self._change = tokenizer, change
         self.chat_template = tokenizer.chat_template
+        self.template_takes_text = tokenizer.template_takes_text
 
     def apply_chat_template(self, messages: Any, **rest: Any) -> str:
         return self._change(self._tokenizer.apply_chat_template(messages, **rest))
