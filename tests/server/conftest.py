@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from ipaddress import ip_address
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from fastapi import FastAPI
 
 from winnow.engine.models.tokenizer import Tokenizer, load_tokenizer
 from winnow.server.app import create_app
+from winnow.server.images.fetch import Fetcher
 from winnow.server.settings import Settings, load
 
-from .fake_engine import FakeEngine
+from .fake_engine import INFO, FakeEngine
+from .pictures import IMAGE, LOOPBACK, VIDEO, Processor
 
 HELLO = [{"role": "user", "content": "Hello!"}]
 
@@ -78,3 +82,34 @@ def connect(engine: FakeEngine, tokenizer: Tokenizer) -> Connect:
 async def http(connect: Connect) -> AsyncIterator[httpx.AsyncClient]:
     async with connect() as client:
         yield client
+
+
+@pytest.fixture
+def processor() -> Processor:
+    return Processor()
+
+
+@pytest.fixture
+def seeing(engine: FakeEngine, tokenizer: Tokenizer, processor: Processor) -> Any:
+    """`async with seeing(max_images=2) as http`: a client of a server whose model sees images and videos."""
+
+    @asynccontextmanager
+    async def connected(reads: Tokenizer = tokenizer, **options: Any) -> AsyncIterator[httpx.AsyncClient]:
+        sees = {kind: tokenizer.encode(mark, False)[0] for kind, mark in (("image", IMAGE), ("video", VIDEO))}
+        engine.info = msgspec.structs.replace(INFO, sees=sees)
+        app = create_app(load(**options), (engine, reads, processor))
+        (service,) = app.state.models.services
+        fetcher = Fetcher(service.settings, _loopback, lambda address: address == LOOPBACK)
+        service.images.fetcher = fetcher
+        transport = httpx.ASGITransport(app=app)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://w") as http,
+        ):
+            yield http
+
+    return connected
+
+
+async def _loopback(host: str, port: int) -> list[Any]:
+    return [LOOPBACK if host == "ok.example" else ip_address("10.0.0.1")]

@@ -5,11 +5,18 @@ from __future__ import annotations
 from base64 import b64encode
 from dataclasses import dataclass, field
 from io import BytesIO
+from ipaddress import ip_address
 from typing import Any
 
+import httpx
 import numpy as np
 from PIL import Image
 
+from winnow.engine.messages import Submit
+
+from .fake_engine import FakeEngine
+
+LOOPBACK = ip_address("127.0.0.1")
 IMAGE, VIDEO, MARK = "<file_sep>", "<gh_stars>", "<jupyter_code>"
 """Tokens of the default model's vocabulary that stand for an image and a video, and one that ends a row"""
 
@@ -64,3 +71,15 @@ def video_part(*frames: bytes) -> dict[str, Any]:
 
 def text_part(text: str) -> dict[str, Any]:
     return {"type": "text", "text": text}
+
+
+def ask(*parts: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """A chat of one message."""
+    return {"messages": [{"role": "user", "content": list(parts)}], **fields}
+
+
+async def submitted(http: httpx.AsyncClient, engine: FakeEngine, body: dict[str, Any]) -> Submit:
+    """What the engine is asked for."""
+    answer = await http.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    return engine.submits[-1]
