@@ -19,7 +19,8 @@ class Usage:
     nothing: bytes_held does not fall for it, and grows by what is kept to choose by. `document` is there where one was
     compressed apart: its tokens, and those of them that did not have to be, since an earlier request had.
 
-    `prompt_tokens` is what the model read: of a prompt that was shortened, what was left of it.
+    `prompt_tokens` is what the model read: of a prompt that was shortened, what was left of it. Those that stand for
+    images are all counted; `image_tokens_kept` says how many of them were read.
     """
 
     plan: dict[str, Any] | None = None
