@@ -16,7 +16,7 @@ from winnow.engine.compression.vision import ranking
 from winnow.engine.compression.vision.features import Features
 from winnow.engine.compression.vision.plan import Vision
 from winnow.engine.compression.vision.policy import TokenPolicy, View
-from winnow.engine.compression.vision.ranking import evenly, share, spread, top
+from winnow.engine.compression.vision.ranking import Likeness, evenly, share, spread, top
 from winnow.engine.compression.vision.registry import VISION, vision_policy
 
 from .images import LAYOUTS, drawn, grid, image, layouts
@@ -183,6 +183,12 @@ def test_ties_go_to_the_first() -> None:
 
 def test_many_tokens_are_compared_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     units = ranking.unit(drawn((50, 8), 3))
-    picked = spread(units, torch.tensor([7, 9]), 20)
+    full = Likeness(units)
     monkeypatch.setattr(ranking, "MOST_IN_FULL", 49)
-    assert spread(units, torch.tensor([7, 9]), 20).tolist() == picked.tolist()
+    monkeypatch.setattr(ranking, "BLOCK", 16)
+    piecewise = Likeness(units)
+    assert spread(piecewise, torch.tensor([7, 9]), 20).tolist() == spread(full, torch.tensor([7, 9]), 20).tolist()
+    others = (units @ units.T).fill_diagonal_(-2).amax(1)
+    for like in (full, piecewise):
+        torch.testing.assert_close(like.largest(), others)
+        torch.testing.assert_close(like.of(3), units @ units[3])

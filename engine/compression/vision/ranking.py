@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from winnow.engine.compression.vision.features import Features
@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MOST_IN_FULL = 4096
-"""Tokens whose similarities are held all at once, which is faster; of more they are computed one token at a time"""
+"""Tokens whose cosines are held all at once, which is faster; of more they are computed when they are asked for"""
+BLOCK = 1024
+"""Tokens of these at a time"""
 
 
 def top(scores: Tensor, count: int) -> Tensor:
@@ -40,21 +42,43 @@ def rest(total: int, chosen: Tensor) -> Tensor:
     return is_left.nonzero().squeeze(1)
 
 
-def spread(units: Tensor, chosen: Tensor, count: int, worth: Tensor | None = None, weight: float = 1.0) -> Tensor:
+class Likeness:
+    """Cosines of tokens to one another: rows `units` [n, d] of length one."""
+
+    def __init__(self, units: Tensor):
+        self._units = units
+        self._full = units @ units.T if len(units) <= MOST_IN_FULL else None
+
+    def of(self, one: int) -> Tensor:
+        """[n] of one token to all."""
+        return self._units @ self._units[one] if self._full is None else self._full[one]
+
+    def largest(self) -> Tensor:
+        """[n] of each token to the one that is most like it, n > 1."""
+        import torch
+
+        found = []
+        for first in range(0, len(self._units), BLOCK):
+            end = first + BLOCK
+            like = self._units[first:end] @ self._units.T if self._full is None else self._full[first:end].clone()
+            like.diagonal(first).fill_(-torch.inf)
+            found.append(like.amax(1))
+        return torch.cat(found)
+
+
+def spread(like: Likeness, chosen: Tensor, count: int, worth: Tensor | None = None, weight: float = 1.0) -> Tensor:
     """The tokens chosen and `count` more, in the order in which they were: each time the one of the largest
 
         worth - weight * (its largest cosine to a token chosen so far)
 
     Args
-        units  [n, d] rows of length one
         chosen [m >= 1] int64
         worth  [n] float32; zeros if None
     """
     import torch
 
-    like = _similarities(units)
-    nearest = torch.stack([like(int(one)) for one in chosen]).amax(0)
-    is_chosen = torch.zeros(len(units), dtype=torch.bool)
+    nearest = torch.stack([like.of(int(one)) for one in chosen]).amax(0)
+    is_chosen = torch.zeros(len(nearest), dtype=torch.bool)
     is_chosen[chosen] = True
     picked = chosen.tolist()
     for _ in range(count):
@@ -62,16 +86,8 @@ def spread(units: Tensor, chosen: Tensor, count: int, worth: Tensor | None = Non
         one = int(scores.masked_fill(is_chosen, -torch.inf).argmax())
         picked.append(one)
         is_chosen[one] = True
-        nearest = torch.maximum(nearest, like(one))
+        nearest = torch.maximum(nearest, like.of(one))
     return torch.tensor(picked)
-
-
-def _similarities(units: Tensor) -> Callable[[int], Tensor]:
-    """[n] cosines of one token to all."""
-    if len(units) > MOST_IN_FULL:
-        return lambda one: units @ units[one]
-    full = units @ units.T
-    return lambda one: full[one]
 
 
 def share(count: int, weights: Sequence[float], sizes: Sequence[int]) -> list[int]:

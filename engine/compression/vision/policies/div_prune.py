@@ -14,12 +14,10 @@ from typing import TYPE_CHECKING
 from winnow.engine.compression.policy import PolicyParams
 from winnow.engine.compression.vision.features import Features, VisionSignal
 from winnow.engine.compression.vision.policy import ANY_KIND, View, kept
-from winnow.engine.compression.vision.ranking import spread, unit
+from winnow.engine.compression.vision.ranking import Likeness, spread, unit
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-BLOCK = 1024
 
 
 class DivPrune:
@@ -33,17 +31,6 @@ class DivPrune:
         pass
 
     def view(self, image: Features, keep: int, text: Tensor, seed: int, params: Params) -> View:
-        units = unit(image.embeddings[image.patches])
-        return kept(image, image.patches[spread(units, _loneliest(units), keep - 1)])
-
-
-def _loneliest(units: Tensor) -> Tensor:
-    """[1] the token whose nearest neighbour is farthest."""
-    import torch
-
-    nearest = []
-    for first in range(0, len(units), BLOCK):
-        like = units[first : first + BLOCK] @ units.T
-        like[torch.arange(len(like)), first + torch.arange(len(like))] = -torch.inf
-        nearest.append(like.amax(1))
-    return torch.cat(nearest).argmin(keepdim=True)
+        like = Likeness(unit(image.embeddings[image.patches]))
+        loneliest = like.largest().argmin(keepdim=True)
+        return kept(image, image.patches[spread(like, loneliest, keep - 1)])

@@ -18,7 +18,7 @@ from pydantic import Field
 from winnow.engine.compression.policy import PolicyParams
 from winnow.engine.compression.vision.features import Features, VisionSignal
 from winnow.engine.compression.vision.policy import ANY_KIND, View, kept
-from winnow.engine.compression.vision.ranking import spread, top, unit
+from winnow.engine.compression.vision.ranking import Likeness, spread, top, unit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,4 +50,4 @@ class FlashVLM:
         saliency = image.signals.attention(-1)[patches].clamp(min=1e-12).log()
         scores = params.text_weight * relevance + (1 - params.text_weight) * saliency
         best = keep - min(keep - 1, int(keep * params.diverse))
-        return kept(image, patches[spread(units, top(scores, best), keep - best)])
+        return kept(image, patches[spread(Likeness(units), top(scores, best), keep - best)])

@@ -17,7 +17,7 @@ from pydantic import Field
 from winnow.engine.compression.policy import PolicyParams
 from winnow.engine.compression.vision.features import Features, VisionSignal
 from winnow.engine.compression.vision.policy import ANY_KIND, View, kept
-from winnow.engine.compression.vision.ranking import spread, unit
+from winnow.engine.compression.vision.ranking import Likeness, spread, unit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,6 +40,6 @@ class IDPruner:
         importance = image.signals.attention(-1)[patches]
         least, most = importance.aminmax()
         importance = (importance - least) / (most - least + 1e-6)
-        units, first = unit(image.embeddings[patches]), importance.argmax(keepdim=True)
+        like, first = Likeness(unit(image.embeddings[patches])), importance.argmax(keepdim=True)
         worth = params.relevance * importance
-        return kept(image, patches[spread(units, first, keep - 1, worth, 1 - params.relevance)])
+        return kept(image, patches[spread(like, first, keep - 1, worth, 1 - params.relevance)])

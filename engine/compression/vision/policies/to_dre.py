@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from winnow.engine.compression.policy import PolicyParams
 from winnow.engine.compression.vision.features import Features, VisionSignal
 from winnow.engine.compression.vision.policy import ANY_KIND, View, kept
-from winnow.engine.compression.vision.ranking import spread, unit
+from winnow.engine.compression.vision.ranking import Likeness, spread, unit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,4 +33,4 @@ class ToDRE:
         patches = image.patches
         units = unit(image.embeddings[patches])
         first = (units @ units.mean(0)).argmin(keepdim=True)
-        return kept(image, patches[spread(units, first, keep - 1)])
+        return kept(image, patches[spread(Likeness(units), first, keep - 1)])
