@@ -103,6 +103,10 @@ LAYOUTS: dict[str, tuple[list[tuple[int, int, int]], tuple[int, int] | None]] = 
         [place for crop in range(1, 7) for place in grid(crop, 4, 4)] + THUMBNAIL,
         (3, 2),
     ),
+    "a crop of which the model left out rows and columns": (  # as OneVision shrinks large images
+        THUMBNAIL + [place for place in beside([1], 4, 4) if place == MARK or (place[1] != 1 and place[2] != 2)],
+        (1, 1),
+    ),
     "frames": (grid(0, 4, 4) + grid(1, 4, 4) + grid(2, 4, 4), None),
 }
 

@@ -297,8 +297,8 @@ def pieces(case: Case) -> list[tuple[dict[tuple[int, int], int], int, int]]:
     """Crops as grids of tokens; as many of them, evenly, as there may be tokens."""
     grids = []
     for crop in case.crops():
-        top, left = min(case.places[one][1] for one in crop), min(case.places[one][2] for one in crop)
-        at = {(case.places[one][1] - top, case.places[one][2] - left): one for one in crop}
+        rows, columns = (sorted({case.places[one][axis] for one in crop}) for axis in (1, 2))
+        at = {(rows.index(case.places[one][1]), columns.index(case.places[one][2])): one for one in crop}
         grids.append((at, 1 + max(row for row, _ in at), 1 + max(column for _, column in at)))
     if len(grids) <= case.keep:
         return grids

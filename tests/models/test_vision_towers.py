@@ -89,6 +89,12 @@ def test_features(model: Model, size: tuple[int, int]) -> None:
     assert features.embeddings.dtype == torch.float32
     torch.testing.assert_close(features.embeddings, expected, atol=1e-5, rtol=1e-5)
     assert features.places.shape == (len(expected), 3)
+    if features.crop_grid is not None:
+        rows, columns = features.crop_grid
+        assert int(features.places[:, 0].max()) == rows * columns
+        assert columns > rows or size != (20, 90)
+        assert rows > columns or size != (130, 60)
+    assert (features.crop_grid is not None) is (model.family in ("llava_next", "llava_onevision"))
 
 
 def to_tokens(model: Model, x: Tensor, read: dict[str, np.ndarray], mark: float = 0.0) -> Tensor:

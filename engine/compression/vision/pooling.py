@@ -42,13 +42,14 @@ def grids(image: Features, keep: int, policy: str) -> list[Grid]:
     """
     found = []
     for crop in crops(image):
-        places = image.grid[crop, 1:]
-        height, width = (places.amax(0) - places.amin(0) + 1).tolist()
-        order = (places[:, 0] * (1 + int(places.max())) + places[:, 1]).argsort(stable=True)
-        if height * width != len(crop) or not bool((places[order].diff(dim=0) != 0).any(1).all()):
+        # Rows and columns are counted: of a grid that was shrunk by the model some are missing.
+        (rows, row), (columns, column) = (axis.unique(return_inverse=True) for axis in image.grid[crop, 1:].unbind(1))
+        height, width = len(rows), len(columns)
+        cell = row * width + column
+        if len(crop) != height * width or len(cell.unique()) != len(crop):
             path = "compression.vision.policy"
             raise PlanNotSupported(path, f"{path}: '{policy}' averages grids, and this image's tokens form none")
-        found.append(Grid(crop[order], height, width))
+        found.append(Grid(crop[cell.argsort()], height, width))
     return found if len(found) <= keep else [found[int(one)] for one in evenly(len(found), keep)]
 
 

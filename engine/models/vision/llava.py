@@ -74,6 +74,10 @@ class LlavaTower(CropTower):
             return torch.cat((cells, cells.new_full((1, 3), -1))).long()
         return self._packed(cells, inputs, cells.new_full((3,), -1), "nearest-exact").long()
 
+    def crop_grid(self, crops: int, inputs: Inputs) -> tuple[int, int] | None:
+        is_cut = self._config.model_type != "llava" and crops > 1 and "pixel_values_videos" not in inputs
+        return layout_for(self._config, self._size(inputs)).crops if is_cut else None
+
     @property
     def _side(self) -> int:
         """Patches along an edge of a crop."""

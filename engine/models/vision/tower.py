@@ -70,6 +70,10 @@ class CropTower(ABC):
     def places(self, crops: int, inputs: Inputs) -> Tensor:
         """[N, 3], see `Features.places`."""
 
+    def crop_grid(self, crops: int, inputs: Inputs) -> tuple[int, int] | None:
+        """`Features.crop_grid`: None where what the tower reads does not say it."""
+        return None
+
     def positions(self, tokens: Ints, pictures: Sequence[Picture]) -> None:
         """None: positions have one axis."""
         return None
@@ -83,6 +87,7 @@ class CropTower(ABC):
         return Features(
             embeddings=self.join(self.project(states), inputs).float().cpu(),
             places=self.places(crops, inputs),
+            crop_grid=self.crop_grid(crops, inputs),
             signals=TowerSignals(
                 states=states,
                 attends=self.attends,
