@@ -23,7 +23,7 @@ class Models:
     """
 
     def __init__(self, settings: Settings, services: Sequence[Service], metrics: Metrics):
-        """`services`: the first is asked where a request names no model."""
+        """`services`: the first is asked where a request names no model (but see `choose`)."""
         self.settings = settings
         self.services = services
         self.metrics = metrics
@@ -34,14 +34,17 @@ class Models:
                 if self.by_name.setdefault(name, service) is not service:
                     raise SettingsError(f"two models are called {name}; vision_model_name gives one of them another")
 
-    def choose(self, asked: str | None) -> tuple[Service, str]:
-        """Who answers a request, and the name to answer with.
+    def choose(self, asked: str | None, with_images: bool = False) -> tuple[Service, str]:
+        """Who answers a request, and the name to answer with. Where no name is given that is the first model, of a
+        request with images or videos the first one that sees.
 
         Raises
             ApiError: 404
         """
         if asked is None:
-            return self.services[0], self.services[0].name
+            seeing = (service for service in self.services if service.images is not None or not with_images)
+            service = next(seeing, self.services[0])
+            return service, service.name
         if asked not in self.by_name:
             message = f"this server has no such model; it has {', '.join(self.by_name)}"
             raise ApiError(404, message, param="model", code="model_not_found")

@@ -237,7 +237,7 @@ class Settings(BaseSettings, EngineSettings):
 
 def load(config: Path | None = None, **options: Any) -> Settings:
     """Settings from a YAML file (or the one that WINNOW_CONFIG names), the environment and the options that are given:
-    neither None nor an empty list.
+    neither None nor empty.
 
     Raises
         SettingsError
@@ -251,7 +251,7 @@ def load(config: Path | None = None, **options: Any) -> Settings:
         model_config = SettingsConfigDict(yaml_file=config, yaml_file_encoding="utf-8")
 
     try:
-        return Sourced(**{name: value for name, value in options.items() if value is not None and value != []})
+        return Sourced(**{name: value for name, value in options.items() if value not in (None, [], "")})
     except ValidationError as error:
         lines = [f"  {'.'.join(str(p) for p in e['loc']) or 'settings'}: {e['msg']}" for e in error.errors()]
         raise SettingsError("bad settings:\n" + "\n".join(lines)) from error

@@ -32,7 +32,7 @@ async def chat_completions(
     models: Annotated[Models, Depends(models_of)],
     body: Annotated[ChatRequest, Depends(json_body(ChatRequest))],
 ) -> Response:
-    service, name = models.choose(body.model)
+    service, name = models.choose(body.model, with_images=bool(body.media))
     prompt = PromptSource(
         tokens=lambda: chat_tokens(service.tokenizer, body),
         marked=lambda: marked_chat(service.tokenizer, body),

@@ -23,11 +23,10 @@ async def tokenize(
     models: Annotated[Models, Depends(models_of)],
     body: Annotated[TokenizeRequest, Depends(json_body(TokenizeRequest))],
 ) -> Tokens:
-    service, _ = models.choose(body.model)
+    chat = None if body.messages is None else body.chat()
+    service, _ = models.choose(body.model, with_images=chat is not None and bool(chat.media))
     info = service.engine()
     at_most("messages", len(body.messages or ()), service.settings.max_messages)
-
-    chat = None if body.messages is None else body.chat()
 
     def work() -> list[int]:
         if chat is not None:

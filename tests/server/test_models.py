@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 import uvicorn
 from fastapi import FastAPI
@@ -23,7 +24,8 @@ from winnow.server.settings import SettingsError, load
 
 from .asgi import Call
 from .conftest import HELLO
-from .fake_engine import FakeEngine
+from .fake_engine import INFO, FakeEngine
+from .pictures import IMAGE, Processor, image_part, text_part
 
 pytestmark = pytest.mark.anyio
 CHAT = "/v1/chat/completions"
@@ -84,6 +86,28 @@ async def test_no_such_model(http: httpx.AsyncClient) -> None:
         assert answer.status_code == 404
         message = answer.json()["error"]["message"]
         assert message.endswith("it has SmolLM2-135M-Instruct, default, second, 2nd")
+
+
+async def test_images_go_to_the_one_that_sees(engine: FakeEngine, second: FakeEngine, tokenizer: Tokenizer) -> None:
+    second.info = msgspec.structs.replace(INFO, sees={"image": tokenizer.encode(IMAGE, False)[0]})
+    settings = load(vision_model="default", vision_model_name=["second"])
+    app = create_app(settings, (engine, tokenizer), (second, tokenizer, Processor({"image": IMAGE})))
+    pictured = {"messages": [{"role": "user", "content": [image_part(), text_part("What is it?")]}]}
+    async with client(app) as http:
+        for url in (CHAT, "/tokenize"):
+            answers = [await http.post(url, json=pictured | asked) for asked in ({}, {"model": "second"})]
+            assert [answer.status_code for answer in answers] == [200, 200]
+            refused = await http.post(url, json=pictured | {"model": "default"})
+            assert refused.status_code == 400
+            error = refused.json()["error"]
+            assert error["param"] == "messages[0].content[0].image_url"
+            assert error["message"].endswith("this model reads no images")
+        assert (await http.post(CHAT, json=pictured)).json()["model"] == "second"
+        assert (await http.post(CHAT, json={"messages": HELLO})).json()["model"] == "SmolLM2-135M-Instruct"
+        cards = (await http.get("/v1/models")).json()["data"]
+        assert [card["sees"] for card in cards] == [[], [], ["image"]]
+    assert [len(submit.pictures) for submit in second.submits] == [1, 1, 1]
+    assert len(engine.submits) == 1
 
 
 async def test_all_are_listed(http: httpx.AsyncClient, second: FakeEngine) -> None:
@@ -192,7 +216,7 @@ def test_settings_of_the_second() -> None:
     assert first is settings
     assert (second.model_names, second.kv_memory_gib, second.weights) == (("org/eyes",), 0.5, "int8")
     assert second.of_engine.draft_model is second.of_engine.max_model_len is None
-    assert len(load().of_models) == 1
+    assert len(load().of_models) == len(load(vision_model="").of_models) == 1
 
 
 @pytest.mark.parametrize(
