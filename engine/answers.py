@@ -95,7 +95,7 @@ class Answers:
         )
         if seq.is_running and self._cache is not None and seq.timeline.never_acts:
             # The next turn of a conversation begins with this one's tokens.
-            self._cache.publish(self._cache.keys(seq.tokens[: seq.computed], seq.salt), seq.slot)
+            self._cache.publish(self._cache.keys(seq.tokens[: seq.computed], seq.salt, seq.sight), seq.slot)
         self._scheduler.remove(seq)
         return last
 

@@ -67,6 +67,9 @@ class EngineSettings(BaseModel):
     batch_invariant: bool = Field(
         False, description="on a GPU, give a row the same bits whatever shares its step, at some cost in speed"
     )
+    image_cache_gib: float = Field(
+        1.0, ge=0, le=4096, description="host memory for what a vision tower and policies have made of images"
+    )
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; all cores if unset")
     embedding_model: str | None = Field(
         None, description="directory of the sentence encoder for extractive prompts; the installed package's if unset"

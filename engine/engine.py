@@ -17,7 +17,8 @@ from winnow.engine.compression.side_state import SideState
 from winnow.engine.config import EngineSettings
 from winnow.engine.draft import Draft
 from winnow.engine.drawing import Drawing
-from winnow.engine.errors import ModelError
+from winnow.engine.errors import ModelError, RequestError
+from winnow.engine.eyes import Eyes
 from winnow.engine.facts import Totals, info_of, stats_of
 from winnow.engine.graphs import Graphs
 from winnow.engine.intake import Intake
@@ -32,6 +33,7 @@ from winnow.engine.messages import (
 )
 from winnow.engine.models.decoder import Decoder
 from winnow.engine.pages import NO_PAGES, PageArena
+from winnow.engine.pictures import Pictures
 from winnow.engine.prefix_cache import PrefixCache
 from winnow.engine.progress import Progress
 from winnow.engine.ranks import Ranks
@@ -60,10 +62,12 @@ class Engine:
         profiles: Mapping[str, Profile] = NO_PROFILES,
         frontier: tuple[FrontierPoint, ...] = (),
         draft: Engine | None = None,
+        eyes: Eyes | None = None,
     ):
         """
         Args
             draft: of a smaller model with the same vocabulary
+            eyes: the model's vision tower, if it has one
         """
         config, ranks = model.config, model.ranks
         layout = PageLayout(config.head_dim, settings.compute_format, settings.page_tokens)
@@ -108,6 +112,10 @@ class Engine:
         self.has_windows = any(config.windows)
         self.formats = tuple(fmt.label for fmt in ops.page_formats())
         self.intake = Intake(self)
+        self.pictures: Pictures | None = None
+        if eyes is not None:
+            room = int(settings.image_cache_gib * 2**30)
+            self.pictures = Pictures(eyes, model.embed, self.intake.sequence, room, ops.device())
         self.totals = Totals()
         self.answers = Answers(
             self.scheduler, self.cache, self.table, self.shortener, self.totals, self.speculator.counters
@@ -129,6 +137,8 @@ class Engine:
         """One pass of the model over whoever can run; returns what there is to tell."""
         began = time.perf_counter()
         self.answers.tell(self.shortener.poll())
+        if self.pictures is not None:
+            self.pictures.step(self.scheduler, self.answers)
         if self.draft is not None:
             self.draft.step(self.scheduler, self.answers)
         try:
@@ -159,6 +169,10 @@ class Engine:
 
     def submit(self, request: Submit) -> None:
         """Queues a request. RequestError where it cannot be served."""
+        if request.pictures:
+            if self.pictures is None:
+                raise RequestError("messages", "messages: this model reads text only")
+            return self.pictures.add(request, *self.intake.check(request))
         seq = self.intake.sequence(request)
         if self.draft is not None and seq.plan.evict is not None and seq.plan.evict.looks_ahead:
             self.draft.look_ahead(seq, seq.plan.evict.looks_ahead)
@@ -175,6 +189,8 @@ class Engine:
     def abort(self, request_id: str) -> None:
         """Ends all choices of a request and gives their pages back."""
         self.answers.abort(request_id)
+        if self.pictures is not None:
+            self.pictures.forget(request_id)
         if self.draft is not None:
             self.draft.forget(request_id)
 
@@ -188,7 +204,8 @@ class Engine:
     @property
     def can_step(self) -> bool:
         is_draft_at_work = self.draft is not None and self.draft.engine.can_step
-        return is_draft_at_work or bool(self.scheduler.running or self.scheduler.waiting)
+        is_looking = self.pictures is not None and self.pictures.is_at_work
+        return is_draft_at_work or is_looking or bool(self.scheduler.running or self.scheduler.waiting)
 
     @property
     def is_idle(self) -> bool:

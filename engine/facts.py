@@ -44,6 +44,7 @@ def info_of(engine: Engine) -> EngineInfo:
         has_windows=engine.has_windows,
         draft_max_len=None if engine.draft is None else engine.draft.max_len,
         formats=engine.formats,
+        sees={} if engine.pictures is None else dict(engine.pictures.eyes.sees),
     )
 
 
@@ -53,10 +54,12 @@ def stats_of(engine: Engine) -> EngineStats:
     cached = 0 if engine.cache is None else engine.cache.reclaimable()
     draft = None if engine.draft is None else stats_of(engine.draft.engine)
     waiting = [*engine.scheduler.waiting, *([] if engine.draft is None else engine.draft.waiting)]
+    pictures = engine.pictures
+    looking = [] if pictures is None else pictures.waiting
     return EngineStats(
         running=len(engine.scheduler.running),
-        waiting=len(waiting),
-        waiting_tokens=sum(seq.length for seq in waiting),
+        waiting=len(waiting) + len(looking),
+        waiting_tokens=sum(seq.length for seq in waiting) + sum(len(request.prompt) for request in looking),
         pages_free=engine.arena.free_count,
         pages_cached=cached,
         pages_total=engine.arena.total,
@@ -77,6 +80,10 @@ def stats_of(engine: Engine) -> EngineStats:
         accepted_tokens_by_place=drafts.accepted_at,
         draft_pages_free=0 if draft is None else draft.pages_free + draft.pages_cached,
         draft_pages_total=0 if draft is None else draft.pages_total,
+        images_total=0 if pictures is None else pictures.counters.seen,
+        image_hits_total=0 if pictures is None else pictures.counters.found,
+        image_seconds_total=0.0 if pictures is None else pictures.counters.seconds,
+        image_cache_bytes=0 if pictures is None else pictures.album.held_bytes,
         steps_total=engine.totals.steps,
         step_seconds_total=engine.totals.step_seconds,
     )

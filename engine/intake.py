@@ -19,7 +19,8 @@ from winnow.engine.messages import Shorten, Submit
 from winnow.engine.recital import Recital, parts_of
 from winnow.engine.sampling import check_sampling, choice_seed
 from winnow.engine.sequence import Sequence, reading, room_for
-from winnow.engine.speculation.speculation import check_combination, check_draft, parse_speculation
+from winnow.engine.sight import Sight
+from winnow.engine.speculation.speculation import Speculation, check_combination, check_draft, parse_speculation
 
 if TYPE_CHECKING:
     from winnow.engine.engine import Engine
@@ -32,16 +33,15 @@ class Intake:
         self._engine = engine
         self._arrivals = 0
 
-    def sequence(self, request: Submit) -> Sequence:
-        """The first choice of a request, with the others on it. RequestError where it cannot be served."""
+    def sequence(self, request: Submit, sight: Sight | None = None) -> Sequence:
+        """The first choice of a request, with the others on it. RequestError where it cannot be served.
+
+        Args
+            sight: what its prompt shows of pictures; the prompt is what is to be read
+        """
         engine, sampling, length = self._engine, request.sampling, len(request.prompt)
-        self._check(request)
-        plan, speculation = self._plan(request), parse_speculation(request.speculative)
-        check_draft(speculation, engine.draft is not None)
-        check_combination(speculation, plan)
-        check_profiles(plan, engine.profiles, engine.name)
-        if plan.read is not None:
-            engine.reader.check(plan.read)
+        plan, speculation = self.check(request)
+        self._check_length(plan, length, sampling.max_tokens, sight)
         stage_bounds = self._stage_bounds(plan)
         tokens = room_for(request.prompt, sampling.max_tokens, request.forced)
         document = tokens[: document_tokens(request, plan)]
@@ -67,6 +67,7 @@ class Intake:
                 plan_seed=document_seed(document) if request.document else seed & (1 << 64) - 1,
                 salt=request.cache_salt,
                 speculation=speculation,
+                sight=sight,
                 forced=len(request.forced),
                 stage_bounds=stage_bounds,
                 recital=Recital(parts) if parts else None,
@@ -74,7 +75,7 @@ class Intake:
             for index in range(sampling.n)
         ]
         if engine.cache is not None:
-            keys = engine.cache.keys(tokens[:length], first.salt)
+            keys = engine.cache.keys(tokens[:length], first.salt, sight)
             document_key = b""
             if request.document and not timeline.never_acts:
                 document_key = engine.cache.document_key(document, plan.fingerprint, first.salt, parts)
@@ -103,12 +104,25 @@ class Intake:
             seq.block_keys = engine.cache.keys(seq.tokens, request.cache_salt)
         return seq
 
+    def check(self, request: Submit) -> tuple[Plan, Speculation | None]:
+        """What a request asks for, if it can be had for a prompt that is short enough; RequestError otherwise."""
+        engine = self._engine
+        self._check(request)
+        plan, speculation = self._plan(request), parse_speculation(request.speculative)
+        check_draft(speculation, engine.draft is not None)
+        check_combination(speculation, plan)
+        check_profiles(plan, engine.profiles, engine.name)
+        if plan.read is not None:
+            engine.reader.check(plan.read)
+        return plan, speculation
+
     def _check(self, request: Submit) -> None:
         """What must hold whatever the plan is."""
         engine, sampling = self._engine, request.sampling
         self._check_tokens("prompt", request.prompt)
         self._check_tokens("forced", request.forced)
         self._check_tokens("lead_ins", [token for part in request.lead_ins for token in part])
+        self._check_tokens("pictures", [token for picture in request.pictures for token in picture.text])
         check_sampling(sampling, engine.config.vocab_size)
         if sampling.max_tokens < 1 + len(request.forced):
             least = 1 + len(request.forced)
@@ -126,19 +140,39 @@ class Intake:
             raise RequestError(name, f"token ids must be below {vocab_size}")
 
     def _plan(self, request: Submit) -> Plan:
-        engine, length, new = self._engine, len(request.prompt), request.sampling.max_tokens
+        engine = self._engine
         plan = resolve_quality(Plan.parse(request.plan), engine.frontier, engine.name)
         plan.check_windows(engine.has_windows)
         plan.check_formats(engine.formats)
         plan.check_draft(engine.draft is not None)
         if plan.mix is not None:
             plan.mix.layer_merge(engine.config.layers)
-        longest = longest_text(plan, engine.info)
-        if length + new > longest:
-            raise PromptTooLong("max_tokens", f"{length} prompt tokens and {new} new ones exceed the model's {longest}")
         if plan.shortens is not None:
             raise PlanNotSupported("compression.prompt", "compression.prompt: shorten a prompt before it is submitted")
         return plan
+
+    def _check_length(self, plan: Plan, length: int, new: int, sight: Sight | None) -> None:
+        longest = longest_text(plan, self._engine.info)
+        if length + new > longest:
+            raise PromptTooLong("max_tokens", f"{length} prompt tokens and {new} new ones exceed the model's {longest}")
+        if sight is None or sight.axes is None:
+            return
+        end, positions = length + new + sight.ahead, self._engine.config.max_position
+        if end > positions:
+            message = f"with {new} new tokens the text comes to position {end}, and the model has {positions}"
+            raise PromptTooLong("max_tokens", message)
+        plans = [each for each in (plan, plan.under_pressure) if each is not None]
+        why = (
+            "turns keys by their rows, and pictures have moved these: ask for compression.vision.positions 'contiguous'"
+        )
+        if sight.has_axes:
+            why = "turns keys by one position, and this model's pictures have three"
+        if any(each.goes_by_position for each in plans):
+            named = next(fmt.label for each in plans for fmt in (each.format, each.rest_format) if fmt is not None)
+            raise PlanNotSupported("compression.kv.format", f"compression.kv.format: '{named}' {why}")
+        if plan.evict is not None and plan.evict.is_compact:
+            path = "compression.kv.evict.positions"
+            raise PlanNotSupported(path, f"{path}: 'compact' {why}")
 
     def _stage_bounds(self, plan: Plan) -> tuple[int, ...]:
         bounds = () if plan.evict is None else plan.evict.stage_bounds(self._engine.config.layers)

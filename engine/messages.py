@@ -53,9 +53,9 @@ class Picture(msgspec.Struct, frozen=True, omit_defaults=True):
     """Tokens of the prompt from the first to the last placeholder, with the marks that stand between them"""
     inputs: dict[str, Array]
     """What the tower reads, as the model's image processor names it"""
-    text: list[int] = []
+    text: list[int]
     """Tokens of the text of the message that it came with, without placeholders and marks"""
-    turn_end: int = 0
+    turn_end: int
     """Place in the prompt behind the last token of that message's turn"""
     kind: Literal["image", "video"] = "image"
 
@@ -279,6 +279,14 @@ class EngineStats(msgspec.Struct, frozen=True, tag="stats"):
     draft_pages_free: int = 0
     """Of the draft model's arena, those of its prefix cache included"""
     draft_pages_total: int = 0
+    images_total: int = 0
+    """Images and videos that requests came with"""
+    image_hits_total: int = 0
+    """Those that neither the tower nor a policy had to see again"""
+    image_seconds_total: float = 0.0
+    """Spent on the others"""
+    image_cache_bytes: int = 0
+    """Of host memory, that what was made of images takes"""
     steps_total: int = 0
     step_seconds_total: float = 0.0
 

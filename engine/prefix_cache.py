@@ -1,6 +1,7 @@
 """Prefix cache: pages of prompt prefixes, found by the tokens they hold.
 
 A block is a page of tokens in every lane, uncompressed; its key is a hash chained over all blocks before it and a salt.
+Where it has rows of pictures, or rows that RoPE has elsewhere because of them, these are in the hash (`Sight.marks`).
 Blocks are published before a plan touches them, and a plan that compresses copies what survives.
 
 A document is a prefix that a query-agnostic plan has compressed: all that the lanes held when that was done. Its key is
@@ -22,6 +23,7 @@ import numpy as np
 
 from winnow.engine.lanes import Lanes
 from winnow.engine.pages import Ints, OutOfPages, PageArena
+from winnow.engine.sight import Sight
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,17 @@ class PrefixCache:
 
     # Blocks ----------------------------------------------------------------------------------------------------------
 
-    def keys(self, tokens: Ints, salt: str) -> list[bytes]:
-        """Keys of the full blocks of `tokens`."""
+    def keys(self, tokens: Ints, salt: str, sight: Sight | None = None) -> list[bytes]:
+        """Keys of the full blocks of `tokens`, the first of a text that shows these pictures."""
+        marks = None if sight is None else sight.marks_of(len(tokens))
         key = blake2b(salt.encode(), digest_size=16).digest()
         keys = []
         for start in range(0, len(tokens) - self.block_tokens + 1, self.block_tokens):
-            key = blake2b(key + tokens[start : start + self.block_tokens].tobytes(), digest_size=16).digest()
+            block = slice(start, start + self.block_tokens)
+            said = tokens[block].tobytes()
+            if marks is not None and marks[block].any():  # text before the first picture is known to all
+                said += marks[block].tobytes()
+            key = blake2b(key + said, digest_size=16).digest()
             keys.append(key)
         return keys
 

@@ -20,17 +20,15 @@ from winnow.kernels.kv import LaneBatch, PagedKV
 
 
 class Model(Protocol):
-    def forward(self, tokens: Tensor, batch: LaneBatch, kv: PagedKV, rows: Tensor) -> Tensor: ...
-
-    def hidden(
-        self, tokens: Tensor, batch: LaneBatch, kv: PagedKV, rows: Tensor, watch: Watch | None = None
-    ) -> Tensor: ...
-
     def logits(self, hidden: Tensor) -> Tensor: ...
 
     def embed(self, tokens: Tensor) -> Tensor: ...
 
-    def through(self, x: Tensor, layers: range, batch: LaneBatch, kv: PagedKV, rows: Tensor) -> Tensor: ...
+    def through(
+        self, x: Tensor, layers: range, batch: LaneBatch, kv: PagedKV, rows: Tensor, watch: Watch | None = None
+    ) -> Tensor: ...
+
+    def turns(self, places: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +42,16 @@ class Look:
     rows: slice
 
 
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What a step reads of pictures."""
+
+    rows: NDArray[np.int64]
+    """[m] of the step"""
+    embeddings: Tensor
+    """[m, hidden size] float32, in host memory"""
+
+
 class Runner:
     """Stateless beside the model and the arena."""
 
@@ -51,6 +59,7 @@ class Runner:
         self._model = model
         self._arena = arena
         self._graphs = graphs
+        self._layers = range(arena.kv.table.shape[1])
 
     def _there(self, host: NDArray[Any]) -> Tensor:
         return to_device(torch.from_numpy(host), self._arena.kv.device)
@@ -92,20 +101,24 @@ class Runner:
         ends = counts.cumsum(dtype=np.int32)
         starts = np.array([seq.rows_read for seq in batch.seqs], np.int32)
         places = starts - np.array([seq.turned_back for seq in batch.seqs], np.int32)
-        positions = np.arange(ends[-1], dtype=np.int32) + np.repeat(places - ends + counts, counts)
+        step_rows = np.arange(ends[-1], dtype=np.int32)
+        positions = step_rows + np.repeat(places - ends + counts, counts)
         chunks = zip(batch.seqs, counts.tolist(), strict=True)
         tokens = np.concatenate([seq.next_tokens(count) for seq, count in chunks])
         lanes = _lanes(batch, starts, positions)
         looks = _looks(batch, starts, lanes.cu_rows.numpy())
-        if self._graphs is not None and len(tokens) == len(batch.seqs) and not looks and not len(batch.more_rows):
+        scene = self._scene(batch, lanes, step_rows + np.repeat(starts - ends + counts, counts))
+        is_decode = len(tokens) == len(batch.seqs) and not len(batch.more_rows)
+        if self._graphs is not None and is_decode and not looks and scene is None and lanes.rope is None:
             logits = self._graphs.run(torch.from_numpy(tokens), lanes)
             if logits is not None:
                 return logits
         own = np.arange(wanted.sum()) + np.repeat(ends - wanted - batch.logit_rows, wanted)
         rows = self._there(np.concatenate((own, batch.more_rows)))
+        x = self._embed(tokens, scene)
         if looks:
-            return self._probe(self._there(tokens), lanes, rows, looks)
-        return self._model.forward(self._there(tokens), lanes, self._arena.kv, rows)
+            return self._probe(x, lanes, rows, looks)
+        return self._model.logits(self._model.through(x, self._layers, lanes, self._arena.kv, rows))
 
     def _stage(self, batch: ScheduledBatch, layers: range) -> Tensor | None:
         """Passes chunks through the layers of a stage; [R, vocab] logits after them if it is the last."""
@@ -113,13 +126,14 @@ class Runner:
         counts = batch.counts.tolist()
         chunks = [slice(staging.done, staging.done + count) for staging, count in zip(stagings, counts, strict=True)]
         places = list(zip(stagings, chunks, strict=True))
-        if layers.start == 0:
-            tokens = np.concatenate([seq.tokens[chunk] for seq, chunk in zip(batch.seqs, chunks, strict=True)])
-            x = self._model.embed(self._there(tokens))
-        else:
-            x = torch.cat([staging.hidden[chunk] for staging, chunk in places if staging.hidden is not None])
         positions = np.concatenate([staging.rows[chunk] for staging, chunk in places])
         lanes = _lanes(batch, np.array([staging.done for staging in stagings], np.int32), positions)
+        scene = self._scene(batch, lanes, positions)
+        if layers.start == 0:
+            tokens = np.concatenate([seq.tokens[chunk] for seq, chunk in zip(batch.seqs, chunks, strict=True)])
+            x = self._embed(tokens, scene)
+        else:
+            x = torch.cat([staging.hidden[chunk] for staging, chunk in places if staging.hidden is not None])
         rows = self._there(np.concatenate((batch.counts.cumsum(dtype=np.int64) - 1, batch.more_rows)))
         made = self._model.through(x, layers, lanes, self._arena.kv, rows)
         if stagings[0].is_last:
@@ -128,7 +142,39 @@ class Runner:
             staging.hand_on(hidden)
         return None
 
-    def _probe(self, tokens: Tensor, lanes: LaneBatch, rows: Tensor, looks: list[Look]) -> Tensor:
+    def _scene(self, batch: ScheduledBatch, lanes: LaneBatch, rows: Ints) -> Scene | None:
+        """What is at rows of pictures in this step, if any are. Also tells the lanes where RoPE has the rows [T] of
+        texts that pictures have moved, by their numbers in these texts."""
+        if all(seq.sight is None for seq in batch.seqs):
+            return None
+        bounds = lanes.cu_rows.numpy()
+        ahead = np.array([seq.ahead for seq in batch.seqs], np.int32)
+        angles = np.repeat((lanes.positions.numpy() + np.repeat(ahead, batch.counts))[None], 3, 0)
+        at, parts, axes = [], [], 1
+        for i in [i for i, seq in enumerate(batch.seqs) if seq.is_looking]:
+            sight, own = batch.seqs[i].sight, slice(bounds[i], bounds[i + 1])
+            assert sight is not None
+            if sight.axes is not None:
+                angles[:, own], axes = sight.angles(rows[own]), max(axes, len(sight.axes))
+            pictured, index = sight.pictured(rows[own])
+            at.append(bounds[i] + pictured)
+            parts.append(sight.embeddings[torch.from_numpy(index)])
+        if axes > 1:
+            lanes.rope = self._model.turns(self._there(angles.astype(np.int64)))
+            lanes.angles = torch.arange(len(rows), dtype=torch.int32)
+        else:
+            lanes.angles = torch.from_numpy(angles[0])
+        places = np.concatenate(at) if at else np.zeros(0, np.int64)
+        return Scene(places, torch.cat(parts)) if len(places) else None
+
+    def _embed(self, tokens: Ints, scene: Scene | None) -> Tensor:
+        """[T, hidden size]: what the first layer reads."""
+        x = self._model.embed(self._there(tokens))
+        if scene is not None:
+            x[self._there(scene.rows)] = to_device(scene.embeddings, x.device).to(x.dtype)
+        return x
+
+    def _probe(self, x: Tensor, lanes: LaneBatch, rows: Tensor, looks: list[Look]) -> Tensor:
         """The same, and shows probes what they ask for."""
 
         def watch(layer: int, queries: Tensor) -> None:
@@ -137,7 +183,7 @@ class Runner:
 
         asking = [look for look in looks if look.probe.wants_logits]
         wanted = [torch.arange(look.rows.start, look.rows.stop, device=rows.device) for look in asking]
-        hidden = self._model.hidden(tokens, lanes, self._arena.kv, torch.cat([rows, *wanted]), watch)
+        hidden = self._model.through(x, self._layers, lanes, self._arena.kv, torch.cat([rows, *wanted]), watch)
         own, *seen = hidden.split([len(rows), *map(len, wanted)])
         for look, part in zip(asking, seen, strict=True):
             look.probe.see_hidden(look.position, part, self._model.logits)

@@ -296,12 +296,16 @@ class Scheduler:
                     self.preempt(others[-1] if others else seq)
 
     def report(self, seq: Sequence) -> CompressionReport:
-        """What a running sequence holds now."""
+        """What a running sequence holds now. Tokens of pictures that it does not read are seen, and not kept."""
+        image_tokens, kept = (0, 0) if seq.sight is None else (seq.sight.tokens, len(seq.sight.rows))
+        dropped = image_tokens - kept
         return msgspec.structs.replace(
-            self._arena.report(seq.slot, seq.computed),
+            self._arena.report(seq.slot, seq.computed + dropped),
             squeezed_at=None if seq.squeezed_at == NEVER else seq.squeezed_at,
             document_tokens=seq.document_tokens if seq.has_question else 0,
             found_document=seq.found_document,
+            image_tokens=image_tokens,
+            image_tokens_kept=kept,
         )
 
     def preempt(self, seq: Sequence) -> None:

@@ -13,6 +13,7 @@ from winnow.engine.pages import Ints
 from winnow.engine.probe import Probe
 from winnow.engine.recital import Recital
 from winnow.engine.sampler import Draw
+from winnow.engine.sight import Sight
 from winnow.engine.speculation.speculation import Speculation
 from winnow.engine.staging import Staging
 from winnow.kernels.layout import PageLayout
@@ -50,6 +51,8 @@ class Sequence:
     document_key: bytes = b""
     """Prefix cache key of the compressed document; empty where there is none to be shared"""
     salt: str = ""
+    sight: Sight | None = None
+    """What it reads of pictures"""
     forced: int = 0
     """How many tokens after the prompt are the caller's"""
     told: int = 0
@@ -161,6 +164,16 @@ class Sequence:
     @property
     def ends_a_stage(self) -> bool:
         return self.staging is not None and not self.staging.left
+
+    @property
+    def ahead(self) -> int:
+        """Places by which RoPE has the rows behind its prompt elsewhere, because of its pictures."""
+        return 0 if self.sight is None else self.sight.ahead
+
+    @property
+    def is_looking(self) -> bool:
+        """Reads a prompt with pictures."""
+        return self.sight is not None and self.computed < self.prompt_tokens
 
     @property
     def generated(self) -> int:

@@ -53,6 +53,11 @@ class Steps(Protocol):
         """Ends what it runs in other threads and processes."""
 
 
+def refused(request_id: str, error: RequestError) -> Rejected:
+    """What is told of a request that its sender can mend."""
+    return Rejected(request_id, "request", error.message, error.param, error.code)
+
+
 def handle(engine: Steps, message: ToEngine) -> list[FromEngine]:
     """Does what a message asks for; what there is to answer at once is returned."""
     match message:
@@ -63,7 +68,7 @@ def handle(engine: Steps, message: ToEngine) -> list[FromEngine]:
                 else:
                     engine.shorten(message)
             except RequestError as error:
-                return [Rejected(message.request_id, "request", error.message, error.param, error.code)]
+                return [refused(message.request_id, error)]
         case Abort():
             engine.abort(message.request_id)
         case Finish():

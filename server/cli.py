@@ -95,6 +95,9 @@ def serve(
     allowed_image_domains: Annotated[
         str | None, typer.Option(help="Comma-separated hosts from which images are fetched; none: data: URIs only.")
     ] = None,
+    image_cache_gib: Annotated[
+        float | None, typer.Option(help="Memory for what was made of images, so that they need not be encoded again.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of an engine.")] = None,
     api_key: Annotated[
         list[str] | None, typer.Option(help="Key that requests must bring; repeatable. Better: WINNOW_API_KEY.")

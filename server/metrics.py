@@ -182,6 +182,7 @@ def _families(client: Client, values: tuple[str, ...]) -> Iterator[Metric]:
         ("kv_page_bytes", "Bytes of a page", info.page_bytes if info else 0),
         ("draft_kv_cache_usage_perc", "Share of the draft model's pages in use; 1 is all", drafting),
         ("kv_documents_cached", "Compressed documents that the prefix cache holds", stats.documents),
+        ("image_cache_bytes", "Memory that remembers what was made of images", stats.image_cache_bytes),
         ("engine_ready", "1 when the engine takes requests", float(client.is_ready)),
         ("engine_heartbeat_age_seconds", "Since the engine was last heard", client.heartbeat_age_s),
     ]
@@ -192,6 +193,9 @@ def _families(client: Client, values: tuple[str, ...]) -> Iterator[Metric]:
         ("prefix_cache_hits", "Prompt tokens found in the prefix cache", stats.prefix_hit_tokens_total),
         ("document_cache_queries", "Document tokens looked up compressed", stats.document_query_tokens_total),
         ("document_cache_hits", "Document tokens found compressed", stats.document_hit_tokens_total),
+        ("image_cache_queries", "Images and videos that came in", stats.images_total),
+        ("image_cache_hits", "Those that did not have to be encoded or pruned again", stats.image_hits_total),
+        ("image_seconds", "Time spent on encoding and pruning the others", stats.image_seconds_total),
         ("num_preemptions", "Sequences put back for want of pages", stats.preemptions_total),
         ("num_squeezes", "Sequences compressed further for want of pages", stats.squeezes_total),
         ("kv_evicted_tokens", "Lane tokens that policies evicted", stats.evicted_tokens_total),

@@ -205,6 +205,7 @@ class Compressor:
             depth=kv.table.shape[1],
             inv_freq=self._inv_freq,
             rope_factor=self._rope_factor,
+            ahead=seq.ahead,
             profile=self._profiles.get(evict.policy),
         )
 

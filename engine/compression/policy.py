@@ -78,6 +78,9 @@ class LaneView:
     newest_mass: Tensor | None = None
     """The part of `mass` that the newest `newest_votes` of the queries gave, for policies that are `HearsNewest`"""
     newest_votes: int = 0
+    ahead: int = 0
+    """Places by which RoPE has the newest token ahead of `seen` - 1, and those to come likewise: not 0 behind pictures
+    that were pruned or have three axes"""
     profile: Mapping[str, Tensor] | None = None
     """What `winnow calibrate` has measured of the whole model, for policies in `calibration.registry.CALIBRATED`"""
 

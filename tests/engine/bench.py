@@ -16,7 +16,8 @@ from winnow.engine.calibration.store import Profile
 from winnow.engine.compression.plan import Plan
 from winnow.engine.config import EngineSettings
 from winnow.engine.engine import Engine
-from winnow.engine.messages import Output, Rejected, SamplingParams, Shorten, Shortened, Submit
+from winnow.engine.eyes import Eyes
+from winnow.engine.messages import Output, Picture, Rejected, SamplingParams, Shorten, Shortened, Submit
 from winnow.engine.models.decoder import Decoder
 from winnow.engine.scheduler import ScheduledBatch
 from winnow.engine.sequence import Sequence as EngineSequence
@@ -76,6 +77,7 @@ class Bench:
         profiles: Mapping[str, Profile] | None = None,
         draft: Decoder | None = None,
         draft_pages: int = 1 << 13,
+        eyes: Eyes | None = None,
         **settings: Any,
     ):
         """
@@ -84,6 +86,7 @@ class Bench:
             ops: which the model is loaded for; that of the CPU by default
             profiles: of the model, calibrated if not given
             draft: a draft model, and the size of its arena
+            eyes: the model's vision tower
         """
         settings = dict[str, Any]({"weights": "f32", "max_seqs": 64}) | settings
         page_tokens = settings.get("page_tokens", 16)
@@ -96,7 +99,7 @@ class Bench:
         own = EngineSettings(kv_memory_gib=gib, **settings)
         if draft is not None and own.of_draft is not None:
             helper = Engine(own.of_draft, draft, ops)
-        self.engine = Engine(own, model, ops, profiles=profiles, draft=helper)
+        self.engine = Engine(own, model, ops, profiles=profiles, draft=helper, eyes=eyes)
         self.seen: dict[Choice, Seen] = defaultdict(Seen)
         self.shortened: dict[str, Shortened] = {}
         self.batches: list[list[tuple[Choice, int]]] = []
@@ -119,10 +122,11 @@ class Bench:
         lead_ins: Sequence[list[int]] = (),
         forced: Sequence[int] = (),
         document: int = 0,
+        pictures: Sequence[Picture] = (),
         **sampling: Any,
     ) -> None:
         params = SamplingParams(**({"temperature": 0.0, "max_tokens": tokens, "seed": 7} | sampling))
-        more = (speculative or {}, list(forced), list(lead_ins), document)
+        more = (speculative or {}, list(forced), list(lead_ins), document, list(pictures))
         self.engine.submit(Submit(request_id, list(prompt), params, plan or {}, salt, *more))
 
     def shorten(self, message: Shorten) -> Shortened:

@@ -98,12 +98,18 @@ def losses(bench: Bench, model: Decoder, text: list[int], plan: dict[str, Any]) 
     read: list[Tensor] = []
 
     class Listener:
-        def forward(self, tokens: Tensor, batch: LaneBatch, kv: PagedKV, rows: Tensor) -> Tensor:
-            logits = model.forward(tokens, batch, kv, torch.arange(len(tokens)))
-            first = sum(map(len, read))
-            upcoming = torch.tensor([*text[first + 1 : first + 1 + len(tokens)], 0][: len(tokens)])
-            read.append(-logits.log_softmax(-1)[torch.arange(len(tokens)), upcoming])
-            return logits[rows]
+        def embed(self, tokens: Tensor) -> Tensor:
+            return model.embed(tokens)
+
+        def through(self, x: Tensor, layers: range, batch: LaneBatch, kv: PagedKV, rows: Tensor) -> Tensor:
+            every, first = torch.arange(len(x)), sum(map(len, read))
+            hidden = model.through(x, layers, batch, kv, every)
+            upcoming = torch.tensor([*text[first + 1 : first + 1 + len(x)], 0][: len(x)])
+            read.append(-model.logits(hidden).log_softmax(-1)[every, upcoming])
+            return hidden[rows]
+
+        def logits(self, hidden: Tensor) -> Tensor:
+            return model.logits(hidden)
 
     bench.engine.runner._model = Listener()
     seen = bench.alone(text, 1, plan)

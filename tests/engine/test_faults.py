@@ -35,9 +35,16 @@ class Stub:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def forward(self, tokens: Tensor, batch: LaneBatch, kv: PagedKV, rows: Tensor) -> Tensor:
-        logits = self._model.forward(tokens, batch, kv, rows)
-        return self._spoil(tokens[rows], logits)
+    def embed(self, tokens: Tensor) -> Tensor:
+        self._tokens = tokens
+        return self._model.embed(tokens)
+
+    def through(self, x: Tensor, layers: range, batch: LaneBatch, kv: PagedKV, rows: Tensor) -> Tensor:
+        self._last = self._tokens[rows]
+        return self._model.through(x, layers, batch, kv, rows)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self._spoil(self._last, self._model.logits(hidden))
 
 
 def stub(model: Decoder, spoil: Callable[[Tensor, Tensor], Tensor]) -> Decoder:

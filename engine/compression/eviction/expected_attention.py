@@ -71,7 +71,8 @@ def _mean_rotation(view: LaneView, future: int) -> Tensor:
     """[head_dim, head_dim] float64: what RoPE makes of a query at the next `future` positions, on average."""
     import torch
 
-    positions = torch.arange(view.seen, view.seen + future, dtype=torch.float64, device=view.inv_freq.device)
+    first, device = view.seen + view.ahead, view.inv_freq.device
+    positions = torch.arange(first, first + future, dtype=torch.float64, device=device)
     angles = positions[:, None] * view.inv_freq.double()
     cos, sin = (torch.diag(side.mean(0) * view.rope_factor) for side in (angles.cos(), angles.sin()))
     return torch.cat([torch.cat([cos, -sin], 1), torch.cat([sin, cos], 1)])

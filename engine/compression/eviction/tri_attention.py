@@ -61,7 +61,7 @@ class TriAttention:
 
         powers = torch.arange(params.horizon.bit_length(), dtype=torch.float64, device=view.keys.device)
         distances = 2.0**powers
-        phases = (view.seen - 1 + distances).unsqueeze(-1) * view.inv_freq.double()
+        phases = (view.seen + view.ahead - 1 + distances).unsqueeze(-1) * view.inv_freq.double()
         turned = centre * torch.polar(torch.ones_like(phases), phases).mean(0)
         query = torch.cat([turned.real, turned.imag], dim=-1).float()
 

@@ -1,0 +1,59 @@
+"""What was made of pictures, remembered: of towers, features by picture; of policies, what is left by picture, policy
+and text. The least recently used goes where there is no room."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from winnow.engine.compression.vision.features import Features
+from winnow.engine.compression.vision.policy import View
+
+
+@dataclass(frozen=True)
+class Left:
+    """What a policy has left of a picture."""
+
+    view: View
+    total: int
+    """Tokens that the picture has"""
+
+    @property
+    def nbytes(self) -> int:
+        return self.view.tokens.nbytes + self.view.embeddings.nbytes
+
+
+class Album:
+    def __init__(self, most_bytes: int):
+        self.held_bytes = 0
+        self._most_bytes = most_bytes
+        self._entries: OrderedDict[bytes, tuple[Features | Left, int]] = OrderedDict()
+
+    def features(self, key: bytes) -> Features | None:
+        found = self._find(key)
+        return found if isinstance(found, Features) else None
+
+    def left(self, key: bytes) -> Left | None:
+        found = self._find(key)
+        return found if isinstance(found, Left) else None
+
+    def keep(self, key: bytes, made: Features | Left) -> None:
+        """What is larger than all the room there is, is not kept."""
+        if isinstance(made, Left):
+            size = made.nbytes
+        else:
+            size = made.embeddings.nbytes + made.places.nbytes + made.signals.nbytes
+        if key in self._entries:
+            self.held_bytes -= self._entries.pop(key)[1]
+        if size > self._most_bytes:
+            return
+        self._entries[key] = made, size
+        self.held_bytes += size
+        while self.held_bytes > self._most_bytes:
+            self.held_bytes -= self._entries.popitem(last=False)[1][1]
+
+    def _find(self, key: bytes) -> Features | Left | None:
+        if key not in self._entries:
+            return None
+        self._entries.move_to_end(key)
+        return self._entries[key][0]
