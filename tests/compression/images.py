@@ -108,9 +108,12 @@ LAYOUTS: dict[str, tuple[list[tuple[int, int, int]], tuple[int, int] | None]] = 
         (1, 1),
     ),
     "frames": (grid(0, 4, 4) + grid(1, 4, 4) + grid(2, 4, 4), None),
+    "frames, a newline at the end": ([place for frame in range(5) for place in grid(frame, 3, 5)] + [MARK], None),
+    "frames of one token": ([place for frame in range(9) for place in grid(frame, 1, 1)], None),
 }
 
 
 def layouts(name: str) -> list[str]:
     """Those of the layouts that a policy prunes."""
-    return [layout for layout in LAYOUTS if "video" in vision_policy(name).kinds or layout != "frames"]
+    kinds = vision_policy(name).kinds
+    return [layout for layout in LAYOUTS if ("video" if layout.startswith("frames") else "image") in kinds]

@@ -20,7 +20,11 @@ from winnow.engine.compression.vision.ranking import Likeness, evenly, share, sp
 from winnow.engine.compression.vision.registry import VISION, vision_policy
 
 from .images import LAYOUTS, drawn, grid, image, layouts
-from .vision_oracles import ORACLES, Case, shares
+from .video_oracles import ORACLES as VIDEO_ORACLES
+from .vision_oracles import ORACLES as IMAGE_ORACLES
+from .vision_oracles import Case, assert_left, shares
+
+ORACLES = IMAGE_ORACLES | VIDEO_ORACLES
 
 DRAWN = {"random", "token_corr"}
 """Policies that draw, of which tests of their own look at how"""
@@ -33,6 +37,9 @@ KNOBS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "apet": {"basis": st.integers(1, 12)},
     "flash_vlm": {"text_weight": st.sampled_from([0.0, 0.5, 1.0]), "diverse": st.sampled_from([0.0, 0.5, 1.0])},
     "id_pruner": {"relevance": st.sampled_from([0.0, 0.5, 1.0])},
+    "stc": {"chunk": st.integers(1, 4)},
+    "flash_vid": {"alpha": st.sampled_from([0.0, 0.5, 1.0]), "segments": st.integers(1, 9)},
+    "aot": {"clips": st.integers(1, 9), "distinct": st.sampled_from([0.0, 0.3, 1.0])},
     "global_com2": {"temperature": st.sampled_from([0.5, 10.0])},
 }
 
@@ -62,13 +69,7 @@ def test_as_the_paper_says(name: str, data: st.DataObject, keep: float, seed: in
     assume(tokens < len(picture.patches))
     text = drawn((data.draw(st.sampled_from([0, 1, 6]), "words"), 8), seed + 1)
     view = vision.view(picture, text, 5)
-    left = ORACLES[name](Case(picture, tokens, text, 5, vision))
-    assert patches(picture, view) == left.tokens
-    at = {token: row for row, token in enumerate(view.tokens.tolist())}
-    for token, row in left.merged.items():
-        torch.testing.assert_close(view.embeddings[at[token]].double(), torch.from_numpy(row), rtol=1e-4, atol=1e-5)
-    others = [token for token in view.tokens.tolist() if token not in left.merged]
-    assert torch.equal(view.embeddings[[at[token] for token in others]], picture.embeddings[others])
+    assert_left(picture, view, ORACLES[name](Case(picture, tokens, text, 5, vision)))
 
 
 @pytest.mark.parametrize("name", ["vtc_cls", "holo_v", "id_pruner", "flash_vlm", "vis_pruner", "vision_zip"])

@@ -12,9 +12,11 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from winnow.engine.compression.vision.features import Features
+from winnow.engine.compression.vision.policy import View
 
 Rows = NDArray[np.float64]
 
@@ -26,6 +28,16 @@ class Left:
 
     def __post_init__(self) -> None:
         self.tokens = sorted(self.tokens)
+
+
+def assert_left(image: Features, view: View, left: Left) -> None:
+    """That this is what is left of an image, the marks beside it left out."""
+    at = {token: row for row, token in enumerate(view.tokens.tolist())}
+    assert [token for token in at if image.places[token, 0] >= 0] == left.tokens
+    for token, row in left.merged.items():
+        torch.testing.assert_close(view.embeddings[at[token]].double(), torch.from_numpy(row), rtol=1e-4, atol=1e-5)
+    others = [token for token in at if token not in left.merged]
+    assert torch.equal(view.embeddings[[at[token] for token in others]], image.embeddings[others])
 
 
 class Case:

@@ -124,6 +124,13 @@ def crops(image: Features) -> list[Tensor]:
     return [(crop == one).nonzero().squeeze(1) for one in crop.unique()]
 
 
+def frames(image: Features) -> Tensor:
+    """[frames, cells] the patches of each frame of a video, as indices into `image.patches`."""
+    import torch
+
+    return torch.stack(crops(image))
+
+
 def means(x: Tensor, group: Tensor, groups: int) -> Tensor:
     """[groups, d] the mean of the rows of x [n, d] in each group, of which none is empty.
 

@@ -31,6 +31,10 @@ VISION: dict[str, str] = {
     "diff_rate": "winnow.engine.compression.vision.policies.diff_rate:DiffRate",
     "dy_mu": "winnow.engine.compression.vision.policies.dy_mu:DyMU",
     "zero_tprune": "winnow.engine.compression.vision.policies.zero_tprune:ZeroTPrune",
+    "evs": "winnow.engine.compression.vision.policies.evs:EVS",
+    "flash_vid": "winnow.engine.compression.vision.policies.flash_vid:FlashVID",
+    "aot": "winnow.engine.compression.vision.policies.aot:AOT",
+    "stc": "winnow.engine.compression.vision.policies.stc:STC",
 }
 
 
