@@ -43,7 +43,7 @@ def create_app(settings: Settings, *served: tuple[Client, Tokenizer] | tuple[Cli
         served: for tests, what stands for engine, tokenizer and image processor of each of `settings.of_models`
     Raises
         SettingsError: a profile is wrong
-        ModelError: a tokenizer cannot be loaded
+        ModelError: a tokenizer or an image processor cannot be loaded
     """
     metrics = Metrics()
     services = [Service(of, metrics, *(parts or _load(of))) for of, parts in zip_longest(settings.of_models, served)]
@@ -72,11 +72,13 @@ def create_app(settings: Settings, *served: tuple[Client, Tokenizer] | tuple[Cli
     return app
 
 
-def _load(settings: Settings) -> tuple[Client, Tokenizer]:
+def _load(settings: Settings) -> tuple[Client, Tokenizer, Processor | None]:
     from winnow.engine.client import EngineClient
     from winnow.engine.models.tokenizer import load_tokenizer
+    from winnow.engine.models.vision.processor import load_processor
 
-    return EngineClient(settings.of_engine), load_tokenizer(settings.model)
+    tokenizer = load_tokenizer(settings.model)
+    return EngineClient(settings.of_engine), tokenizer, load_processor(settings.model, tokenizer)
 
 
 def _describe(app: FastAPI, needs_key: bool) -> None:

@@ -78,11 +78,12 @@ async def pictured_chat(service: Service, chat: ChatPrompt, info: EngineInfo, fl
             raise RequestError(path, f"{path}: this model reads no {part.kind}s", "unsupported_value")
     assert service.images is not None
     marks = service.images.processor.marks
+    is_alone = sum(part.kind == "image" for *_, part in media) == 1
     flight.hold(sum(len(part.url) for *_, part in media))
     seen: list[Seen] = []
     for path, message_index, part in media:
         try:
-            processed = await flight.wait(service.images.read(part))
+            processed = await flight.wait(service.images.read(part, is_alone))
         except BadImage as error:
             raise RequestError(path, f"{path}: {error}", error.code) from error
         seen.append(_seen(part, message_index, processed))

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from winnow.engine.errors import ModelError, RequestError
-from winnow.engine.models.files import directory_eos_ids, gguf_eos_ids, resolve_model
+from winnow.engine.models.files import directory_eos_ids, gguf_eos_ids, read_json, resolve_model
 from winnow.engine.models.gguf_file import GgufFile
 from winnow.engine.models.gguf_tokenizer import tokenizer_from_gguf
 
@@ -34,6 +34,8 @@ def load_tokenizer(path_or_name: str) -> Tokenizer:
         hf = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
     except Exception as error:  # the library raises no narrower type
         raise ModelError(f"{path}: the tokenizer cannot be loaded: {error}") from error
+    if hf.chat_template is None:  # where processors of vision-language models once wrote it
+        hf.chat_template = read_json(path / "chat_template.json").get("chat_template")
     return Tokenizer(hf, directory_eos_ids(path))
 
 

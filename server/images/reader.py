@@ -40,8 +40,8 @@ class Processor(Protocol):
     def marks(self) -> Mapping[str, str]:
         """Of each kind that the model sees ("image", "video"): what the chat template writes for one"""
 
-    def image(self, image: Image) -> Processed:
-        """Raises ValueError: the model cannot take an image of this shape"""
+    def image(self, image: Image, is_alone: bool) -> Processed:
+        """`is_alone`: the only image of its prompt. Raises ValueError: the model cannot take one of this shape"""
 
     def video(self, frames: list[Image]) -> Processed:
         """Frames of one size. Raises as `image`."""
@@ -65,8 +65,10 @@ class ImageReader:
         self._pool.shutdown(wait=False, cancel_futures=True)
         await self.fetcher.close()
 
-    async def read(self, part: MediaPart) -> Processed:
+    async def read(self, part: MediaPart, is_alone: bool) -> Processed:
         """
+        Args
+            is_alone: no other image is in the prompt
         Raises
             BadImage
         """
@@ -75,16 +77,16 @@ class ImageReader:
             fetched = await self.fetcher.fetch(part.url)
             self.metrics.image_fetched(len(fetched))
         began = time.monotonic()
-        processed = await asyncio.get_running_loop().run_in_executor(self._pool, self._decode, part, fetched)
+        processed = await asyncio.get_running_loop().run_in_executor(self._pool, self._decode, part, is_alone, fetched)
         self.metrics.image_read(part.kind, time.monotonic() - began)
         return processed
 
-    def _decode(self, part: MediaPart, fetched: bytes | None) -> Processed:
+    def _decode(self, part: MediaPart, is_alone: bool, fetched: bytes | None) -> Processed:
         most = self.settings.max_image_bytes
         try:
             if part.kind == "image":
                 data = image_of(part.url, most) if fetched is None else fetched
-                return self.processor.image(decode_image(data, self.bounds, part.is_low))
+                return self.processor.image(decode_image(data, self.bounds, part.is_low), is_alone)
             parts = frames_of(part.url, most, self.bounds.max_frames) if fetched is None else [fetched]
             return self.processor.video(decode_video(parts, self.bounds))
         except ValueError as error:

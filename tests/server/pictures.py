@@ -34,7 +34,7 @@ class Processor:
     marks: dict[str, str] = field(default_factory=lambda: {"image": IMAGE, "video": VIDEO})
     seen: list[list[Image.Image]] = field(default_factory=list)
 
-    def image(self, image: Image.Image) -> Processed:
+    def image(self, image: Image.Image, is_alone: bool) -> Processed:
         return self._processed([image], IMAGE)
 
     def video(self, frames: list[Image.Image]) -> Processed:
