@@ -36,8 +36,9 @@ eval: install  ## what compression costs in quality: a few minutes; writes eval.
 parity: install-dev build/kvpress/.installed  ## the methods that kvpress has too, beside it; writes loadtest/results/
 	$(BIN)/winnow eval --kvpress build/kvpress/bin/python --name kvpress-parity --out loadtest/results $(ARGS)
 
-methods: install-dev  ## engine/compression/METHODS.md, from the registry and the committed result of `winnow eval`
-	$(BIN)/python loadtest/methods.py loadtest/results/smollm2-135m-eval.json engine/compression/METHODS.md
+methods: install-dev  ## engine/compression/METHODS.md, from the registry and the committed results of `winnow eval`
+	$(BIN)/python loadtest/methods.py loadtest/results/smollm2-135m-eval.json engine/compression/METHODS.md \
+	    $(addprefix --images ,$(wildcard loadtest/results/mosaic-vision.json))
 
 # vLLM brings some hundred packages: an environment of its own. On this index torch and its companions have no CUDA.
 build/vllm/.installed: pyproject.toml

@@ -1,6 +1,7 @@
 """`make methods`: the table of methods, from the registry and from what `winnow eval` measured.
 
-python loadtest/methods.py loadtest/results/smollm2-135m-eval.json engine/compression/METHODS.md
+python loadtest/methods.py loadtest/results/smollm2-135m-eval.json engine/compression/METHODS.md \
+    --images loadtest/results/mosaic-vision.json
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ from winnow.engine.compression.vision.policy import stages_of
 from winnow.engine.compression.vision.registry import VISION, vision_policy
 from winnow.engine.errors import RequestError
 from winnow.engine.evaluation.harness import PROTOCOLS, TEXT
-from winnow.engine.evaluation.plans import FORMATS, MERGED, OFF
+from winnow.engine.evaluation.plans import BLIND, FORMATS, MERGED, OFF
 from winnow.engine.evaluation.result import Result, write_text
+from winnow.engine.evaluation.vision import keeps, losses, seen
 from winnow.kernels.formats import PageFormat
 
 BUDGETS = (0.5, 0.25)
@@ -67,8 +69,8 @@ ANSWERS_AT = 512
 """Tokens of the tasks whose answers are counted"""
 
 
-def methods(result: Result) -> str:
-    """Markdown."""
+def methods(result: Result, images: Result | None = None) -> str:
+    """Markdown. `images`: what was measured of vision policies."""
     facts = result.facts
     texts = max((result.contexts(cell) for cell in result.values if cell[:2] == (OFF, TEXT)), default=0)
     asked = [cell for cell in result.values if (cell.plan, cell.length) == (OFF, ANSWERS_AT) and cell.protocol]
@@ -96,11 +98,7 @@ def methods(result: Result) -> str:
         *_table("Page formats: `kv.format`", ("format", *HEAD[1:2], "measured", "answers", WITHOUT), _formats(result)),
         *_table("Two formats in a lane: `kv.mix`", (*HEAD[:2], "measured", "answers", WITHOUT), _mixes(result)),
         *_table("Prompts: `prompt`, shortens what is marked as context", (*HEAD[:2], *HEAD[3:]), _prompts(result)),
-        *_table(
-            "Images: `vision`, tokens that the language model does not read",
-            (*HEAD[:2], "where", "sees", "of", "knobs", "source", WITHOUT),
-            _visions(),
-        ),
+        *_images(images),
     ]
     return "\n".join(lines) + "\n"
 
@@ -156,7 +154,26 @@ def _prompts(result: Result) -> Iterator[tuple[str, ...]]:
         yield f"`{name}`", _first_line(prompt_policy(name)), *cells, _answers(result, f"{name}:{BUDGETS[0]}")
 
 
-def _visions() -> Iterator[tuple[str, ...]]:
+def _images(result: Result | None) -> list[str]:
+    kept = [] if result is None else keeps(result)
+    measured = [f"keeps {100 * keep:g} %" if isinstance(keep, float) else f"keeps {keep}" for keep in kept]
+    head = (*HEAD[:2], "where", "sees", "of", "knobs", "source", *measured, *["loses to"] * bool(kept), WITHOUT)
+    lines = _table("Images: `vision`, tokens that the language model does not read", head, _visions(result, kept))
+    if result is not None:
+        answers = [
+            f"{'shown a grey picture' if plan == BLIND else 'unpruned'} {of.score.value:.0%}"
+            for plan in (OFF, BLIND)
+            if (of := seen(result, plan)) is not None
+        ]
+        note = (
+            f"Measured on {result.facts.get('model')}: right answers to questions about pictures that are new to it "
+            f"({', '.join(answers)}). A policy that loses to a control on the whole is not worth asking for there."
+        )
+        lines[3:3] = [note, ""]
+    return lines
+
+
+def _visions(result: Result | None, kept: list[float | int]) -> Iterator[tuple[str, ...]]:
     for name in VISION:
         policy, model = vision_policy(name), vision_model(name)
         sees = ", ".join(sorted(policy.signals)) or "places"
@@ -164,8 +181,16 @@ def _visions() -> Iterator[tuple[str, ...]]:
         knobs = ", ".join(f"{knob} {json.dumps(model.model_fields[knob].default)}" for knob in own)
         kinds = ", ".join(f"{kind}s" for kind in sorted(policy.kinds))
         without = _refused({}, OF_IMAGES, vision={"policy": name, "keep": 0.5})
-        cells = ", ".join(stages_of(policy)), sees + ", text" * policy.reads_text, kinds, knobs, _source(policy)
+        cells = [", ".join(stages_of(policy)), sees + ", text" * policy.reads_text, kinds, knobs, _source(policy)]
+        if result is not None:
+            cells += [_right_answers(result, f"vision:{name}:{keep}") for keep in kept]
+            cells += [", ".join(losses(result, name))] * bool(kept)
         yield f"`{name}`", _first_line(policy), *cells, without
+
+
+def _right_answers(result: Result, plan: str) -> str:
+    of = seen(result, plan)
+    return result.refused.get(plan, "not measured") if of is None else f"{of.score.value:.0%}"
 
 
 def _measured(result: Result, plan: str) -> str:
@@ -229,11 +254,14 @@ def _table(title: str, head: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -
 def main(
     result: Annotated[Path, typer.Argument(help="What `winnow eval` wrote.")],
     out: Annotated[Path, typer.Argument(help="The page.")],
+    images: Annotated[Path | None, typer.Option(help="What `winnow eval --vision` wrote.")] = None,
 ) -> None:
     """Writes the table of methods."""
-    measured = Result.from_dict(json.loads(result.read_text("utf-8")))
-    assert OFF in measured.plans
-    write_text(out, methods(measured))
+    measured, of_images = (
+        None if path is None else Result.from_dict(json.loads(path.read_text("utf-8"))) for path in (result, images)
+    )
+    assert measured is not None and OFF in measured.plans
+    write_text(out, methods(measured, of_images))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import methods
 
 from winnow.engine.compression.registry import EVICTION, MERGE, MIX, PROMPT, READ
 from winnow.engine.compression.vision.registry import VISION
+from winnow.engine.evaluation.harness import IMAGE
 from winnow.engine.evaluation.plans import FORMATS
 from winnow.engine.evaluation.result import Result
 from winnow.kernels.formats import PageFormat
@@ -36,5 +37,28 @@ def test_the_table_of_methods() -> None:
         part in row for part in (" pre_llm | embeddings, tower attention, tower keys | images, videos |", source)
     )
     assert row.endswith(f"| contextual 0.15625 | {source} |  |")
+    assert "keeps 50 %" not in page
     widths = {line.count("|") for line in page.splitlines() if line.startswith("| `") and "not measured" in line}
     assert widths <= {4, 5, 6, 7, 8}
+
+
+def test_what_was_measured_of_images() -> None:
+    plans = {"off": {}, "blind": {}} | {
+        f"vision:{name}:{keep}": {"vision": {"policy": name, "keep": keep}}
+        for name in ("random", "downsample", "div_prune", "vision_zip")
+        for keep in (0.5, 0.125)
+    }
+    images = Result("unit", {"model": "mosaic"}, plans, refused={"vision:vision_zip:0.125": "too few are left"})
+    right = {"off": 1.0, "blind": 0.0, "random": 0.75, "downsample": 0.25, "div_prune": 0.5}
+    for plan in plans:
+        if (name := plan.removeprefix("vision:").split(":")[0]) in right:
+            for question in range(4):
+                images.add(plan, "colour", 0, IMAGE, kept=9, held=0.5, score=float(question < 4 * right[name]))
+    page = methods.methods(Result("unit", {}, {"off": {}}), images)
+    assert "Measured on mosaic: right answers to questions" in page
+    assert "(unpruned 100%, shown a grey picture 0%)" in page
+    assert "| source | keeps 50 % | keeps 12.5 % | loses to | goes not with |" in page
+    rows = {line.split("`")[1]: line.split(" | ")[7:10] for line in page.splitlines() if line.startswith("| `")}
+    assert rows["random"] == ["75%", "75%", ""]
+    assert rows["div_prune"] == ["50%", "50%", "random"]
+    assert rows["vision_zip"] == ["not measured", "too few are left", ""]
