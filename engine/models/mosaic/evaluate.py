@@ -31,7 +31,7 @@ def questions(bank: Bank, mosaics: int) -> list[tuple[Mosaic, list[Question]]]:
 
 
 def pixel_values(pixels: Tensor) -> Tensor:
-    """[n, 96, 96, 3] bytes -> what the tower reads, [n, 3, 96, 96] f32, as the checkpoint's image processor makes it."""
+    """[n, 96, 96, 3] bytes -> [n, 3, 96, 96] f32 for the tower, as the checkpoint's image processor makes it."""
     return ((pixels.float() / 255 - MEAN) / DEVIATION).permute(0, 3, 1, 2)
 
 
