@@ -24,7 +24,7 @@ KINDS = len(SHAPES) * len(COLOURS)
 SIDE, PATCH = 96, 8
 GRIDS = (2, 3)
 SMALLEST = 16
-"""Shapes that are less than this many pixels across (of 64) are left out: in a 3x3 mosaic they would be a few pixels."""
+"""Shapes that are less than this many pixels across (of 64) are left out: in a 3x3 mosaic little is left of them."""
 
 Split = Literal["train", "test"]
 Bytes = NDArray[np.uint8]
@@ -109,11 +109,8 @@ def load_bank(split: Split, images: Path | None = None, flips: bool = False) -> 
         return Bank(*_from_package(split), flips)
     if not images.is_file():
         images.parent.mkdir(parents=True, exist_ok=True)
-        found = {name: _from_package(name) for name in ("train", "test")}
-        arrays = {
-            f"{name}_{part}": array for name, pair in found.items() for part, array in zip("xy", pair, strict=True)
-        }
-        np.savez_compressed(images, **arrays)  # type: ignore[arg-type]  # numpy's stub takes the names for options
+        train, test = _from_package("train"), _from_package("test")
+        np.savez_compressed(images, train_x=train[0], train_y=train[1], test_x=test[0], test_y=test[1])
     with np.load(images) as file:
         return Bank(file[f"{split}_x"], file[f"{split}_y"], flips)
 

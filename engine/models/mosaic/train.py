@@ -1,9 +1,9 @@
 """Trains the shipped vision model; see MODEL_CARD.md.
 
-    python -m winnow.engine.models.mosaic.train --out DIR --steps 4000                    # two CPU cores: under two hours
+    python -m winnow.engine.models.mosaic.train --out DIR --minutes 110      # two CPU cores
     python -m winnow.engine.models.mosaic.train --out DIR --minutes 6 --batch 256 --device cuda
 
-Run again with the same arguments it goes on where it was stopped. A step's data follow from the seed and the step alone.
+Run again with the same arguments it goes on where it was stopped. A step's data follow from seed and step alone.
 """
 
 from __future__ import annotations
@@ -160,14 +160,14 @@ class Trainer:
         self.step, self.steps, self.spent_s = state["step"], state["steps"], state["spent_s"]
 
     def _batches(self, workers: int) -> Iterator[Batch]:
-        """Batches of the steps from here on, made ahead by `workers` processes, or where they are used if there are none."""
+        """Batches of the steps from here on, made ahead by `workers` processes; without any, when they are wanted."""
         if self.step == self.steps and self.steps:
             return iter(())
         how: dict[str, Any] = {}
         if workers:
             how = {"num_workers": workers, "multiprocessing_context": "spawn", "prefetch_factor": 4}
         steps = Steps(self.bank, self.seed, self.batch)
-        return iter(DataLoader(steps, batch_size=None, sampler=itertools.count(self.step), **how))  # type: ignore[arg-type]
+        return iter(DataLoader(steps, batch_size=None, sampler=itertools.count(self.step), **how))
 
     def _one(self, batch: Batch) -> Losses:
         rate = self.rate * self._pace()
