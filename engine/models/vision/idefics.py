@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from winnow.engine.compression.vision.plan import Vision
+from winnow.engine.compression.vision.policy import View
 from winnow.engine.eyes import Inputs
+from winnow.engine.models.vision.reduction import cannot
 from winnow.engine.models.vision.tower import CropTower, grid_places
 
 
@@ -22,6 +25,7 @@ class IdeficsTower(CropTower):
         self._vit: Any = parts.vision_model
         self._connector: Any = parts.connector
         self._edge: int = config.scale_factor
+        self._model: str = config.model_type
         vision = config.vision_config
         self.crop = (vision.num_channels, vision.image_size, vision.image_size)
         super().__init__(parts, {"image": config.image_token_id}, self._vit.encoder.layers, has_class=False)
@@ -39,6 +43,9 @@ class IdeficsTower(CropTower):
 
     def join(self, projected: Tensor, inputs: Inputs) -> Tensor:
         return projected.flatten(0, 1)
+
+    def reduced(self, inputs: Inputs, vision: Vision) -> View:
+        raise cannot(vision, self._model, "makes each token of a square of patches")
 
     def to_tokens(self, x: Tensor, inputs: Inputs) -> Tensor:
         crops, rows, width = x.shape

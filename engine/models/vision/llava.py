@@ -16,9 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from winnow.engine.compression.vision.plan import Vision
+from winnow.engine.compression.vision.policy import View, with_marks
 from winnow.engine.errors import RequestError
 from winnow.engine.eyes import Inputs
 from winnow.engine.models.vision.anyres import layout_for
+from winnow.engine.models.vision.reduction import cannot, run_layers
 from winnow.engine.models.vision.tower import CropTower, grid_places
 
 
@@ -73,6 +76,23 @@ class LlavaTower(CropTower):
             cells = grid_places(torch.arange(crops), half, half).double()
             return torch.cat((cells, cells.new_full((1, 3), -1))).long()
         return self._packed(cells, inputs, cells.new_full((3,), -1), "nearest-exact").long()
+
+    @torch.inference_mode()
+    def reduced(self, inputs: Inputs, vision: Vision) -> View:
+        pixels = self.pixels(inputs)
+        if len(pixels) > 1 or "pixel_values_videos" in inputs:
+            raise cannot(vision, self._config.model_type, "has whole grids put together where there are several crops")
+        if len(self._taken) > 1:
+            raise cannot(vision, self._config.model_type, "has states of several layers put side by side")
+        states, left = run_layers(list(self.stack), self.embed(pixels)[0], int(self.has_class), vision)
+        projected = self._projector(states[None, int(self._drops_class) :])[0]
+        first = len(projected) - len(left)  # the class token's, if it is read
+        rows = projected.new_zeros(first + self._side**2, projected.shape[1])
+        rows[:first] = projected[:first]
+        rows[first + left] = projected[first:]
+        places = self.places(1, inputs)
+        tokens = with_marks(places, first + left.cpu())
+        return View(tokens, self.join(rows[None], inputs).float().cpu()[tokens])
 
     def crop_grid(self, crops: int, inputs: Inputs) -> tuple[int, int] | None:
         is_cut = self._config.model_type != "llava" and crops > 1 and "pixel_values_videos" not in inputs

@@ -15,10 +15,13 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
 from winnow.engine.compression.vision.features import Features
+from winnow.engine.compression.vision.plan import Vision
+from winnow.engine.compression.vision.policy import View
 from winnow.engine.errors import RequestError
 from winnow.engine.eyes import Inputs, inputs_of
 from winnow.engine.messages import Picture
 from winnow.engine.models.vision.mrope import Grid, positions
+from winnow.engine.models.vision.reduction import cannot
 from winnow.engine.models.vision.signals import Attention, TowerSignals
 from winnow.engine.models.vision.tower import grid_places
 from winnow.engine.pages import Ints
@@ -49,6 +52,7 @@ class QwenTower:
             parts: its model, of which the language model may be missing
         """
         self.sees = {"image": config.image_token_id, "video": config.video_token_id}
+        self._model: str = config.model_type
         self._vit: Any = parts.visual
         weight = next(parts.parameters())
         self._device, self._dtype = weight.device, weight.dtype
@@ -85,6 +89,9 @@ class QwenTower:
                 matrix_rows=grid.height * grid.width,
             ),
         )
+
+    def reduced(self, inputs: Inputs, vision: Vision) -> View:
+        raise cannot(vision, self._model, "makes each token of a square of patches")
 
     def positions(self, tokens: Ints, pictures: Sequence[Picture]) -> Ints:
         """See `mrope.positions`."""

@@ -7,17 +7,16 @@ transformers has them for CLIP, SigLIP and Idefics3: where no token has been mer
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from winnow.engine.compression.vision.encoder import LayerTokens
+from winnow.engine.compression.vision.plan import Vision
 from winnow.engine.compression.vision.policy import EncoderPolicy
 from winnow.engine.compression.vision.registry import vision_policy
-
-if TYPE_CHECKING:
-    from winnow.engine.compression.vision.plan import Vision
+from winnow.engine.errors import PlanNotSupported
 
 
 def run_layers(layers: Sequence[Any], embedded: Tensor, lead: int, vision: Vision) -> tuple[Tensor, Tensor]:
@@ -59,6 +58,19 @@ def run_layers(layers: Sequence[Any], embedded: Tensor, lead: int, vision: Visio
         states = states + layer.mlp(layer.layer_norm2(states[None]))[0]
     order = places.sort().indices
     return torch.cat((states[:lead], states[lead:][order])), places[order]
+
+
+def cannot(vision: Vision, model: str, why: str) -> PlanNotSupported:
+    """What is raised where a tower cannot be run so.
+
+    Args
+        model: its type
+        why: what it does that needs all patches
+    """
+    path = "compression.vision.policy"
+    return PlanNotSupported(
+        path, f"{path}: '{vision.policy}' takes tokens away within the vision tower, and that of {model} {why}"
+    )
 
 
 def _bias(sizes: Tensor, lead: int, dtype: torch.dtype) -> Tensor | None:

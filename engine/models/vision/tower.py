@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from winnow.engine.compression.vision.features import Features
+from winnow.engine.compression.vision.plan import Vision
+from winnow.engine.compression.vision.policy import View
 from winnow.engine.errors import RequestError
 from winnow.engine.eyes import Inputs
 from winnow.engine.messages import Picture
@@ -61,6 +63,10 @@ class CropTower(ABC):
     @abstractmethod
     def join(self, projected: Tensor, inputs: Inputs) -> Tensor:
         """[crops, n, hidden] -> [N, hidden]: crops become tokens, marks come between them."""
+
+    @abstractmethod
+    def reduced(self, inputs: Inputs, vision: Vision) -> View:
+        """See `eyes.Eyes`."""
 
     @abstractmethod
     def to_tokens(self, x: Tensor, inputs: Inputs) -> Tensor:
