@@ -22,7 +22,7 @@ from transformers import (
     SmolVLMProcessor,
 )
 
-from winnow.engine.errors import ModelError
+from winnow.engine.errors import ModelError, RequestError
 from winnow.engine.models.tokenizer import load_tokenizer
 from winnow.engine.models.vision.build import load_eyes
 from winnow.engine.models.vision.processor import Processed, load_processor
@@ -89,9 +89,26 @@ def test_an_image(model: Model, size: tuple[int, int]) -> None:
     for name, value in made.inputs.items():
         is_flat = name == "pixel_values" and model.family in ("llava", "qwen2_vl", "qwen2_5_vl")
         assert np.array_equal(value, read[name] if is_flat else read[name][0]), name
-    left_out = {"pixel_attention_mask", "batch_num_images", "rows", "cols"}
+    left_out = {"pixel_attention_mask", "batch_num_images"}
     assert made.inputs.keys() == read.keys() - left_out
     model.check(made)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_how_crops_lie(model: Model, size: tuple[int, int]) -> None:
+    made = model.processor.image(image_of(*size))
+    features = model.eyes.encode(made.inputs)
+    crops = int(features.places[:, 0].max())  # behind the thumbnail
+    if features.crop_grid is None:
+        assert not crops
+        return
+    rows, columns = features.crop_grid
+    assert crops in (rows * columns, 0)  # of an image that is all but a line nothing beside padding may be left
+    assert columns > rows or size[1] < 2 * size[0]
+    assert rows > columns or size[0] < 2 * size[1]
+    if "rows" in made.inputs:
+        with pytest.raises(RequestError, match=f"must say how {crops} crops lie"):
+            model.eyes.encode(made.inputs | {"cols": made.inputs["cols"] + 1})
 
 
 def test_an_image_among_others(model: Model) -> None:

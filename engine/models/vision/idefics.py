@@ -10,6 +10,7 @@ from torch import Tensor
 
 from winnow.engine.compression.vision.plan import Vision
 from winnow.engine.compression.vision.policy import View
+from winnow.engine.errors import RequestError
 from winnow.engine.eyes import Inputs
 from winnow.engine.models.vision.reduction import cannot
 from winnow.engine.models.vision.tower import CropTower, grid_places
@@ -57,3 +58,11 @@ class IdeficsTower(CropTower):
         side = inputs["pixel_values"].shape[-1] // self._vit.patch_size // self._edge
         order = torch.arange(crops).roll(-1)  # the whole image comes last, and is crop 0
         return grid_places(order, side, side)
+
+    def crop_grid(self, crops: int, inputs: Inputs) -> tuple[int, int] | None:
+        if crops == 1 or "rows" not in inputs or "cols" not in inputs:
+            return None
+        rows, columns = inputs["rows"], inputs["cols"]
+        if rows.shape != (1,) or columns.shape != (1,) or int(rows[0]) * int(columns[0]) != crops - 1:
+            raise RequestError("pictures", f"pictures: 'rows' and 'cols' must say how {crops - 1} crops lie")
+        return int(rows[0]), int(columns[0])

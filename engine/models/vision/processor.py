@@ -209,12 +209,13 @@ class IdeficsProcessor(Processor):
         pixels = read["pixel_values"][0]
         side = pixels.shape[-1] // self._config.vision_config.patch_size // self._config.scale_factor
         crop, around = self.marks["image"] * side**2, "<fake_token_around_image>"
-        rows, columns = (int(read[name][0][0]) for name in ("rows", "cols"))
+        grid = {name: np.asarray(read[name][0], np.int64) for name in ("rows", "cols")}
+        rows, columns = (int(count[0]) for count in grid.values())
         text = ""
         for row in range(1, rows + 1):
             text += "".join(f"{around}<row_{row}_col_{column}>{crop}" for column in range(1, columns + 1)) + "\n"
         text += "\n" if rows else ""
-        return Processed({"pixel_values": pixels}, f"{text}{around}<global-img>{crop}{around}")
+        return Processed({"pixel_values": pixels} | grid, f"{text}{around}<global-img>{crop}{around}")
 
 
 _PROCESSORS: dict[str, type[Processor]] = {
