@@ -1,4 +1,4 @@
-"""From settings to an engine: the device, the model that is loaded for it, its draft model."""
+"""From settings to an engine: the device, the model that is loaded for it, its vision tower, its draft model."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from winnow.engine.errors import ModelError
 from winnow.engine.models.decoder import Decoder
 from winnow.engine.models.loader import load_model, resolve_model
 from winnow.engine.models.tokenizer import load_tokenizer
+from winnow.engine.models.vision.build import load_eyes
 from winnow.engine.ranks import ALONE, Ranks
 from winnow.engine.steps import Steps
 from winnow.kernels.dispatch import Backend, backend
@@ -30,7 +31,8 @@ def build_engine(settings: EngineSettings, ranks: Ranks = ALONE) -> Engine:
     model = load_model(settings.model, ops, settings.weights, ranks)
     draft = _draft_engine(settings, ops, model)
     path = resolve_model(settings.model)
-    engine = Engine(settings, model, ops, settings.model, load_profiles(path), load_frontier(path), draft)
+    eyes = load_eyes(path, ops.device(), torch.bfloat16 if settings.device == "cuda" else torch.float32)
+    engine = Engine(settings, model, ops, settings.model, load_profiles(path), load_frontier(path), draft, eyes)
     for each in (engine, draft):
         if each is not None and each.graphs is not None:
             each.graphs.warm_up(WARM_UP_S)

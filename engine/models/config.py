@@ -90,7 +90,7 @@ def _from_directory(path: Path) -> ModelConfig:
         eos = directory_eos_ids(path)
         if names[0] in VISION_MODELS:
             return _of_language_model(config, str(path), eos)
-        return _from_transformers(config, model_type, str(path), eos)
+        return _from_transformers(config, model_type, str(path), eos, config.tie_word_embeddings)
     except _TRANSFORMERS_ERRORS as error:
         raise ModelError(f"{path}: config.json cannot be used: {_one_line(error)}") from error
 
@@ -108,7 +108,8 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
                 raise ModelError(f"{file.path}: a sliding window is not supported for GGUF architecture {family!r}")
             family = "mistral"
         config = AutoConfig.for_model(family, **stated)
-        return _from_transformers(config, family, str(file.path), gguf_eos_ids(file), _gguf_rope_divisors(file))
+        eos, tied = gguf_eos_ids(file), config.tie_word_embeddings
+        return _from_transformers(config, family, str(file.path), eos, tied, _gguf_rope_divisors(file))
     except _TRANSFORMERS_ERRORS as error:
         raise ModelError(f"{file.path}: the metadata cannot be used: {_one_line(error)}") from error
 
@@ -182,14 +183,14 @@ def _of_language_model(config: PreTrainedConfig, source: str, eos: tuple[int, ..
     family = _MROPE_FAMILIES.get(text.model_type, text.model_type)
     if family not in _FAMILIES.values():
         raise ModelError(f"{source}: a language model of type {text.model_type!r} is not supported")
-    made = _from_transformers(text, family, source, eos)
+    made = _from_transformers(text, family, source, eos, config.tie_word_embeddings)
     section: tuple[int, ...] = ()
     if text.model_type in _MROPE_FAMILIES:
         section = tuple(text.rope_parameters.get("mrope_section", (16, 24, 24)))
         if len(section) != 3 or sum(section) != made.head_dim // 2:
             wanted = made.head_dim // 2
             raise ModelError(f"{source}: mrope_section {list(section)} must be three numbers that add up to {wanted}")
-    return replace(made, tied_embeddings=bool(config.tie_word_embeddings), rope_sections=section)
+    return replace(made, rope_sections=section)
 
 
 def _from_transformers(
@@ -197,6 +198,7 @@ def _from_transformers(
     family: str,
     source: str,
     eos: tuple[int, ...],
+    tied: bool,
     rope_divisors: torch.Tensor | None = None,
 ) -> ModelConfig:
     """The parts of a transformers config that matter; what the decoder cannot do is an error."""
@@ -231,7 +233,7 @@ def _from_transformers(
         max_position=_max_position(config),
         rms_eps=config.rms_norm_eps,
         windows=_windows(config, family),
-        tied_embeddings=bool(config.tie_word_embeddings),
+        tied_embeddings=bool(tied),
         qk_norm=family == "qwen3",
         qkv_bias=flag or family == "qwen2",
         out_bias=flag,

@@ -272,7 +272,7 @@ def test_names_of_older_checkpoints(tmp_path: Path) -> None:
     ("name", "tensor", "message"),
     [
         ("image_newline", None, "image_newline is missing"),
-        ("image_newline", torch.zeros(5), "image_newline has shape .5.; the config asks for .32."),
+        ("image_newline", torch.zeros(5), "image_newline has shape .5.; the config asks for .64."),
         ("vision_tower.more.weight", torch.zeros(5), "unexpected tensor vision_tower.more.weight"),
     ],
 )

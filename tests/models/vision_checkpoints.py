@@ -31,8 +31,8 @@ VOCABULARY = 64
 
 TEXT: dict[str, Any] = {
     "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
+    "hidden_size": 64,
+    "intermediate_size": 96,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -84,11 +84,11 @@ def _config(family: str) -> dict[str, Any]:
     if family in ("qwen2_vl", "qwen2_5_vl"):
         vision: dict[str, Any] = {"depth": 3, "num_heads": 3, "patch_size": 4, "initializer_range": 0.25}
         if family == "qwen2_vl":
-            vision |= {"embed_dim": 24, "hidden_size": 32, "mlp_ratio": 2}
+            vision |= {"embed_dim": 24, "hidden_size": 64, "mlp_ratio": 2}
         else:
-            vision |= {"hidden_size": 24, "intermediate_size": 40, "out_hidden_size": 32, "tokens_per_second": 2}
+            vision |= {"hidden_size": 24, "intermediate_size": 40, "out_hidden_size": 64, "tokens_per_second": 2}
             vision |= {"window_size": 16, "fullatt_block_indexes": [1]}
-        rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+        rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
         return {
             "vision_config": vision,
             "text_config": {**TEXT, "model_type": f"{family}_text", "rope_parameters": rope},
