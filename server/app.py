@@ -78,7 +78,8 @@ def _load(settings: Settings) -> tuple[Client, Tokenizer, Processor | None]:
     from winnow.engine.models.vision.processor import load_processor
 
     tokenizer = load_tokenizer(settings.model)
-    return EngineClient(settings.of_engine), tokenizer, load_processor(settings.model, tokenizer)
+    processor = load_processor(settings.model, tokenizer) if settings.engine == "winnow" else None
+    return EngineClient(settings.of_engine), tokenizer, processor
 
 
 def _describe(app: FastAPI, needs_key: bool) -> None:

@@ -32,9 +32,11 @@ class Processor:
     """A placeholder for every 8x8 pixels, and a mark behind each row; a video's frames follow one another."""
 
     marks: dict[str, str] = field(default_factory=lambda: {"image": IMAGE, "video": VIDEO})
+    alone: list[bool] = field(default_factory=list)
     seen: list[list[Image.Image]] = field(default_factory=list)
 
     def image(self, image: Image.Image, is_alone: bool) -> Processed:
+        self.alone.append(is_alone)
         return self._processed([image], IMAGE)
 
     def video(self, frames: list[Image.Image]) -> Processed:

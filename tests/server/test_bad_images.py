@@ -211,10 +211,10 @@ async def test_a_slow_image_keeps_nobody_waiting(
     go, started = threading.Event(), threading.Event()
     plain = processor.image
 
-    def slow(image: Any) -> Any:
+    def slow(image: Any, is_alone: bool) -> Any:
         started.set()
         assert go.wait(10)
-        return plain(image)
+        return plain(image, is_alone)
 
     monkeypatch.setattr(processor, "image", slow)
     waiting = [asyncio.create_task(http.post(CHAT, json=ask(image_part()))) for _ in range(5)]

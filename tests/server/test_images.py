@@ -87,7 +87,9 @@ async def test_usage(http: httpx.AsyncClient, engine: FakeEngine) -> None:
     assert plain["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
 
 
-async def test_several_images_and_turns(http: httpx.AsyncClient, engine: FakeEngine, tokenizer: Tokenizer) -> None:
+async def test_several_images_and_turns(
+    http: httpx.AsyncClient, engine: FakeEngine, tokenizer: Tokenizer, processor: Processor
+) -> None:
     first = [image_part(), text_part("and"), image_part(data_uri(png(16, 8, "blue"))), text_part("Differ?")]
     turns = [
         {"role": "system", "content": "Look."},
@@ -97,6 +99,7 @@ async def test_several_images_and_turns(http: httpx.AsyncClient, engine: FakeEng
     ]
     submit = await submitted(http, engine, {"messages": turns})
     assert [picture.span for picture in submit.pictures] == [7, 2, 1]
+    assert processor.alone == [False] * 3
     texts = [tokenizer.decode(picture.text) for picture in submit.pictures]
     assert texts == ["and\nDiffer?", "and\nDiffer?", "And now?"]
     ends = [tokenizer.decode(submit.prompt[: picture.turn_end], False) for picture in submit.pictures]
@@ -149,6 +152,7 @@ async def test_videos(http: httpx.AsyncClient, engine: FakeEngine, tokenizer: To
     still = await submitted(http, engine, ask(image_part(moving)))
     assert still.pictures[0].kind == "image"
     assert [len(seen) for seen in processor.seen] == [1, 3, 3, 1]
+    assert processor.alone == [True, True]
 
 
 def _gif(colours: list[Any]) -> bytes:
