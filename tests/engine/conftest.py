@@ -5,7 +5,9 @@ import os
 # Before torch loads its OpenMP: threads that spin between calls would fight over the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +15,13 @@ import torch
 if not torch.cuda.is_available():  # before Triton is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
+from transformers import AutoConfig, Qwen2VLTextModel
+
 from winnow.engine.models.decoder import Decoder
 from winnow.engine.models.loader import load_model
 from winnow.kernels.dispatch import Backend, backend
 
-from ..models.checkpoints import random_model
+from ..models.checkpoints import SIZES, random_model
 
 
 @pytest.fixture(scope="session")
@@ -45,3 +49,20 @@ def windowed(ops: Backend, tmp_path_factory: pytest.TempPathFactory) -> Decoder:
 def default_model(ops: Backend) -> Decoder:
     """SmolLM2-135M-Instruct with f32 weights."""
     return load_model("default", ops, "f32")
+
+
+@pytest.fixture(scope="session")
+def turning(ops: Backend, tmp_path_factory: pytest.TempPathFactory) -> tuple[Decoder, Any]:
+    """A language model with M-RoPE, and transformers' own."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+    path: Path = tmp_path_factory.mktemp("turning")
+    plain = random_model("qwen2", max_position_embeddings=1024)
+    plain.save_pretrained(path)
+    model = load_model(str(path), ops, "f32")
+    config = replace(model.config, rope_sections=(2, 3, 3))
+    ours = Decoder(config, ops, model._embedding, model._blocks, model._norm, model._head)
+    theirs = Qwen2VLTextModel(AutoConfig.for_model("qwen2_vl_text", **SIZES, rope_parameters=rope)).eval()
+    theirs.set_attn_implementation("eager")
+    theirs.load_state_dict(plain.model.state_dict())
+    theirs.lm_head = plain.lm_head
+    return ours, theirs

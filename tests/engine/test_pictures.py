@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel, Qwen2VLTextModel
+from transformers import PreTrainedModel, Qwen2VLTextModel
 
 from winnow.engine.messages import Picture
 from winnow.engine.models.decoder import Decoder
-from winnow.engine.models.loader import load_model
-from winnow.kernels.dispatch import Backend
 
-from ..models.checkpoints import SIZES, random_model
+from ..models.checkpoints import random_model
 from .bench import Bench, Seen
 from .seeing import TinyEyes, mrope, picture, pictured, pixels
 
 NEW = 12
-PRUNED = {"vision": {"policy": "uniform", "keep": 11}}
-SECTIONS = [2, 3, 3]
+UNIFORM = {"policy": "uniform"}
+PRUNED = {"vision": UNIFORM | {"keep": 11}}
 
 TWO = pictured([20, picture(0, 0), 9, picture(1, 0, 4, 9), 15])
 """A prompt with two pictures of as many tokens"""
@@ -33,23 +29,6 @@ TWO = pictured([20, picture(0, 0), 9, picture(1, 0, 4, 9), 15])
 @pytest.fixture(scope="module")
 def reference() -> PreTrainedModel:
     return random_model("llama", max_position_embeddings=1024)
-
-
-@pytest.fixture(scope="module")
-def turning(ops: Backend, tmp_path_factory: pytest.TempPathFactory) -> tuple[Decoder, Any]:
-    """A language model with M-RoPE, and transformers' own."""
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": SECTIONS}
-    path: Path = tmp_path_factory.mktemp("turning")
-    plain = random_model("qwen2", max_position_embeddings=1024)
-    plain.save_pretrained(path)
-    model = load_model(str(path), ops, "f32")
-    config = replace(model.config, rope_sections=tuple(SECTIONS))
-    ours = Decoder(config, ops, model._embedding, model._blocks, model._norm, model._head)
-    theirs = Qwen2VLTextModel(AutoConfig.for_model("qwen2_vl_text", **SIZES, rope_parameters=rope)).eval()
-    theirs.set_attn_implementation("eager")
-    theirs.load_state_dict(plain.model.state_dict())
-    theirs.lm_head = plain.lm_head
-    return ours, theirs
 
 
 def embedded(model: Any, prompt: Sequence[int], pictures: Sequence[Picture]) -> Tensor:
@@ -90,9 +69,6 @@ def assert_greedy(seen: Seen, wanted: Tensor, prompt: int) -> None:
     assert seen.tokens == wanted.argmax(-1).tolist()[: len(seen.tokens)]
     for i in range(len(seen.tokens)):
         torch.testing.assert_close(seen.logits[prompt + i], wanted[i], atol=1e-2, rtol=1e-3)
-
-
-# Against transformers -------------------------------------------------------------------------------------------------
 
 
 def test_whole_pictures_as_transformers_reads_them(tiny: Decoder, reference: PreTrainedModel) -> None:
