@@ -93,7 +93,7 @@ class Answers:
             rejected_tokens=seq.rejected_tokens,
             compression=self._scheduler.report(seq) if seq.is_running else seq.last_report,
         )
-        if seq.is_running and self._cache is not None and seq.timeline.never_acts:
+        if seq.is_running and self._cache is not None and seq.timeline.never_acts and seq.stages is None:
             # The next turn of a conversation begins with this one's tokens.
             self._cache.publish(self._cache.keys(seq.tokens[: seq.computed], seq.salt, seq.sight), seq.slot)
         self._scheduler.remove(seq)

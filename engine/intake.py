@@ -21,6 +21,7 @@ from winnow.engine.sampling import check_sampling, choice_seed
 from winnow.engine.sequence import Sequence, reading, room_for
 from winnow.engine.sight import Sight
 from winnow.engine.speculation.speculation import Speculation, check_combination, check_draft, parse_speculation
+from winnow.engine.staging import Stages
 
 if TYPE_CHECKING:
     from winnow.engine.engine import Engine
@@ -42,7 +43,7 @@ class Intake:
         engine, sampling, length = self._engine, request.sampling, len(request.prompt)
         plan, speculation = self.check(request)
         self._check_length(plan, length, sampling.max_tokens, sight)
-        stage_bounds = self._stage_bounds(plan)
+        stages = self._stages(plan)
         tokens = room_for(request.prompt, sampling.max_tokens, request.forced)
         document = tokens[: document_tokens(request, plan)]
         parts = parts_of(plan.evict, document, request.lead_ins, engine.max_model_len - len(document))
@@ -69,7 +70,7 @@ class Intake:
                 speculation=speculation,
                 sight=sight,
                 forced=len(request.forced),
-                stage_bounds=stage_bounds,
+                stages=stages,
                 recital=Recital(parts) if parts else None,
             )
             for index in range(sampling.n)
@@ -174,9 +175,9 @@ class Intake:
             path = "compression.kv.evict.positions"
             raise PlanNotSupported(path, f"{path}: 'compact' {why}")
 
-    def _stage_bounds(self, plan: Plan) -> tuple[int, ...]:
+    def _stages(self, plan: Plan) -> Stages | None:
         bounds = () if plan.evict is None else plan.evict.stage_bounds(self._engine.config.layers)
         if bounds and self._engine.has_windows:
             path = "compression.kv.evict.policy"
             raise PlanNotSupported(path, f"{path}: prompts of a model with sliding windows are not read in stages")
-        return bounds
+        return Stages(bounds) if bounds else None

@@ -51,7 +51,7 @@ class Progress:
             before = seq.computed
             seq.advance(count)
             intact = seq.timeline.intact_tokens
-            if before < intact <= seq.computed and self._cache is not None and not seq.stage_bounds:
+            if before < intact <= seq.computed and self._cache is not None and seq.stages is None:
                 self._cache.publish(seq.block_keys[: intact // self._cache.block_tokens], seq.slot)
         end_parts(batch.seqs, self._arena)
         for seq in batch.seqs:

@@ -135,7 +135,15 @@ class Runner:
         else:
             x = torch.cat([staging.hidden[chunk] for staging, chunk in places if staging.hidden is not None])
         rows = self._there(np.concatenate((batch.counts.cumsum(dtype=np.int64) - 1, batch.more_rows)))
-        made = self._model.through(x, layers, lanes, self._arena.kv, rows)
+        watch: Watch | None = None
+        if any(len(staging.stages.raters) for staging in stagings) and not stagings[0].is_last:
+
+            def watch(layer: int, queries: Tensor) -> None:
+                if layer == layers.stop - 1:
+                    for staging, part in zip(stagings, queries.split(counts), strict=True):
+                        staging.hear(part)
+
+        made = self._model.through(x, layers, lanes, self._arena.kv, rows, watch)
         if stagings[0].is_last:
             return self._model.logits(made)
         for staging, hidden in zip(stagings, made.split(counts), strict=True):
@@ -194,7 +202,7 @@ def _lanes(batch: ScheduledBatch, starts: Ints, positions: Ints) -> LaneBatch:
     """The lanes of chunks that begin `starts` [B] tokens after the first that their layers have read."""
     cu_rows = np.zeros(len(batch.seqs) + 1, np.int32)
     np.cumsum(batch.counts, out=cu_rows[1:])
-    votes = np.array([seq.vote_start for seq in batch.seqs], np.int64)
+    votes = np.array([seq.first_vote for seq in batch.seqs], np.int64)
     return LaneBatch(
         slots=torch.from_numpy(batch.slots),
         cu_rows=torch.from_numpy(cu_rows),

@@ -245,7 +245,7 @@ class Scheduler:
     def _match(self, seq: Sequence) -> Ints | None:
         """Cached pages that the sequence may start with: at least one token is left to compute, and every query that
         a policy or a probe must see. None for a prompt read in stages: what its lower layers hand on is in no page."""
-        if self._cache is None or not seq.block_keys or seq.stage_bounds:
+        if self._cache is None or not seq.block_keys or seq.stages is not None:
             return None
         return self._cache.match(seq.block_keys[: seq.first_needed // self._cache.block_tokens])
 

@@ -15,7 +15,7 @@ from winnow.engine.recital import Recital
 from winnow.engine.sampler import Draw
 from winnow.engine.sight import Sight
 from winnow.engine.speculation.speculation import Speculation
-from winnow.engine.staging import Staging
+from winnow.engine.staging import Stages, Staging
 from winnow.kernels.layout import PageLayout
 
 NO_SLOT = -1
@@ -57,8 +57,8 @@ class Sequence:
     """How many tokens after the prompt are the caller's"""
     told: int = 0
     """How many of these have been reported"""
-    stage_bounds: tuple[int, ...] = ()
-    """`Staging.bounds`, for plans that act amid the prefill"""
+    stages: Stages | None = None
+    """For plans that act amid the prefill"""
     slot: int = NO_SLOT
     computed: int = 0
     staging: Staging | None = None
@@ -155,6 +155,13 @@ class Sequence:
         return self.computed if self.reciting is None else self.computed + self.reciting.done
 
     @property
+    def first_vote(self) -> int:
+        """Which of the rows that those layers read is the first whose query votes."""
+        if self.staging is None:
+            return self.vote_start
+        return int(np.searchsorted(self.staging.rows, self.vote_start))
+
+    @property
     def reads_from(self) -> int:
         """Where in the text its next rows stand: with the last of the prompt's, it has been read by all layers."""
         if self.staging is None:
@@ -249,7 +256,7 @@ class Sequence:
         self.relax()
         self.slot = NO_SLOT
         self.computed = self.positions_known = self.turned_back = self.drafted = 0
-        self.staging = Staging.begin(self.stage_bounds, self.prompt_tokens) if self.stage_bounds else None
+        self.staging = None if self.stages is None else Staging.begin(self.stages, self.prompt_tokens)
         self.distilled = None
         if self.recital is not None:
             self.recital.restart()

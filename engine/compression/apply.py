@@ -22,6 +22,7 @@ from winnow.engine.compression.change import Change, Turn, from_place
 from winnow.engine.compression.channels import choose_channels
 from winnow.engine.compression.destination import destination
 from winnow.engine.compression.gathered import gathered
+from winnow.engine.compression.layer_choice import rows_left, truncated
 from winnow.engine.compression.mixer import by_position, mix_formats
 from winnow.engine.compression.plan import Evict
 from winnow.engine.compression.policy import EvictionPolicy, LaneView, MergesLayers, SetsBudgets, StagedPolicy
@@ -98,7 +99,7 @@ class Compressor:
         if seq.plan.drops_channels and slot not in arena.kv.channels:
             arena.kv.channels[slot] = choose_channels(self._ops, arena.kv, slot)
             arena.kv.energy.pop(slot)
-        if seq.plan.goes_by_position and seq.plan.evict is not None:
+        if seq.plan.goes_by_position and (seq.plan.evict is not None or seq.stages is not None):
             self._side.note_positions(seq, seen)
         count = kept
         chosen: tuple[Tensor, Tensor] | None = None
@@ -119,7 +120,7 @@ class Compressor:
             moved = mix_formats(arena, self._cache, self._ops, seq, seq.plan.mix, chosen)
             self._side.carry(seq, moved, arena.kept[slot])
         else:
-            self._rewrite(seq, keep, count, change)
+            self._rewrite(seq, keep, count, change, seq.plan.residual)
         if change is not None and change.turn is not None:  # all lanes gave up as many
             seq.turned_back += given_up
         # A lane may take more pages than before, where what is left of a sealed page no longer fills one.
@@ -211,40 +212,59 @@ class Compressor:
 
     # Prompts that are read in stages ---------------------------------------------------------------------------------
 
+    @torch.inference_mode()
     def end_stage(self, seq: Sequence) -> None:
-        """A stage has read all its rows: chooses those of the next one, or ends the reading of the prompt."""
-        staging, evict, kv, slot = seq.staging, seq.plan.evict, self._arena.kv, seq.slot
-        assert staging is not None and evict is not None
+        """A stage has read all its rows: chooses those of the next one, or ends the reading of the prompt. OutOfPages
+        leaves the sequence untouched."""
+        staging, vision, kv, slot = seq.staging, seq.plan.drops_between_layers, self._arena.kv, seq.slot
+        assert staging is not None
         layers, rows = slice(staging.layers.start, staging.layers.stop), len(staging.rows)
-        kv.positions[slot][layers, :, :rows] = to_device(torch.from_numpy(staging.rows), self._device)
+        if slot in kv.positions:
+            kv.positions[slot][layers, :, :rows] = to_device(torch.from_numpy(staging.rows), self._device)
         if staging.is_last:
+            if vision is not None and vision.truncates:
+                # Nothing is sealed here: what the plan does at the end of the prompt follows.
+                keep, count = truncated(staging, self._arena.kept[slot])
+                self._rewrite(seq, to_device(keep, self._device), count, None, residual=seq.prompt_tokens)
             seq.computed = seq.positions_known = seq.prompt_tokens
-            seq.distilled, seq.staging = staging.rows, None
+            seq.distilled, seq.staging = (staging.rows if vision is None else None), None
             return
+        if vision is None:
+            staging.next(self._distilled(seq, layers.stop - 1))
+            seq.vote_start = NEVER
+        else:
+            asked = len(staging.stages.raters) > 0
+            keys = self._ops.read_lanes(kv, slot, layers.stop - 1)[0] if asked else None
+            staging.next(rows_left(vision, staging, keys))
+        self._side.settle(seq)
+
+    def _distilled(self, seq: Sequence, layer: int) -> Ints:
+        """The rows of the prompt that a policy of `kv.evict` chooses by what it is shown of a layer."""
+        evict = seq.plan.evict
+        assert evict is not None
         policy = eviction_policy(evict.policy)
-        block, reads = slice(layers.stop - 1, layers.stop), not policy.signals.isdisjoint(READS)
+        block, reads = slice(layer, layer + 1), not policy.signals.isdisjoint(READS)
         view = gathered(self._view(seq, evict, block, seq.prompt_tokens, votes=1, reads=reads), self._arena.ranks)
         budget = evict.budget_tokens(seq.prompt_tokens)
         recent = evict.recent_tokens(budget)
         budgets = torch.full((1,), budget, device=self._device)
         index, _ = keep_sets(policy.score(view, evict), view.kept, budgets, evict.sinks, recent)
-        staging.next(index[0, 0].int().cpu().numpy())  # in all lanes the same
-        seq.vote_start = NEVER
-        self._side.settle(seq)
+        chosen: Ints = index[0, 0].int().cpu().numpy()  # in all lanes the same
+        return chosen
 
     def _distil(self, seq: Sequence, chosen: Ints) -> tuple[Tensor | None, Ints]:
         """Keep sets and counts of lanes whose upper layers hold the chosen positions only, and lower ones all."""
         kept, evict = self._arena.kept[seq.slot], seq.plan.evict
-        assert evict is not None
+        assert evict is not None and seq.stages is not None
         policy = eviction_policy(evict.policy)
         if not isinstance(policy, StagedPolicy) or not policy.truncates(evict):
             return None, kept
         keep = torch.arange(len(chosen), device=self._device).expand(*kept.shape, len(chosen)).clone()
-        keep[: seq.stage_bounds[1]] = to_device(torch.from_numpy(chosen).long(), self._device)
+        keep[: seq.stages.bounds[1]] = to_device(torch.from_numpy(chosen).long(), self._device)
         return keep, np.full_like(kept, len(chosen))
 
-    def _rewrite(self, seq: Sequence, keep: Tensor | None, count: Ints, change: Change | None) -> None:
-        """Moves the kept tokens (None: all) to where the plan wants them, and seals what is to be sealed."""
+    def _rewrite(self, seq: Sequence, keep: Tensor | None, count: Ints, change: Change | None, residual: int) -> None:
+        """Moves the kept tokens (None: all) to where the plan wants them, and seals all but the newest `residual`."""
         arena, slot, fmt = self._arena, seq.slot, seq.timeline.fmt
         packed, open_ = arena.layout.capacity(fmt), arena.layout.page_tokens
         is_sealing, was_fmt = fmt is not arena.layout.compute, PageFormat(arena.formats[slot])
@@ -266,7 +286,7 @@ class Compressor:
             # Pages of another format are all written anew.
             start = np.minimum(same // packed, old_sealed) if fmt is was_fmt else np.zeros_like(old_sealed)
             # What was sealed once is not widened again, but for the rest that no longer fills a page.
-            wanted = np.maximum((count - seq.plan.residual).clip(0) // packed, in_sealed // packed)
+            wanted = np.maximum((count - residual).clip(0) // packed, in_sealed // packed)
             sealed = np.maximum(start, wanted).astype(np.int32)
             columns = sealed + -(-(count - sealed * packed) // open_)
         else:

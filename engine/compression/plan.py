@@ -34,7 +34,7 @@ from winnow.engine.compression.pressure_plan import OnPressure
 from winnow.engine.compression.prompt.plan import AnyPrompt, Prompt, prompt_model
 from winnow.engine.compression.read import AnyRead, Read, read_model
 from winnow.engine.compression.registry import EVICTION, MERGE, MIX, PROMPT, READ, eviction_policy
-from winnow.engine.compression.vision.plan import AnyVision, Vision, vision_model
+from winnow.engine.compression.vision.plan import AnyVision, Vision, check_vision, vision_model
 from winnow.engine.compression.vision.registry import VISION
 from winnow.engine.config import NO_DRAFT
 from winnow.engine.errors import PlanNotSupported, RequestError
@@ -115,6 +115,8 @@ class Plan(Part):
     def _parts_go_together(self) -> Plan:
         if self.on_pressure is not None:
             self.on_pressure.check_with(self.kv)
+        if self.prunes is not None:
+            check_vision(self.prunes, self.kv)
         named = [name for name in type(self).model_fields if name != "quality" and name in self.model_fields_set]
         if self.quality is not None and named:
             why = f"chooses the plan itself; leave out '{named[0]}'"
@@ -142,6 +144,11 @@ class Plan(Part):
     def prunes(self) -> Vision | None:
         """The pruning of vision tokens asked for; None if there is none or it keeps everything."""
         return None if self.vision is None or self.vision.keeps_all else self.vision
+
+    @cached_property
+    def drops_between_layers(self) -> Vision | None:
+        """The pruning of vision tokens that takes place, wholly or in part, within the language model."""
+        return self.prunes if self.prunes is not None and "llm_layer" in self.prunes.stages else None
 
     @cached_property
     def evict(self) -> Evict | None:

@@ -5,7 +5,8 @@
     moments     of the queries that voted, which do not grow
     channels    that stay in keys, for formats that drop some; before, the energy of the queries that choose them
     log weights of tokens that stand for several
-    hidden      states of a prompt that is read in stages; the sequence has them, here they are counted
+    hidden      states of a prompt that is read in stages, and queries of those who choose what later stages read; the
+                sequence has them, here they are counted
 
 Of those that read a part, what `Reader` keeps of pages and choices. It lies outside the arena and counts as its memory:
 the arena's ballast. Kernels read and add to it in place, so it has room for a step's tokens before the step begins. Its
@@ -49,6 +50,7 @@ class SideState:
         self._moments = (config.layers, config.heads, 1 + config.head_dim, config.head_dim)
         self._head_dim = config.head_dim
         self._hidden_size = config.hidden_size
+        self._query_size = config.heads * config.head_dim
         self._has_windows = any(config.windows)
 
     # Steps -----------------------------------------------------------------------------------------------------------
@@ -71,7 +73,8 @@ class SideState:
         self._arena.hold(seq.slot, self._bytes(seq, upto))
         # Kernels look positions up where evicted lanes meet a window, or keys that are held before RoPE.
         looks_up = self._has_windows or seq.plan.goes_by_position or seq.slot in self._arena.kv.noise
-        if seq.plan.evict is not None and looks_up and seq.staging is None:  # stages note their own, and seal nothing
+        knows = seq.plan.evict is not None or seq.stages is not None
+        if knows and looks_up and seq.staging is None:  # stages note their own, and seal nothing
             self.note_positions(seq, upto)
 
     def _make_room(self, seq: Sequence, upto: int) -> None:
@@ -79,13 +82,13 @@ class SideState:
         if self._watches_channels(seq, upto) and slot not in kv.energy:
             sums = torch.zeros((*self._lanes, self._head_dim), dtype=torch.float64, device=self._device)
             kv.energy[slot] = Energy(sums, *seq.timeline.channel_window)
-        if seq.plan.evict is None:
-            return
         tokens = int(self._arena.kept[slot].max())
         for name, dtype in self._parts(seq, upto).items():
             side = getattr(kv, name)
             if slot in side or name not in LATER:
                 side[slot] = self._resized(side.get(slot), tokens, dtype)
+        if seq.plan.evict is None:
+            return
         if self._hears_newest(seq):
             kv.earlier_mass[slot] = kv.mass[slot].clone()
         if slot in kv.mass:
@@ -110,6 +113,8 @@ class SideState:
         """Pages that a request's side state may come to by the time that `tokens` have been read."""
         size = 0 if plan.read is None else self._reader.most_bytes(plan.read, tokens)
         size += 0 if plan.evict is None else self._most_bytes(plan.evict, prompt_tokens, tokens)
+        if plan.drops_between_layers is not None:
+            size += self._most_bytes_between_layers(prompt_tokens, tokens)
         size += 8 * prod(self._lanes) * self._head_dim if plan.drops_channels else 0
         return -(-size // self._arena.layout.page_bytes)
 
@@ -121,6 +126,10 @@ class SideState:
             fixed += 4 * self._hidden_size * prompt_tokens
         return 4 * parts * prod(self._lanes) * room(tokens) + fixed
 
+    def _most_bytes_between_layers(self, prompt_tokens: int, tokens: int) -> int:
+        """Positions, and of each token of the prompt what is handed on and its query: any may be a rater."""
+        return 4 * (prod(self._lanes) * room(tokens) + (self._hidden_size + self._query_size) * prompt_tokens)
+
     def check_room(self, timeline: Timeline, text_tokens: int) -> None:
         """PromptTooLong where the arena cannot hold a sequence, even alone, and what its policy notes of it."""
         arena, plan = self._arena, timeline.plan
@@ -129,7 +138,8 @@ class SideState:
         tokens = timeline.most_tokens(text_tokens)
         beside = self.most_pages(plan, timeline.document_tokens, tokens)
         if arena.lanes * (arena.layout.pages(tokens) + 1) + beside > arena.total:
-            names = " and ".join(f"'{part.policy}'" for part in (plan.evict, plan.read) if part is not None)
+            parts = (plan.evict, plan.read, plan.drops_between_layers)
+            names = " and ".join(f"'{part.policy}'" for part in parts if part is not None)
             names = names or f"'{timeline.fmt.label}'"
             raise PromptTooLong(
                 "max_tokens", f"{tokens} tokens, and what {names} must know of them, exceed the KV memory"
@@ -142,8 +152,9 @@ class SideState:
         size += 4 * len(self._parts(seq, upto)) * prod(self._lanes) * room(tokens)
         if self._counts_queries(seq, upto):
             size += 8 * prod(self._moments)
-        if seq.staging is not None:  # no stage hands on, or is handed, more
+        if seq.staging is not None:  # no stage hands on more, in place of what it is handed
             size += 4 * self._hidden_size * seq.prompt_tokens
+            size += 4 * self._query_size * len(seq.staging.stages.raters)
         if seq.slot in self._arena.kv.channels:
             size += prod(self._lanes) * self._head_dim
         elif self._watches_channels(seq, upto):
@@ -158,13 +169,13 @@ class SideState:
         """The parts that grow with tokens, by their names in `PagedKV`, while tokens are read up to `upto`. All have
         four bytes a token. Log weights, which merging may bring, have their place before."""
         parts: dict[str, torch.dtype] = {}
+        if self._keeps_positions(seq):
+            parts["positions"] = torch.int32
         if seq.plan.evict is None:
             return parts
         may_merge = seq.plan.evict.merge is not None and self._will_evict(seq)
         if may_merge or seq.slot in self._arena.kv.log_weights:
             parts["log_weights"] = torch.float32
-        if self._keeps_positions(seq):
-            parts["positions"] = torch.int32
         if Signal.ATTENTION in seq.plan.evict.signals:
             if seq.vote_start < upto:
                 parts["mass"] = torch.float32
@@ -177,7 +188,7 @@ class SideState:
     def _keeps_positions(self, seq: Sequence) -> bool:
         """Whether windows, lanes of two formats, keys before RoPE or an eviction to come, be it for want of pages, look
         positions up."""
-        if seq.plan.evict is None:
+        if seq.plan.evict is None and seq.stages is None:
             return False
         if seq.plan.mix is not None or seq.plan.goes_by_position:
             return True
@@ -277,7 +288,8 @@ class SideState:
 
 def _notes(plan: Plan) -> bool:
     """Whether its sequences have anything beside their pages."""
-    return plan.evict is not None or plan.read is not None or plan.drops_channels
+    parts = (plan.evict, plan.read, plan.drops_between_layers)
+    return plan.drops_channels or any(part is not None for part in parts)
 
 
 def gumbel(seed: int, positions: Tensor, first_head: int = 0) -> Tensor:

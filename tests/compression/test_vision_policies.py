@@ -35,6 +35,8 @@ KNOBS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "vis_pruner": {"important": st.sampled_from([0.0, 0.5, 1.0]), "step": st.sampled_from([1, 3, 8])},
     "holo_v": {"segments": st.integers(1, 40), "variance_weight": st.sampled_from([0.0, 0.09, 2.0])},
     "apet": {"basis": st.integers(1, 12)},
+    "duet_vlm": {"contextual": st.sampled_from([0.0, 0.17, 0.95]), "width": st.integers(1, 5)},
+    "must_drop": {"window": st.integers(1, 4), "similarity": st.sampled_from([-1.0, 0.0, 0.1, 0.8])},
     "flash_vlm": {"text_weight": st.sampled_from([0.0, 0.5, 1.0]), "diverse": st.sampled_from([0.0, 0.5, 1.0])},
     "id_pruner": {"relevance": st.sampled_from([0.0, 0.5, 1.0])},
     "stc": {"chunk": st.integers(1, 4)},

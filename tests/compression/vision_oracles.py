@@ -363,6 +363,35 @@ def downsample(case: Case) -> Left:
     return pooled(case, cells)
 
 
+def duet_vlm(case: Case) -> Left:
+    anchors = round(case.params.contextual * case.keep)
+    ranking = best({one: case.attention[one] for one in case.patches}, len(case.patches))
+    dominant, pool = ranking[: case.keep - anchors], ranking[case.keep - anchors :][: case.params.width * anchors]
+    groups = {pool[place * (len(pool) // anchors)]: [] for place in range(anchors)}
+    for one in pool:
+        groups[one if one in groups else max(groups, key=lambda to: cos(case.keys[one], case.keys[to]))].append(one)
+    return Left(
+        [*dominant, *groups], {one: np.mean([case.x[i] for i in group], axis=0) for one, group in groups.items()}
+    )
+
+
+def must_drop(case: Case) -> Left:
+    first = case.image.signals.hidden(-case.image.signals.layers).double().numpy()
+    windows: dict[tuple[int, int, int], list[int]] = {}
+    for one in case.patches:
+        crop, row, column = case.places[one]
+        windows.setdefault((crop, row // case.params.window, column // case.params.window), []).append(one)
+    tokens, merged = [], {}
+    for window in windows.values():
+        likes = [cos(first[one], first[other]) for one in window for other in window if one != other]
+        if likes and sum(likes) / len(likes) >= case.params.similarity:
+            tokens.append(window[-1])
+            merged[window[-1]] = np.mean([case.x[one] for one in window], axis=0)
+        else:
+            tokens += window
+    return Left(tokens, merged)
+
+
 ORACLES: dict[str, Callable[[Case], Left]] = {
     "uniform": uniform,
     "avg_pool": avg_pool,
@@ -377,4 +406,6 @@ ORACLES: dict[str, Callable[[Case], Left]] = {
     "id_pruner": id_pruner,
     "to_dre": to_dre,
     "global_com2": global_com2,
+    "duet_vlm": duet_vlm,
+    "must_drop": must_drop,
 }

@@ -12,6 +12,7 @@ never see one another, and nothing but the arguments has a part in what a policy
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -37,6 +38,39 @@ class View:
     """[n] int64, ascending: the placeholders that stay; a merged token stays at the place of its representative"""
     embeddings: Tensor
     """[n, hidden] float32: rows of `Features.embeddings` to the bit, unless the policy merges"""
+    is_key: Tensor | None = None
+    """[n] bool: tokens that the policy's own choices between layers are to spare; None: it names none"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerView:
+    """What there is of one image when the layers below a choice have read the whole prompt, and those above nothing."""
+
+    choice: int
+    """Which of the policy's choices this is, from 0"""
+    tokens: Tensor
+    """[n] int64, ascending: which of the image's patch tokens are there"""
+    patches: int
+    """How many it had before anything was pruned"""
+    keep: int
+    """How many of these the plan leaves in the end"""
+    attention: Tensor
+    """[raters, n] float32: what each rater gives to each token in the layer below, mean over the heads; a rater's sum
+    over all that it sees is 1. No raters unless the policy is a `RatedPolicy`"""
+    hidden: Tensor
+    """[n, hidden] float32: what the layers below make of the tokens"""
+    is_key: Tensor
+    """[n] bool: `View.is_key`"""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What layers above a choice read of an image."""
+
+    rows: Tensor
+    """[k] int64, ascending: which of the view's n tokens; none may be left"""
+    hidden: Tensor | None = None
+    """[k, hidden] float32: what stands there from now on, where the policy merges; else as it was"""
 
 
 class VisionPolicy(Protocol):
@@ -89,7 +123,38 @@ class EncoderPolicy(VisionPolicy, Protocol):
         """
 
 
-STAGES: dict[str, type] = {"pre_llm": TokenPolicy, "encoder": EncoderPolicy}
+@runtime_checkable
+class LayerPolicy(VisionPolicy, Protocol):
+    """A policy by which the language model forgets tokens of an image between layers: its lanes above never hold them.
+
+    Only tokens that stand for patches are forgotten. All layers below a choice read the whole prompt before it comes.
+    """
+
+    truncates: ClassVar[bool]
+    """Whether, once the prompt is read, layers from the first that chose on forget what the last choice left out"""
+
+    def layers(self, params: Any, depth: int) -> Sequence[int]:
+        """For each of its choices, ascending, how many layers of the model's `depth` are below it: at least one, as is
+        above it. Where several choices come at the same place, the last of them is made."""
+
+    def choose(self, view: LayerView, params: Any) -> Choice:
+        """What the layers above read of the image."""
+
+
+@runtime_checkable
+class RatedPolicy(LayerPolicy, Protocol):
+    """One that goes by attention (`VisionSignal.MODEL_ATTENTION`)."""
+
+    def raters(self, image: Tensor, text: Tensor, params: Any) -> Tensor:
+        """[t] bool: whose attention `LayerView.attention` is, at least one.
+
+        Args
+            image [n, hidden] float32: embeddings of what the language model reads of the image
+            text  [t, hidden] float32: embeddings of the tokens between the image and the end of its turn, t > 0
+        """
+
+
+STAGES: dict[str, type] = {"pre_llm": TokenPolicy, "encoder": EncoderPolicy, "llm_layer": LayerPolicy}
 """The protocols by the stage at which policies of theirs act"""
 
 

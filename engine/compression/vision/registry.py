@@ -35,6 +35,13 @@ VISION: dict[str, str] = {
     "flash_vid": "winnow.engine.compression.vision.policies.flash_vid:FlashVID",
     "aot": "winnow.engine.compression.vision.policies.aot:AOT",
     "stc": "winnow.engine.compression.vision.policies.stc:STC",
+    "fast_v": "winnow.engine.compression.vision.policies.fast_v:FastV",
+    "pyramid_drop": "winnow.engine.compression.vision.policies.pyramid_drop:PyramidDrop",
+    "sparse_vlm": "winnow.engine.compression.vision.policies.sparse_vlm:SparseVLM",
+    "adsc": "winnow.engine.compression.vision.policies.adsc:ADSC",
+    "must_drop": "winnow.engine.compression.vision.policies.must_drop:MustDrop",
+    "duet_vlm": "winnow.engine.compression.vision.policies.duet_vlm:DuetVLM",
+    "zipvl": "winnow.engine.compression.vision.policies.zipvl:ZipVL",
 }
 
 

@@ -5,11 +5,13 @@
     kept         = the basis and the tokens with the largest errors
     merged(t)    = mean of such a token t and of those dropped whose nearest it is, by cosine
 
-Tokens are what the tower's last layer puts out; what the language model reads is averaged.
+Done twice: before the language model, where tokens are what the tower's last layer puts out and what the model reads is
+averaged; and before layer 16 of 32, where both are hidden states and a third of `keep` stays (the paper's 96 and 32 of
+576 tokens).
 
 Where we depart: sampling begins with the token that is farthest from the mean, in the reference with one at random.
 There the basis overwrites the kept tokens of least error, here it stays where it is. Of a small `keep` the basis is no
-more than half. Each crop has its share of `keep`, as in the reference.
+more than half. Before the language model each crop has its share of `keep`, as in the reference.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from winnow.engine.compression.policy import PolicyParams
+from winnow.engine.compression.vision.depths import at_depth, layer_list
 from winnow.engine.compression.vision.features import Features, VisionSignal
-from winnow.engine.compression.vision.policy import ANY_KIND, View, kept
+from winnow.engine.compression.vision.policy import ANY_KIND, Choice, LayerView, View, kept
 from winnow.engine.compression.vision.ranking import crops, means, rest, share, top, unit
 
 if TYPE_CHECKING:
@@ -34,8 +37,13 @@ class ApET:
     reads_text = False
     kinds = ANY_KIND
 
+    truncates = False
+
     class Params(PolicyParams):
         basis: int = Field(10, ge=1, le=256, description="tokens that the others are approximated by")
+        layers: layer_list(1, 1) | None = Field(  # type: ignore[valid-type]
+            None, description="before which layer it is done again; at 16/32 of the depth if unset"
+        )
 
     def view(self, image: Features, keep: int, text: Tensor, seed: int, params: Params) -> View:
         import torch
@@ -47,20 +55,42 @@ class ApET:
         members = crops(image)
         sizes = [len(crop) for crop in members]
         for crop, part in zip(members, share(keep, sizes, sizes), strict=True):
-            if part == 0:
-                continue
-            x = states[crop]
-            basis = farthest_points(x, min(params.basis, max(1, part // 2)))
-            errors = approximation_errors(x, basis).index_fill(0, basis, -1.0)
-            worst = top(errors, part - len(basis))
-            others = rest(len(crop), torch.cat((basis, worst)))
-            if len(worst) and len(others):
-                units = unit(x)
-                group = torch.cat(((units[others] @ units[worst].T).argmax(1), torch.arange(len(worst))))
-                merged[crop[worst]] = means(merged[crop[torch.cat((others, worst))]], group, len(worst))
-            chosen += [crop[basis], crop[worst]]
+            if part > 0:
+                places, condensed = _condensed(states[crop], merged[crop], part, params.basis)
+                merged[crop[places]] = condensed
+                chosen.append(crop[places])
         index = torch.cat(chosen)
         return kept(image, patches[index], merged[index])
+
+    def layers(self, params: Params, depth: int) -> list[int]:
+        return at_depth([16], depth, params.layers)
+
+    def choose(self, view: LayerView, params: Params) -> Choice:
+        states = view.hidden.cpu()
+        places, condensed = _condensed(states, states, min(max(1, round(view.keep / 3)), len(states)), params.basis)
+        rows, order = places.sort()
+        return Choice(rows.to(view.hidden.device), condensed[order].to(view.hidden.device))
+
+
+def _condensed(x: Tensor, merged: Tensor, count: int, most: int) -> tuple[Tensor, Tensor]:
+    """`count` of the tokens with the states x [n, d], of which the basis are `most`, at most.
+
+    Returns
+        chosen [count] int64, and what stands there [count, m]: means of rows of merged [n, m]
+    """
+    import torch
+
+    basis = farthest_points(x, min(most, max(1, count // 2)))
+    errors = approximation_errors(x, basis).index_fill(0, basis, -1.0)
+    worst = top(errors, count - len(basis))
+    chosen = torch.cat((basis, worst))
+    others = rest(len(x), chosen)
+    condensed = merged[chosen]
+    if len(worst) and len(others):
+        units = unit(x)
+        group = torch.cat(((units[others] @ units[worst].T).argmax(1), torch.arange(len(worst))))
+        condensed[len(basis) :] = means(merged[torch.cat((others, worst))], group, len(worst))
+    return chosen, condensed
 
 
 def farthest_points(x: Tensor, count: int) -> Tensor:

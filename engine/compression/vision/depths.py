@@ -1,0 +1,56 @@
+"""Where in a language model policies drop tokens, and how many: papers' numbers, at other depths and budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import pairwise
+from math import log
+from typing import Annotated, Any
+
+from pydantic import PlainValidator, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+PAPER_DEPTH = 32
+"""Layers of LLaVA-1.5-7B's language model, whose layers papers name"""
+
+MOST = 1024
+
+
+def layer_list(least: int = 1, most: int = MOST) -> Any:
+    """The type of a knob that names as many layers, ascending, from 1 on."""
+    count = f"{least}" if least == most else f"{least} or more"
+
+    def check(value: Any) -> list[int]:
+        if isinstance(value, list) and least <= len(value) <= most:
+            are_layers = all(isinstance(one, int) and not isinstance(one, bool) and 1 <= one <= MOST for one in value)
+            if are_layers and all(one < other for one, other in pairwise(value)):
+                return value
+        raise PydanticCustomError("layers", f"must be a list of {count} ascending layers from 1 to {MOST}")
+
+    schema = {"type": "array", "items": {"type": "integer", "minimum": 1, "maximum": MOST}}
+    return Annotated[list[int], PlainValidator(check), WithJsonSchema(schema | {"minItems": least, "maxItems": most})]
+
+
+def at_depth(paper: Iterable[int], depth: int, own: list[int] | None) -> list[int]:
+    """The caller's `own` layers, or where in a model of `depth` those are that the paper names: all inside, so that in
+    a shallow model several may come together."""
+    if own is not None:
+        return own
+    return [min(max(1, round(layer * depth / PAPER_DEPTH)), max(1, depth - 1)) for layer in paper]
+
+
+def exponents(paper: Iterable[float], patches: float) -> list[float]:
+    """x_i, so that a share of keep ** x_i stays after choice i: of the shares that the paper keeps of so many patches,
+    x_i = log share_i / log share_last. The last of them is `keep`, whatever it is."""
+    shares = [log(tokens / patches) for tokens in paper]
+    return [share / shares[-1] for share in shares]
+
+
+def evenly_falling(choices: int) -> list[float]:
+    """`exponents` of shares each of which is the same part of the one before."""
+    return [(choice + 1) / choices for choice in range(choices)]
+
+
+def left_after(patches: int, keep: int, exponent: float) -> int:
+    """Patch tokens that stay of an image of so many after a choice; `keep` in the end."""
+    return max(1, round(patches * (keep / patches) ** exponent))

@@ -1,0 +1,46 @@
+"""ADSC: a stride instead of scores, between layers (Deniz et al., 2026, arXiv:2602.12618).
+
+    left(s) = patches * (keep / patches) ^ (s / S),  after choice s = 1 ... S:  every n/left(s)-th of n
+
+Uniform downsampling at some layers: what later layers lose, earlier ones are to have passed on by attention already.
+No score is computed. Unset, it is done before layers 8, 16 and 24 of 32.
+
+The paper tunes LoRA adapters under such bottlenecks, so that the model learns to pass things on; the method as it is
+here is what it does to a model that has not been tuned, and the paper's results are not to be expected of it. A
+checkpoint that was tuned so is served like any other.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from winnow.engine.compression.policy import PolicyParams
+from winnow.engine.compression.vision.depths import at_depth, evenly_falling, layer_list, left_after
+from winnow.engine.compression.vision.features import VisionSignal
+from winnow.engine.compression.vision.policy import ANY_KIND, Choice, LayerView
+from winnow.engine.compression.vision.ranking import evenly
+
+DEPTHS = (8, 16, 24)
+
+
+class ADSC:
+    """Keep every so manieth token from some layers on, without scores; meant for models tuned for it."""
+
+    signals: frozenset[VisionSignal] = frozenset()
+    reads_text = False
+    kinds = ANY_KIND
+    truncates = False
+
+    class Params(PolicyParams):
+        layers: layer_list() | None = Field(  # type: ignore[valid-type]
+            None,
+            description="before which layers tokens are dropped; at 8, 16 and 24/32 of the depth if unset",
+        )
+
+    def layers(self, params: Params, depth: int) -> list[int]:
+        return at_depth(DEPTHS, depth, params.layers)
+
+    def choose(self, view: LayerView, params: Params) -> Choice:
+        falling = evenly_falling(len(DEPTHS if params.layers is None else params.layers))
+        left = left_after(view.patches, view.keep, falling[view.choice])
+        return Choice(evenly(len(view.tokens), min(left, len(view.tokens))).to(view.tokens.device))

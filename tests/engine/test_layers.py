@@ -1,0 +1,204 @@
+"""Image tokens that are dropped between layers, against a dense transformer that forgets them (layer_oracles.py)."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from winnow.engine.compression.plan import Plan
+from winnow.engine.compression.vision.policy import LayerPolicy
+from winnow.engine.compression.vision.registry import VISION, vision_policy
+from winnow.engine.errors import RequestError
+from winnow.engine.models.decoder import Decoder
+from winnow.engine.models.loader import load_model
+from winnow.kernels.dispatch import Backend
+
+from ..models.checkpoints import prompt_of, random_model
+from .bench import Bench, Seen, assert_same, pages_for
+from .imagery import Part, alone, submit
+from .layer_oracles import ORACLES, choices_at, run
+
+NAMES = [name for name in VISION if isinstance(vision_policy(name), LayerPolicy)]
+DEPTH = 8
+
+PROMPT = prompt_of(150)
+PARTS = (
+    Part(5, 75, 90, marks=8, keys=(3, 4, 40)),  # two images of one turn, with text between them
+    Part(80, 84, 90),  # too small to lose anything where 20 tokens stay
+    Part(95, 131, 140, keys=(0, 1, 2)),  # and one of a later turn, behind which the next begins
+)
+
+
+def prune(name: str, keep: float = 0.3, **knobs: Any) -> dict[str, Any]:
+    return {"vision": {"policy": name, "keep": keep, **knobs}}
+
+
+LATE = prune("must_drop", layers=[3, 4, 5, 7])
+"""Layers 0 and 1 forget nothing of the prompt"""
+
+
+@pytest.fixture(scope="module")
+def reference() -> PreTrainedModel:
+    return random_model("llama", num_hidden_layers=DEPTH, max_position_embeddings=512)
+
+
+@pytest.fixture(scope="module")
+def deep(ops: Backend, reference: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Decoder:
+    path: Path = tmp_path_factory.mktemp("deep")
+    reference.save_pretrained(path)
+    return load_model(str(path), ops, "f32")
+
+
+def test_every_policy_has_an_oracle() -> None:
+    assert set(NAMES) == set(ORACLES)
+
+
+def keeps_of(plan: dict[str, Any]) -> list[int]:
+    vision = Plan.parse(plan).vision
+    assert vision is not None
+    return [vision.tokens(len(part.rows)) for part in PARTS]
+
+
+@torch.no_grad()
+def check(model: Any, plan: dict[str, Any], seen: Seen) -> list[int]:
+    """That what was said is what a model says that forgets as much; returns how many tokens its layers hold."""
+    name, layers = plan["vision"]["policy"], plan["vision"].get("layers")
+    choices = choices_at(name, model.config.num_hidden_layers)
+    if layers is not None:
+        choices = {layer: choice for choice, layer in enumerate(layers)}
+    args = ([*PROMPT, *seen.tokens[:-1]], len(PROMPT), PARTS, keeps_of(plan), choices, ORACLES[name])
+    dense = run(model, *args)
+    held = [len(rows) for rows in dense.held]
+    if name == "must_drop":  # tokens that are generated see only what is left in the end
+        first, left = min(choices) - 1, set(dense.left)
+        dense = run(
+            model, *args, lambda layer, row, key: layer >= first and row >= len(PROMPT) > key and key not in left
+        )
+        held[first:] = [held[-1]] * len(held[first:])
+    for at, logits in seen.logits.items():
+        torch.testing.assert_close(logits, dense.logits[at - 1], atol=2e-4, rtol=2e-4)
+        assert int(dense.logits[at - 1].argmax()) == seen.tokens[at - len(PROMPT)]
+    return held
+
+
+@pytest.mark.parametrize("plan", [*(prune(name, keep) for name in NAMES for keep in (0.3, 20)), LATE], ids=str)
+def test_decoding_equals_a_full_recompute(plan: dict[str, Any], deep: Decoder, reference: PreTrainedModel) -> None:
+    seen = alone(deep, PROMPT, PARTS, 8, plan)
+    held, report = check(reference, plan, seen), seen.last.compression
+    assert report is not None
+    assert (report.tokens_kept_min, report.tokens_kept_max) == (min(held), max(held))
+    assert report.tokens_kept_min < len(PROMPT)
+    assert report.tokens_kept_mean == pytest.approx(sum(held) / DEPTH, abs=0.01)
+    pages = sum(-(-count // 16) for count in held) * deep.config.kv_heads  # these and no more
+    assert report.bytes_held == pages * deep.config.head_dim * 2 * 4 * 16
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_other_families(family: str, ops: Backend, tmp_path: Path) -> None:
+    model = random_model(family, num_hidden_layers=4, max_position_embeddings=512)
+    model.save_pretrained(tmp_path)
+    plan = prune("sparse_vlm")
+    check(model, plan, alone(load_model(str(tmp_path), ops, "f32"), PROMPT, PARTS, 6, plan))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_keeping_all_changes_nothing(name: str, deep: Decoder) -> None:
+    wanted = Bench(deep).alone(PROMPT, 12)
+    assert_same(alone(deep, PROMPT, PARTS, 12, prune(name, 1.0)), wanted)
+    assert_same(alone(deep, PROMPT, PARTS, 12, prune(name, 200)), wanted)
+
+
+KV: dict[str, dict[str, Any]] = {
+    "alone": {},
+    "snapkv": {"evict": {"policy": "snapkv", "budget": 0.5, "window": 8, "during": "both", "interval": 7}},
+    "h2o": {"evict": {"policy": "h2o", "budget": 60, "head_budget": "adaptive", "during": "both", "interval": 7}},
+    "int4": {"format": "int4", "residual": 4},
+    "knorm, int8": {"evict": {"policy": "knorm", "budget": 0.5}, "format": "int8", "residual": 4},
+    "zipvl": {"mix": {"policy": "zipvl", "every": 9}},
+    "quest": {"read": {"policy": "quest", "tokens": 30, "sinks": 2, "recent": 8, "dense_layers": 0}},
+}
+
+
+def test_all_in_one_batch_equal_each_alone(deep: Decoder) -> None:
+    """In chunks, beside one another and preempted anywhere, under every kind of compression of what is left."""
+    plans = {
+        (name, how): prune(name) | ({"kv": kv} if kv else {})
+        for name in NAMES
+        for how, kv in KV.items()
+        if how in ("alone", "snapkv", "int4") or name in ("fast_v", "must_drop", "sparse_vlm")
+    }
+    wanted = {key: alone(deep, PROMPT, PARTS, 20, plan) for key, plan in plans.items()}
+    plain = Bench(deep).alone(PROMPT, 20)
+    bench, dice = Bench(deep, pages_for(deep, 1700), max_step_tokens=97), random.Random(3)
+    for i, (key, plan) in enumerate(plans.items()):
+        submit(bench, deep, str(key), PROMPT, PARTS, 20, plan, n=1 + i % 2)
+    bench.submit("plain", PROMPT, 20)
+
+    def preempt() -> None:
+        if bench.running and dice.random() < 0.05:
+            bench.engine.scheduler.preempt(dice.choice(bench.running))
+        bench.engine.check_integrity()
+
+    bench.run(preempt)
+    assert bench.engine.stats.preemptions_total > 5
+    for key, seen in wanted.items():
+        for index in range(2):
+            if (str(key), index) in bench.seen:
+                assert_same(bench.seen[str(key), index], seen)
+    assert_same(bench.seen["plain", 0], plain)
+    assert bench.held_pages == 0
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "must_drop"])  # which forgets where a prompt ends
+def test_a_later_turn_finds_the_same_tokens(name: str, deep: Decoder) -> None:
+    """What is left goes by the image's own turn: a conversation goes on as if it had never been interrupted."""
+    turn, bench = PROMPT[:92], Bench(deep)
+    more = [*alone(deep, turn, PARTS[:2], 10, prune(name)).tokens, *prompt_of(20, 4)]
+    submit(bench, deep, "forced", turn, PARTS[:2], 40, prune(name), forced=more)
+    bench.run()
+    wanted, again = bench.seen["forced", 0], alone(deep, [*turn, *more], PARTS[:2], 10, prune(name))
+    assert again.tokens == wanted.tokens[-10:]
+    assert again.logits.keys() <= wanted.logits.keys()
+    assert_same(replace(again, tokens=wanted.tokens), wanted)
+
+
+def test_under_pressure_lanes_are_compressed_further(deep: Decoder) -> None:
+    plan = prune("pyramid_drop") | {"on_pressure": {"evict": {"policy": "knorm", "budget": 30}}}
+    bench = Bench(deep, pages_for(deep, 260), max_step_tokens=64)
+    for i in range(3):
+        submit(bench, deep, f"{i}", PROMPT, PARTS, 60, plan)
+    bench.run()
+    reports = [bench.seen[f"{i}", 0].last.compression for i in range(3)]
+    assert any(report is not None and report.squeezed_at is not None for report in reports)
+
+
+@pytest.mark.parametrize(
+    ("plan", "path"),
+    [
+        (prune("fast_v", layers=[0]), "vision.layers"),
+        (prune("fast_v", layers=[1, 2]), "vision.layers"),
+        (prune("pyramid_drop", layers=[2, 2]), "vision.layers"),
+        (prune("pyramid_drop", layers=[]), "vision.layers"),
+        (prune("pyramid_drop", layers=[2, DEPTH]), "vision.layers"),
+        (prune("fast_v", positions="contiguous"), "vision.positions"),
+        (prune("fast_v") | {"kv": {"evict": {"policy": "prompt_distill", "budget": 0.5}}}, "vision"),
+        (prune("fast_v") | {"kv": {"mix": {"policy": "mini_cache"}}}, "vision"),
+        (prune("fast_v") | {"kv": {"read": {"policy": "tidal_decode", "tokens": 40}}}, "vision"),
+        (prune("fast_v") | {"kv": {"evict": {"policy": "knorm", "budget": 0.5}, "scope": "document"}}, "vision"),
+        (
+            prune("fast_v")
+            | {"kv": {"evict": {"policy": "streaming_llm", "budget": 40, "positions": "compact", "during": "both"}}},
+            "vision",
+        ),
+    ],
+)
+def test_what_cannot_be(plan: dict[str, Any], path: str, deep: Decoder) -> None:
+    with pytest.raises(RequestError) as error:
+        submit(Bench(deep), deep, "a", PROMPT, PARTS, 5, plan)
+    assert error.value.param == f"compression.{path}"
