@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from winnow.engine.compression.vision.features import Features
 from winnow.engine.compression.vision.policy import View
 
@@ -17,10 +19,13 @@ class Left:
     view: View
     total: int
     """Tokens that the picture has"""
+    patches: Tensor | None = None
+    """[P] int64, ascending: which of them stand for patches; None where a policy within the tower has left it"""
 
     @property
     def nbytes(self) -> int:
-        return self.view.tokens.nbytes + self.view.embeddings.nbytes
+        parts = (self.view.tokens, self.view.embeddings, self.view.is_key, self.patches)
+        return sum(part.nbytes for part in parts if part is not None)
 
 
 class Album:

@@ -10,9 +10,11 @@ import numpy as np
 
 from winnow.engine.calibration.frontier import resolve_quality
 from winnow.engine.calibration.registry import check_profiles
+from winnow.engine.compression.layer_choice import image_rows, stages_of
 from winnow.engine.compression.plan import Plan
 from winnow.engine.compression.reach import longest_text
 from winnow.engine.compression.timeline import Timeline
+from winnow.engine.compression.vision.plan import Vision
 from winnow.engine.document import document_seed, document_tokens
 from winnow.engine.errors import PlanNotSupported, PromptTooLong, RequestError
 from winnow.engine.messages import Shorten, Submit
@@ -43,7 +45,7 @@ class Intake:
         engine, sampling, length = self._engine, request.sampling, len(request.prompt)
         plan, speculation = self.check(request)
         self._check_length(plan, length, sampling.max_tokens, sight)
-        stages = self._stages(plan)
+        stages = self._stages(plan, request.prompt, sight)
         tokens = room_for(request.prompt, sampling.max_tokens, request.forced)
         document = tokens[: document_tokens(request, plan)]
         parts = parts_of(plan.evict, document, request.lead_ins, engine.max_model_len - len(document))
@@ -148,6 +150,8 @@ class Intake:
         plan.check_draft(engine.draft is not None)
         if plan.mix is not None:
             plan.mix.layer_merge(engine.config.layers)
+        if plan.drops_between_layers is not None:
+            self._check_layers(plan.drops_between_layers)
         if plan.shortens is not None:
             raise PlanNotSupported("compression.prompt", "compression.prompt: shorten a prompt before it is submitted")
         return plan
@@ -175,7 +179,21 @@ class Intake:
             path = "compression.kv.evict.positions"
             raise PlanNotSupported(path, f"{path}: 'compact' {why}")
 
-    def _stages(self, plan: Plan) -> Stages | None:
+    def _check_layers(self, vision: Vision) -> None:
+        """What must hold of a policy that drops image tokens between layers."""
+        engine, path = self._engine, "compression.vision.policy"
+        vision.choices(engine.config.layers)
+        if engine.has_windows:
+            raise PlanNotSupported(path, f"{path}: prompts of a model with sliding windows are not read in stages")
+        if engine.arena.ranks.size > 1:
+            why = f"'{vision.policy}' goes by all heads of a layer, and tensor_parallel keeps them apart"
+            raise PlanNotSupported(path, f"{path}: {why}")
+
+    def _stages(self, plan: Plan, prompt: list[int], sight: Sight | None) -> Stages | None:
+        engine, vision = self._engine, plan.drops_between_layers
+        if vision is not None and sight is not None and engine.pictures is not None:
+            images = image_rows(vision, sight, prompt, engine.pictures.embedded)
+            return stages_of(vision, engine.config.layers, images)
         bounds = () if plan.evict is None else plan.evict.stage_bounds(self._engine.config.layers)
         if bounds and self._engine.has_windows:
             path = "compression.kv.evict.policy"

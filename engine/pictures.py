@@ -149,7 +149,7 @@ class Pictures:
         picture, vision = waiting.request.pictures[len(waiting.looks)], waiting.vision
         features = self.album.features(picture.key)
         if features is not None and (vision is None or vision.tokens(len(features.patches)) >= len(features.patches)):
-            return self._looked(waiting, Left(whole(features), len(features.places)), None)
+            return self._looked(waiting, Left(whole(features), len(features.places), features.patches), None)
         left = None if vision is None else self.album.left(digest_of(picture, vision))
         return None if left is None else self._looked(waiting, left, vision)
 
@@ -173,11 +173,11 @@ class Pictures:
         if vision is not None:
             text = picture.text if vision.reads_text else []
             seed = int.from_bytes(picture.key[:8], "little")
-            view = vision.view(features, self._embedded(text), seed)
+            view = vision.view(features, self.embedded(text), seed)
         self.album.keep(picture.key, features)  # behind the policy: what it asked the tower for is in its size
-        return Left(view, len(features.places))
+        return Left(view, len(features.places), features.patches)
 
-    def _embedded(self, text: list[int]) -> Tensor:
+    def embedded(self, text: list[int]) -> Tensor:
         """[t, hidden] float32, in host memory."""
         return self._embed(torch.tensor(text, dtype=torch.int32, device=self._device)).float().cpu()
 
@@ -189,7 +189,7 @@ class Pictures:
             raise RequestError(
                 "pictures", f"pictures: the prompt has {len(places)} placeholders for one that is {left.total} tokens"
             )
-        return Look(digest_of(picture, vision), places, left.view, picture.turn_end)
+        return Look(digest_of(picture, vision), places, left.view, picture.turn_end, left.patches)
 
     def _sequence(self, waiting: Waiting) -> Sequence:
         request, looks = waiting.request, waiting.looks

@@ -39,6 +39,8 @@ class Look:
     view: View
     turn_end: int
     """`Picture.turn_end`"""
+    patches: Tensor | None = None
+    """`Left.patches`"""
 
     @property
     def is_pruned(self) -> bool:
@@ -57,6 +59,10 @@ class Shown:
     """How many it has"""
     turn_end: int
     """Row behind the last one of the turn that it came in"""
+    patches: Indices
+    """[P] which of the picture's tokens stand for patches"""
+    is_key: NDArray[np.bool_]
+    """[n] `View.is_key`"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +134,8 @@ def sight_of(prompt: Ints, looks: Sequence[Look], positions: Ints | None, is_con
             tokens=look.view.tokens.numpy(),
             total=len(look.places),
             turn_end=int(stays[: look.turn_end].sum()),
+            patches=(look.view.tokens if look.patches is None else look.patches).numpy(),
+            is_key=np.zeros(len(look.view.tokens), bool) if look.view.is_key is None else look.view.is_key.numpy(),
         )
         for look, first, last in zip(looks, bounds[:-1], bounds[1:], strict=True)
     )

@@ -17,6 +17,7 @@ queries of these, its raters, are noted as the chunks pass.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ class ImageRows:
     """Patch tokens that the image had before anything was pruned"""
     keep: int
     """How many of these the plan leaves"""
-    raters: Ints
+    raters: NDArray[np.integer[Any]]
     """[r] rows of text whose attention says what matters, ascending, behind the image"""
 
 

@@ -9,7 +9,7 @@ chunks nor what follows a rater has a part in it, so that a later turn about an 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -17,7 +17,9 @@ from torch import Tensor
 
 from winnow.engine.compression.vision.plan import Vision
 from winnow.engine.compression.vision.policy import LayerView
+from winnow.engine.errors import PlanNotSupported
 from winnow.engine.pages import Ints
+from winnow.engine.sight import Sight
 from winnow.engine.staging import ImageRows, Stages, Staging
 from winnow.kernels.host import to_device
 
@@ -51,6 +53,43 @@ def rows_left(vision: Vision, staging: Staging, keys: Tensor | None) -> Ints:
         if chosen.hidden is not None:
             hidden[places[chosen.rows]] = chosen.hidden.to(hidden.dtype)
     return np.flatnonzero(stays).astype(np.int32)
+
+
+def image_rows(
+    vision: Vision, sight: Sight, prompt: Sequence[int], embed: Callable[[list[int]], Tensor]
+) -> list[ImageRows]:
+    """Of the pictures that lose anything. PlanNotSupported where no text follows one in its turn.
+
+    Args
+        prompt: tokens of what is read
+        embed: tokens of text -> [t, hidden] float32, in host memory
+    """
+    images = []
+    for shown in sight.shown:
+        is_patch, keep = np.isin(shown.tokens, shown.patches), vision.tokens(len(shown.patches))
+        if keep >= len(shown.patches):
+            continue
+        rows = sight.rows[shown.rows]
+        behind = np.setdiff1d(np.arange(rows[-1] + 1, shown.turn_end), sight.rows)
+        if not len(behind):
+            path = "compression.vision.policy"
+            why = f"'{vision.policy}' leaves what text behind an image needs, and there is none in an image's turn"
+            raise PlanNotSupported(path, f"{path}: {why}")
+        raters = behind[:0]
+        if vision.asks_raters:
+            text = embed([prompt[row] for row in behind])
+            raters = behind[vision.raters(sight.embeddings[shown.rows][torch.from_numpy(is_patch)], text).numpy()]
+        images.append(
+            ImageRows(
+                rows=rows[is_patch],
+                tokens=np.searchsorted(shown.patches, shown.tokens[is_patch]).astype(np.int32),
+                is_key=shown.is_key[is_patch],
+                patches=len(shown.patches),
+                keep=keep,
+                raters=raters,
+            )
+        )
+    return images
 
 
 def stages_of(vision: Vision, depth: int, images: Sequence[ImageRows]) -> Stages | None:

@@ -29,6 +29,12 @@ class Part:
     marks: int = 0
     keys: tuple[int, ...] = ()
     """Which of its patch tokens are key tokens"""
+    had: int = 0
+    """Patch tokens before some were dropped, if more"""
+
+    @property
+    def patches(self) -> int:
+        return max(self.had, len(self.rows))
 
     @property
     def rows(self) -> list[int]:
@@ -50,8 +56,10 @@ def stages_for(model: Decoder, prompt: Sequence[int], plan: dict[str, Any], part
         others = {row for other in parts for row in range(other.first, other.last)}
         behind = [row for row in range(part.last, part.turn_end) if row not in others]
         tokens = torch.tensor(prompt, dtype=torch.int32)
-        chosen = vision.raters(model.embed(tokens[part.rows]), model.embed(tokens[behind]))
-        raters = [] if chosen is None else [row for row, is_one in zip(behind, chosen.tolist(), strict=True) if is_one]
+        raters: list[int] = []
+        if vision.asks_raters:
+            chosen = vision.raters(model.embed(tokens[part.rows]), model.embed(tokens[behind]))
+            raters = [row for row, is_one in zip(behind, chosen.tolist(), strict=True) if is_one]
         images.append(
             ImageRows(
                 rows=np.array(part.rows, np.int32),

@@ -225,12 +225,20 @@ def run(
     choices: dict[int, int],
     oracle: Oracle,
     hidden_from: Callable[[int, int, int], bool] = lambda layer, query, row: False,
+    shown: dict[int, Tensor] | None = None,
+    positions: Sequence[int] | None = None,
 ) -> Dropped:
     """Passes a text, whose first `prompt` tokens are the prompt, through a transformers model of the Llama family.
 
-    hidden_from(layer, query, row): the query does not see the row in this layer, although it is there
+    Args
+        hidden_from(layer, query, row): the query does not see the row in this layer, although it is there
+        shown: what stands at rows that are pictures'
+        positions: of the tokens, if not their numbers
     """
-    x = model.model.embed_tokens(torch.tensor(list(tokens)))
+    x = model.model.embed_tokens(torch.tensor(list(tokens))).clone()
+    for row, embedding in (shown or {}).items():
+        x[row] = embedding
+    places = torch.arange(len(tokens)) if positions is None else torch.tensor(positions)
     embeddings, rows, held = x.clone(), list(range(len(tokens))), []
     attention = torch.zeros(0)
     for layer, block in enumerate(model.model.layers):
@@ -238,7 +246,7 @@ def run(
             gone: set[int] = set()
             for part, keep in zip(parts, keeps, strict=True):
                 scene = _scene(part, keep, choices[layer], rows, attention, x, embeddings, parts)
-                if keep >= len(part.rows) or not scene.there:
+                if keep >= part.patches or not scene.there:
                     continue
                 picked = oracle(scene)
                 gone |= {part.rows[token] for token in scene.there} - {part.rows[token] for token in picked.tokens}
@@ -248,7 +256,7 @@ def run(
             rows, x = [rows[i] for i in stay], x[stay]
         held.append(rows)
         mask = torch.tensor([[row > query or hidden_from(layer, query, row) for row in rows] for query in rows])
-        attention, x = _block(model, block, x, rows, mask)
+        attention, x = _block(model, block, x, places[rows], mask)
     out = model.model.norm(x)
     logits = torch.zeros(len(tokens), out.shape[-1] and model.lm_head.out_features)
     logits[rows] = model.lm_head(out)
@@ -273,7 +281,7 @@ def _scene(
     return Scene(
         stage=stage,
         there=there,
-        patches=len(part.rows),
+        patches=part.patches,
         keep=keep,
         attention={row: mean[rows.index(row), at].tolist() for row in behind},
         hidden={token: x[i] for token, i in zip(there, at, strict=True)},
@@ -282,14 +290,14 @@ def _scene(
     )
 
 
-def _block(model: Any, block: Any, x: Tensor, rows: list[int], mask: Tensor) -> tuple[Tensor, Tensor]:
+def _block(model: Any, block: Any, x: Tensor, places: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """One layer over some rows: attention [heads, rows, rows], and what it puts out."""
     attend, dim = block.self_attn, block.self_attn.head_dim
     normed = block.input_layernorm(x)
     q, k, v = (part(normed).unflatten(1, (-1, dim)) for part in (attend.q_proj, attend.k_proj, attend.v_proj))
     if hasattr(attend, "q_norm"):
         q, k = attend.q_norm(q), attend.k_norm(k)
-    cos, sin = model.model.rotary_emb(x[None], torch.tensor([rows]))
+    cos, sin = model.model.rotary_emb(x[None], places[None])
     q, k = (part * cos[0][:, None] + rotate_half(part) * sin[0][:, None] for part in (q, k))
     group = q.shape[1] // k.shape[1]
     k, v = (part.repeat_interleave(group, 1) for part in (k, v))

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from msgspec import structs
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from winnow.engine.compression.plan import Plan
 from winnow.engine.compression.vision.policy import LayerPolicy
 from winnow.engine.compression.vision.registry import VISION, vision_policy
 from winnow.engine.errors import RequestError
+from winnow.engine.eyes import inputs_of
 from winnow.engine.models.decoder import Decoder
 from winnow.engine.models.loader import load_model
 from winnow.kernels.dispatch import Backend
@@ -23,6 +27,7 @@ from ..models.checkpoints import prompt_of, random_model
 from .bench import Bench, Seen, assert_same, pages_for
 from .imagery import Part, alone, submit
 from .layer_oracles import ORACLES, choices_at, run
+from .seeing import TinyEyes, picture, pictured
 
 NAMES = [name for name in VISION if isinstance(vision_policy(name), LayerPolicy)]
 DEPTH = 8
@@ -59,31 +64,39 @@ def test_every_policy_has_an_oracle() -> None:
     assert set(NAMES) == set(ORACLES)
 
 
-def keeps_of(plan: dict[str, Any]) -> list[int]:
-    vision = Plan.parse(plan).vision
-    assert vision is not None
-    return [vision.tokens(len(part.rows)) for part in PARTS]
-
-
 @torch.no_grad()
-def check(model: Any, plan: dict[str, Any], seen: Seen) -> list[int]:
+def check(
+    model: Any,
+    plan: dict[str, Any],
+    seen: Seen,
+    prompt: Sequence[int] = PROMPT,
+    parts: Sequence[Part] = PARTS,
+    shown: dict[int, Tensor] | None = None,
+    positions: Sequence[int] | None = None,
+) -> list[int]:
     """That what was said is what a model says that forgets as much; returns how many tokens its layers hold."""
+    assert seen.rejected is None
     name, layers = plan["vision"]["policy"], plan["vision"].get("layers")
     choices = choices_at(name, model.config.num_hidden_layers)
     if layers is not None:
         choices = {layer: choice for choice, layer in enumerate(layers)}
-    args = ([*PROMPT, *seen.tokens[:-1]], len(PROMPT), PARTS, keeps_of(plan), choices, ORACLES[name])
-    dense = run(model, *args)
+    vision = Plan.parse(plan).vision
+    assert vision is not None
+    keeps = [vision.tokens(part.patches) for part in parts]
+    args = (model, [*prompt, *seen.tokens[:-1]], len(prompt), parts, keeps, choices, ORACLES[name])
+    dense = run(*args, shown=shown, positions=positions)
     held = [len(rows) for rows in dense.held]
     if name == "must_drop":  # tokens that are generated see only what is left in the end
         first, left = min(choices) - 1, set(dense.left)
-        dense = run(
-            model, *args, lambda layer, row, key: layer >= first and row >= len(PROMPT) > key and key not in left
-        )
+
+        def hides(layer: int, row: int, key: int) -> bool:
+            return layer >= first and row >= len(prompt) > key and key not in left
+
+        dense = run(*args, hides, shown, positions)
         held[first:] = [held[-1]] * len(held[first:])
     for at, logits in seen.logits.items():
-        torch.testing.assert_close(logits, dense.logits[at - 1], atol=2e-4, rtol=2e-4)
-        assert int(dense.logits[at - 1].argmax()) == seen.tokens[at - len(PROMPT)]
+        torch.testing.assert_close(logits, dense.logits[at - 1], atol=5e-4, rtol=5e-4)
+        assert int(dense.logits[at - 1].argmax()) == seen.tokens[at - len(prompt)]
     return held
 
 
@@ -166,6 +179,49 @@ def test_a_later_turn_finds_the_same_tokens(name: str, deep: Decoder) -> None:
     assert again.tokens == wanted.tokens[-10:]
     assert again.logits.keys() <= wanted.logits.keys()
     assert_same(replace(again, tokens=wanted.tokens), wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NAMES)
+def test_pictures(name: str, deep: Decoder, reference: PreTrainedModel) -> None:
+    """What towers see, some of it dropped before the model reads it; the rest is thinned out between layers."""
+    prompt, pictures = pictured([12, picture(0, 0), 5, picture(1, 0, 4, 9), 20])
+    pictures = [structs.replace(shown, turn_end=len(prompt) - 4) for shown in pictures]
+    plan, eyes = prune(name, 12), TinyEyes()
+    bench, vision = Bench(deep, eyes=eyes, max_step_tokens=37), Plan.parse(plan).vision
+    seen = bench.alone(prompt, 6, plan, pictures=pictures)
+    assert_same(bench.alone(prompt, 6, plan, pictures=pictures), seen)
+    assert vision is not None and eyes.encoded == 2, "the second time it is remembered"
+    views = [
+        vision.view(eyes.encode(inputs_of(one)), torch.zeros(0, 64), int.from_bytes(one.key[:8], "little"))
+        for one in pictures
+    ]
+    stay = [[one.first + i for i in view.tokens.tolist()] for one, view in zip(pictures, views, strict=True)]
+    images = {one.first + i for one in pictures for i in range(36)}
+    read = [row for row in range(len(prompt)) if row not in images or row in {*stay[0], *stay[1]}]
+    parts = [
+        Part(
+            first=read.index(rows[0]),
+            last=read.index(rows[-1]) + 1,
+            turn_end=read.index(len(prompt) - 4),
+            keys=() if view.is_key is None else tuple(view.is_key.nonzero().flatten().tolist()),
+            had=36,
+        )
+        for rows, view in zip(stay, views, strict=True)
+    ]
+    shown = {part.first + i: x for part, view in zip(parts, views, strict=True) for i, x in enumerate(view.embeddings)}
+    positions = [*read, *range(len(prompt), len(prompt) + 5)]
+    check(reference, plan, seen, [prompt[row] for row in read], parts, shown, positions)
+    report = seen.last.compression
+    assert report is not None
+    assert (report.image_tokens, report.image_tokens_kept) == (72, len(shown))
+
+
+def test_an_image_that_nothing_follows(deep: Decoder) -> None:
+    prompt, pictures = pictured([12, picture(0, 0), 1])
+    pictures = [structs.replace(shown, turn_end=len(prompt) - 1) for shown in pictures]
+    seen = Bench(deep, eyes=TinyEyes()).alone(prompt, 6, prune("fast_v"), pictures=pictures)
+    assert seen.rejected is not None and seen.rejected.param == "compression.vision.policy"
 
 
 def test_under_pressure_lanes_are_compressed_further(deep: Decoder) -> None:

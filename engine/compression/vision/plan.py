@@ -112,10 +112,16 @@ class Vision(PolicyParams):
             raise PlanNotSupported(path, f"{path}: {why}, not before {max(choices)}")
         return choices
 
-    def raters(self, image: Tensor, text: Tensor) -> Tensor | None:
-        """`RatedPolicy.raters` [t] bool; None where the policy asks none."""
+    @property
+    def asks_raters(self) -> bool:
+        """Whether the policy goes by what tokens of text attend to within the language model."""
+        return isinstance(vision_policy(self.policy), RatedPolicy)
+
+    def raters(self, image: Tensor, text: Tensor) -> Tensor:
+        """`RatedPolicy.raters`"""
         policy = vision_policy(self.policy)
-        return policy.raters(image, text, self) if isinstance(policy, RatedPolicy) else None
+        assert isinstance(policy, RatedPolicy)
+        return policy.raters(image, text, self)
 
     def choose(self, view: LayerView) -> Choice:
         """`LayerPolicy.choose`"""

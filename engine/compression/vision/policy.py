@@ -149,7 +149,7 @@ class RatedPolicy(LayerPolicy, Protocol):
         """[t] bool: whose attention `LayerView.attention` is, at least one.
 
         Args
-            image [n, hidden] float32: embeddings of what the language model reads of the image
+            image [n, hidden] float32: embeddings of the image's patch tokens that the language model reads
             text  [t, hidden] float32: embeddings of the tokens between the image and the end of its turn, t > 0
         """
 
