@@ -70,10 +70,10 @@ class ZeroTPrune:
 def importance(attention: Tensor, rounds: int) -> Tensor:
     """[n] float32 of the nodes of a graph, by attention [heads, n, n] whose rows sum to one."""
     nodes = attention.shape[-1]
-    rank = attention.new_full((len(attention), nodes, 1), 1 / nodes)
+    rank = attention.new_full((len(attention), 1, nodes), 1 / nodes)
     for _ in range(rounds):
-        rank = attention.mT @ rank
-    rank = rank.squeeze(2)
+        rank = rank @ attention
+    rank = rank.squeeze(1)
     variance = (rank * nodes).var(1, correction=0)
     counts = (variance >= VARIANCE[0]) & (variance <= VARIANCE[1])
     return (rank[counts] if bool(counts.any()) else rank).square().mean(0).sqrt()
