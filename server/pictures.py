@@ -86,7 +86,7 @@ async def pictured_chat(service: Service, chat: ChatPrompt, info: EngineInfo, fl
             processed = await flight.wait(service.images.read(part, is_alone))
         except BadImage as error:
             raise RequestError(path, f"{path}: {error}", error.code) from error
-        seen.append(_seen(part, message_index, processed))
+        seen.append(seen_as(part, message_index, processed))
         flight.hold(seen[-1].input_bytes)
         if sum(one.input_bytes for one in seen) > MAX_INPUT_BYTES:
             message = f"{path}: with this one, the images are more than the model can be given at once"
@@ -94,7 +94,8 @@ async def pictured_chat(service: Service, chat: ChatPrompt, info: EngineInfo, fl
     return await flight.wait(service.in_thread(lambda: assemble(service.tokenizer, chat, marks, info.sees, seen)))
 
 
-def _seen(part: MediaPart, message: int, processed: Processed) -> Seen:
+def seen_as(part: MediaPart, message: int, processed: Processed) -> Seen:
+    """What a model's processor has made of a message's part."""
     return Seen(part.kind, message, {name: _array(value) for name, value in processed.inputs.items()}, processed.text)
 
 
