@@ -11,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from winnow.engine.compression.part import FORMATS
 from winnow.engine.compression.registry import EVICTION, MERGE
+from winnow.engine.compression.vision.registry import VISION
 from winnow.engine.messages import EngineStats, FrontierPoint
 from winnow.engine.models.tokenizer import Tokenizer
 from winnow.server import __version__
@@ -31,6 +32,8 @@ async def test_models(http: httpx.AsyncClient) -> None:
     compression = model["compression"]
     assert set(compression["policies"]) == set(EVICTION)
     assert set(compression["merges"]) == set(MERGE)
+    assert set(compression["vision"]) == set(VISION)
+    assert compression["vision"]["vision_zip"]["properties"]["contextual"]["exclusiveMaximum"] == 1
     assert compression["policies"]["snapkv"]["properties"]["window"]["maximum"] == 1024
     assert compression["formats"] == FORMATS
     assert compression["profiles"]["light"]["kv"]["format"] == "int8"

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from schemathesis import GenerationMode
 
 from winnow.engine.compression.registry import EVICTION
+from winnow.engine.compression.vision.registry import VISION
 from winnow.engine.models.tokenizer import load_tokenizer
 from winnow.server.app import create_app
 from winnow.server.protocol.responses import ErrorBody
@@ -50,6 +51,8 @@ def test_plans_are_described(schema: Any) -> None:
         assert "kv" in plan["properties"]
     for name in EVICTION:
         assert f"Evict_{name}" in components
+    for name in VISION:
+        assert f"Vision_{name}" in components
 
 
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
