@@ -178,7 +178,8 @@ def _visions(result: Result | None, kept: list[float | int]) -> Iterator[tuple[s
         policy, model = vision_policy(name), vision_model(name)
         sees = ", ".join(sorted(policy.signals)) or "places"
         own = [knob for knob in model.model_fields if knob not in Vision.model_fields]
-        knobs = ", ".join(f"{knob} {json.dumps(model.model_fields[knob].default)}" for knob in own)
+        defaults = {knob: model.model_fields[knob].default for knob in own}
+        knobs = ", ".join(knob if value is None else f"{knob} {value}" for knob, value in defaults.items())
         kinds = ", ".join(f"{kind}s" for kind in sorted(policy.kinds))
         without = _refused({}, OF_IMAGES, vision={"policy": name, "keep": 0.5})
         cells = [", ".join(stages_of(policy)), sees + ", text" * policy.reads_text, kinds, knobs, _source(policy)]
