@@ -61,7 +61,6 @@ OF_IMAGES: dict[str, dict[str, Any]] = {
     "prompt_distill": {"evict": {"policy": "prompt_distill", "budget": 0.5}},
     "mini_cache": {"mix": {"policy": "mini_cache"}},
     "tidal_decode": {"read": {"policy": "tidal_decode", "tokens": 64}},
-    "documents": {"scope": "document", "evict": {"policy": "knorm", "budget": 0.5}},
 }
 """What is tried with each vision policy"""
 WITHOUT = "goes not with"
@@ -159,17 +158,18 @@ def _images(result: Result | None) -> list[str]:
     measured = [f"keeps {100 * keep:g} %" if isinstance(keep, float) else f"keeps {keep}" for keep in kept]
     head = (*HEAD[:2], "where", "sees", "of", "knobs", "source", *measured, *["loses to"] * bool(kept), WITHOUT)
     lines = _table("Images: `vision`, tokens that the language model does not read", head, _visions(result, kept))
+    notes = ["Documents, and prompts that are shortened, have no images."]
     if result is not None:
         answers = [
             f"{'shown a grey picture' if plan == BLIND else 'unpruned'} {of.score.value:.0%}"
             for plan in (OFF, BLIND)
             if (of := seen(result, plan)) is not None
         ]
-        note = (
+        notes.append(
             f"Measured on {result.facts.get('model')}: right answers to questions about pictures that are new to it "
             f"({', '.join(answers)}). A policy that loses to a control on the whole is not worth asking for there."
         )
-        lines[3:3] = [note, ""]
+    lines[3:3] = [" ".join(notes), ""]
     return lines
 
 
