@@ -151,7 +151,7 @@ def evaluate(
     text_prompts: Annotated[int, typer.Option(min=0, help="Contexts of real text; 0: no text.")] = 4,
     text_context: Annotated[int, typer.Option(min=64, help="Tokens of real text that are compressed.")] = 1024,
     text_new: Annotated[int, typer.Option(min=2, help="Tokens of real text after them.")] = 64,
-    model: Annotated[str, typer.Option(help="As for `winnow serve`.")] = "default",
+    model: Annotated[str, typer.Option(help="As for `winnow serve`; with --vision the default is mosaic.")] = "default",
     device: Annotated[str, typer.Option(help="Where the model runs: cpu or cuda.")] = "cpu",
     weights: Annotated[
         str | None, typer.Option(help="How weights are held: int8 or f32; on a GPU bf16, fp8 or f32.")
@@ -162,6 +162,18 @@ def evaluate(
         str | None,
         typer.Option(help="A running Winnow server to ask instead; its key is read from WINNOW_API_KEY."),
     ] = None,
+    vision: Annotated[
+        bool,
+        typer.Option(
+            "--vision",
+            help="Instead of tasks and text, what pruning the tokens of images costs: questions about pictures that "
+            "the model that ships was made for, by policy and by what is kept, beside the controls and a blind run.",
+        ),
+    ] = False,
+    keeps: Annotated[
+        str, typer.Option(help="What the default plans of --vision keep of a picture.")
+    ] = "0.5,0.25,0.125,0.0625",
+    pictures: Annotated[int, typer.Option(min=1, help="How many --vision asks about.")] = 100,
     kvpress: Annotated[
         Path | None,
         typer.Option(
@@ -184,7 +196,7 @@ def evaluate(
     """Measure what compression costs in quality.
 
     Plans are compared with the same model uncompressed: distributions of the next token on real text, and answers to
-    generated long-context tasks. As it stands it takes a few minutes on two cores.
+    generated long-context tasks, or to questions about pictures. As it stands it takes a few minutes on two cores.
     """
     options = locals()
     command = import_module("winnow.engine.evaluation.command")  # it may load torch, which the server never does

@@ -5,28 +5,44 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain, repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from winnow.engine.errors import EvalError
 from winnow.engine.evaluation.facts import facts
 from winnow.engine.evaluation.harness import PROTOCOLS, Harness, Protocol, Scope
 from winnow.engine.evaluation.page import page
-from winnow.engine.evaluation.plans import check, default_plans, read_plans
+from winnow.engine.evaluation.pictures import SEED, Mosaics
+from winnow.engine.evaluation.plans import BLIND, Plans, check, default_plans, default_vision_plans, read_plans
 from winnow.engine.evaluation.result import Result, write_text
 from winnow.engine.evaluation.server import ServerTarget
 from winnow.engine.evaluation.tables import show
 from winnow.engine.evaluation.targets import EngineTarget, Target
 from winnow.engine.evaluation.tasks import TASKS
 from winnow.engine.evaluation.text import PromptBook, corpus, digest
+from winnow.engine.evaluation.vision_page import show_vision, vision_page
+from winnow.engine.models.files import DEFAULT
 
 KEY = "WINNOW_API_KEY"
+MOSAIC = "mosaic"
+TIMED = 16
+"""Prefills of each plan that are timed"""
 WIDTH = 150
 """Columns of what is no terminal"""
 
@@ -49,6 +65,9 @@ class Options:
     against_f32: bool
     resume: bool
     url: str | None
+    vision: bool
+    keeps: str
+    pictures: int
     kvpress: Path | None
     threads: int | None
     kv_memory_gib: float
@@ -63,7 +82,10 @@ def run(options: Options, console: Console | None = None) -> None:
         EvalError, ModelError
     """
     console = console or Console(width=None if sys.stdout.isatty() else WIDTH)
-    written = run_plans(options, console) if options.kvpress is None else run_parity(options, options.kvpress, console)
+    if options.kvpress is not None:
+        written = run_parity(options, options.kvpress, console)
+    else:
+        written = run_vision(options, console) if options.vision else run_plans(options, console)
     console.print("written: " + ", ".join(map(str, written)), highlight=False, soft_wrap=True)
 
 
@@ -81,9 +103,7 @@ def run_plans(options: Options, console: Console) -> list[Path]:
         raise EvalError("--against-f32 needs an engine in this process, with weights that are not f32")
     if options.draft_model is not None and options.url is not None:
         raise EvalError("--draft-model needs an engine in this process; a server has its own")
-    plans = read_plans(options.plans, default_plans(_numbers("budgets", options.budgets, float)))
-    for name, why in check(plans).items():
-        raise EvalError(f"{name}: {why}")
+    plans = _checked(read_plans(options.plans, default_plans(_numbers("budgets", options.budgets, float))))
     text = corpus()
     with console.status("loading the model") if console.is_terminal else nullcontext():
         target = _target(options)
@@ -92,31 +112,63 @@ def run_plans(options: Options, console: Console) -> list[Path]:
         about["draft_model"] = options.draft_model
     if scope.text_prompts:
         about["text_new"] = scope.text_new
-    result = Result(options.name, facts() | about, plans)
-    if options.resume and (path := options.out / f"{options.name}.json").exists():
-        result = _resumed(path, result, about)
+    result = _begun(options, about, plans)
 
     def save() -> None:
         result.write(options.out)
 
     with _progress(console) as progress:
         bar = progress.add_task("", total=scope.units)
-        started = False
-
-        def say(what: str) -> None:
-            nonlocal started
-            progress.update(bar, description=what, advance=int(started))
-            started = True
-
         harness = Harness(target, text, plans, result)
         if options.against_f32:
             exact = EngineTarget(options.model, "f32", options.threads, options.kv_memory_gib, options.device)
             harness.compare_weights(exact, scope, lambda what: progress.update(bar, description=what))
-        harness.run(scope, say, save)
+        harness.run(scope, _teller(progress, bar), save)
         progress.update(bar, description="done", completed=scope.units)
         result.facts["seconds"] = result.facts.get("seconds", 0) + round(progress.tasks[0].elapsed or 0.0)
     show(result, console)
     return [result.write(options.out), write_text(options.out / f"{options.name}.html", page(result))]
+
+
+def run_vision(options: Options, console: Console) -> list[Path]:
+    """Pictures and questions are those that the model that ships was made for."""
+    if options.draft_model is not None or options.against_f32:
+        raise EvalError("--draft-model and --against-f32 are not for --vision")
+    keeps = _numbers("keeps", options.keeps, float)
+    plans = _checked({BLIND: {}} | read_plans(options.plans, default_vision_plans(keeps)))
+    model = MOSAIC if options.model == DEFAULT else options.model
+    with console.status("loading the model") if console.is_terminal else nullcontext():
+        target = _target(replace(options, model=model))
+    about = {"model": options.url or model, "weights": target.weights, "pictures": SEED}
+    result = _begun(options, about, plans)
+    scope = Scope(scenes=options.pictures)
+    with _progress(console) as progress:
+        bar = progress.add_task("", total=scope.units + TIMED)
+        harness = Harness(target, "", plans, result, Mosaics())
+        say = _teller(progress, bar)
+
+        def save() -> None:
+            result.write(options.out)
+
+        harness.run(scope, say, save)
+        harness.time_prefills(TIMED, say, save)
+        progress.update(bar, description="done", completed=progress.tasks[0].total)
+        result.facts["seconds"] = result.facts.get("seconds", 0) + round(progress.tasks[0].elapsed or 0.0)
+    show_vision(result, console)
+    return [result.write(options.out), write_text(options.out / f"{options.name}.html", vision_page(result))]
+
+
+def _checked(plans: Plans) -> Plans:
+    for name, why in check(plans).items():
+        raise EvalError(f"{name}: {why}")
+    return plans
+
+
+def _begun(options: Options, about: dict[str, Any], plans: Plans) -> Result:
+    """A new result, or with --resume the one that is there."""
+    result = Result(options.name, facts() | about, plans)
+    path = options.out / f"{options.name}.json"
+    return _resumed(path, result, about) if options.resume and path.exists() else result
 
 
 def _resumed(path: Path, new: Result, about: dict[str, Any]) -> Result:
@@ -175,7 +227,7 @@ def run_parity(options: Options, python: Path, console: Console) -> list[Path]:
 
 def _target(options: Options) -> Target:
     if options.url is not None:
-        return ServerTarget(options.url, os.environ.get(KEY))
+        return ServerTarget(options.url, os.environ.get(KEY), sees=options.vision)
     return EngineTarget(
         options.model, options.weights, options.threads, options.kv_memory_gib, options.device, options.draft_model
     )
@@ -184,6 +236,12 @@ def _target(options: Options) -> Target:
 def _progress(console: Console) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, TimeRemainingColumn(), console=console)
+
+
+def _teller(progress: Progress, bar: TaskID) -> Callable[[str], None]:
+    """Told what is next, it counts what was before."""
+    advances = chain([0], repeat(1))
+    return lambda what: progress.update(bar, description=what, advance=next(advances))
 
 
 def _names(option: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:

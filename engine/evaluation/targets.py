@@ -9,13 +9,18 @@ import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from msgspec import structs
 from numpy.typing import NDArray
 
-from winnow.engine.errors import RequestError
+from winnow.engine.errors import EvalError, RequestError
 from winnow.engine.evaluation.measures import Foretold, Whole, log_softmax
+
+if TYPE_CHECKING:
+    from winnow.engine.evaluation.seeing import Seeing
 
 SEED = 1
 """Of every request: what a random policy keeps is the same each time"""
@@ -92,6 +97,7 @@ class EngineTarget:
         from winnow.engine.models.tokenizer import load_tokenizer
         from winnow.engine.recital import lead_ins
 
+        self._model = model
         self._tokenizer = load_tokenizer(model)
         self.lead_ins = lead_ins(self._tokenizer)
         settings = {"model": model, "device": device, "threads": threads, "kv_memory_gib": kv_memory_gib}
@@ -101,6 +107,16 @@ class EngineTarget:
         self.engine = build_engine(EngineSettings.model_validate(settings))
         self.weights: str = self.engine.settings.weights
         self.max_model_len = self.engine.max_model_len
+
+    @cached_property
+    def _seeing(self) -> Seeing:
+        from winnow.engine.evaluation.seeing import Seeing
+        from winnow.engine.models.vision.processor import load_processor
+
+        processor = load_processor(self._model, self._tokenizer)
+        if processor is None:
+            raise EvalError(f"{self._model} sees no images")
+        return Seeing(self._tokenizer, processor, self.engine.info.sees["image"])
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False)
@@ -154,11 +170,13 @@ class EngineTarget:
         refused: dict[str, RequestError] = {}
         left = self._prompts(asks)
         for i, ask in enumerate(asks):
+            ends = self._tokenizer.eos_token_ids if ask.image is not None else ()
             sampling = SamplingParams(
                 temperature=0.0,
                 max_tokens=len(ask.forced) + ask.new,
                 seed=SEED,
-                ignore_eos=True,
+                ignore_eos=not ends,
+                stop_token_ids=ends,
                 logprobs=0 if ask.foretells else None,
             )
             try:
@@ -167,6 +185,9 @@ class EngineTarget:
                     raise prompt
                 plan = {part: of for part, of in ask.plan.items() if part != "prompt"}
                 submit = Submit(str(i), prompt, sampling, plan, forced=ask.forced, lead_ins=self.lead_ins)
+                if ask.image is not None:
+                    prompt, picture = self._seeing.prompt(ask.image, ask.question)
+                    submit = structs.replace(submit, prompt=prompt, pictures=[picture])
                 self.engine.submit(submit)
             except RequestError as error:
                 refused[str(i)] = error
@@ -189,7 +210,13 @@ class EngineTarget:
                 foretold = Whole(np.concatenate(shown[str(i)])[1:], np.array(ask.forced[1:]))
             read = report.bytes_read / report.bytes_read_dense if report.bytes_read_dense else None
             return Answer(
-                self._tokenizer.decode(tokens, False), foretold, report.bytes_held, report.bytes_uncompressed, read
+                self._tokenizer.decode(tokens, skip_special_tokens=ask.image is not None),
+                foretold,
+                report.bytes_held,
+                report.bytes_uncompressed,
+                read,
+                report.image_tokens,
+                report.image_tokens_kept,
             )
 
         return [answer(i, ask) for i, ask in enumerate(asks)]

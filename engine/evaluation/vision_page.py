@@ -16,6 +16,7 @@ from winnow.engine.evaluation.result import Result
 from winnow.engine.evaluation.tables import new_table, number, percent, style, with_error
 from winnow.engine.evaluation.vision import RIVALS, Seen, families, image_tokens, keeps, kinds, losses, policy_of, seen
 
+TITLES = ("tokens", "held", "prefill, ms", "right, %", "questions")
 CONTROLS = "controls"
 WHERE = {
     "pre_llm": "Between tower and language model",
@@ -26,9 +27,9 @@ WHERE = {
 
 
 def show_vision(result: Result, console: Console) -> None:
-    shown = new_table("Questions about pictures: % answered rightly, of all and of each kind")
-    for title in _titles(result):
-        shown.add_column(title, justify="right")
+    shown = new_table("Questions about pictures: % answered rightly")
+    for title in TITLES:
+        shown.add_column(title, justify="right", no_wrap=True)
     for name in result.measured_plans:
         if (of := seen(result, name)) is not None:
             shown.add_row(name, *_cells(result, name, of), style=style(name))
@@ -56,9 +57,9 @@ def vision_page(result: Result) -> str:
         *_overview(result),
         "<h2>All figures</h2>",
         *table(
-            _titles(result),
+            [*TITLES, *kinds(result)],
             [
-                row(name, _cells(result, name, of))
+                row(name, [*_cells(result, name, of), *_by_kind(result, name)])
                 for name in result.measured_plans
                 if (of := seen(result, name)) is not None
             ],
@@ -67,16 +68,15 @@ def vision_page(result: Result) -> str:
     return document("What pruning image tokens costs", result, lines)
 
 
-def _titles(result: Result) -> list[str]:
-    return ["tokens", "held", "prefill, ms", "all", *kinds(result), "questions"]
+def _by_kind(result: Result, name: str) -> list[str]:
+    return [number(result.mean(name, "score", kind), 0, 100) for kind in kinds(result)]
 
 
 def _cells(result: Result, name: str, of: Seen) -> list[str]:
-    """One for each of `_titles`."""
-    each = [number(result.mean(name, "score", kind), 0, 100) for kind in kinds(result)]
+    """One for each of `TITLES`."""
     asked = sum(len(measures.get("score", ())) for cell, measures in result.values.items() if cell.plan == name)
     milliseconds = "" if of.prefill_s is None else f"{1000 * of.prefill_s:.1f}"
-    return [number(of.kept, 1), percent(of.held), milliseconds, with_error(of.score, 100, 1), *each, str(asked)]
+    return [number(of.kept, 1), percent(of.held), milliseconds, with_error(of.score, 100, 1), str(asked)]
 
 
 def _policies(result: Result) -> list[str]:

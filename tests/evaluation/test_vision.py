@@ -1,20 +1,27 @@
-"""`winnow eval --vision`: what is asked about pictures, what comes out of it, and how it is shown."""
+"""`winnow eval --vision`: what is asked about pictures and of whom, what comes out of it, and how it is shown."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from io import BytesIO, StringIO
+from pathlib import Path
 
+import httpx
 import pytest
+from msgspec import structs
 from PIL import Image
 from rich.console import Console
+from typer.testing import CliRunner
 
 from winnow.engine.compression.vision.registry import VISION, vision_policy
 from winnow.engine.errors import EvalError, RequestError
+from winnow.engine.evaluation import command
 from winnow.engine.evaluation.harness import IMAGE, PREFILL, Harness, Scope
 from winnow.engine.evaluation.measures import Mean
-from winnow.engine.evaluation.pictures import GREY, Question, Scene, blank, png
+from winnow.engine.evaluation.pictures import GREY, QUESTIONS, Mosaics, Question, Scene, blank, png
 from winnow.engine.evaluation.plans import (
     BLIND,
     OFF,
@@ -26,10 +33,19 @@ from winnow.engine.evaluation.plans import (
     read_plans,
 )
 from winnow.engine.evaluation.result import Cell, Result
-from winnow.engine.evaluation.targets import Answer, Ask
+from winnow.engine.evaluation.seeing import Seeing
+from winnow.engine.evaluation.server import ServerTarget
+from winnow.engine.evaluation.targets import Answer, Ask, EngineTarget
 from winnow.engine.evaluation.vision import families, keeps, kinds, losses, seen
 from winnow.engine.evaluation.vision_page import show_vision, vision_page
+from winnow.engine.models.tokenizer import load_tokenizer
+from winnow.engine.models.vision.processor import load_processor
+from winnow.server.app import create_app
+from winnow.server.cli import app
+from winnow.server.settings import load
 
+from ..models.vision_checkpoints import image_of, save_vlm
+from ..server.fake_engine import FakeEngine
 from .test_harness import Links
 
 TOKENS = 144
@@ -42,9 +58,22 @@ KNOWS = {"random": 0.5, "downsample": 0.4, "good": 0.5, "bad": 0.45}
 """Share of a hundred scenes of which a plan that keeps half answers rightly"""
 
 
-def scene(index: int) -> Scene:
-    image = png(Image.new("RGB", (8, 8), (index % 256, index // 256 % 256, 7)))
-    return Scene(image, (Question("colour", f"What colour is {index}?", "red"), Question("count", "How many?", "two")))
+class Plain:
+    """Pictures of one colour, which has their number in it, with two questions each."""
+
+    def scene(self, index: int, blue: int = 7) -> Scene:
+        image = png(Image.new("RGB", (8, 8), (index % 256, index // 256 % 256, blue)))
+        questions = (
+            Question("colour", f"What colour is {index}?", "red", index),
+            Question("count", "How many?", "two", index),
+        )
+        return Scene(image, questions)
+
+    def fresh(self, seed: int) -> Scene:
+        return self.scene(seed, blue=8)
+
+
+scene = Plain().scene
 
 
 class Scripted:
@@ -84,7 +113,7 @@ class Scripted:
 
 
 def measure(target: Scripted, result: Result, scenes: int = 20) -> Result:
-    harness = Harness(target, "", result.plans, result, scene)
+    harness = Harness(target, "", result.plans, result, Plain())
     harness.run(Scope(scenes=scenes), lambda _: None)
     harness.time_prefills(3, lambda _: None, lambda: None)
     return result
@@ -132,8 +161,8 @@ def test_nothing_is_measured_twice(result: Result) -> None:
 def test_pictures_that_are_timed_are_new_to_all() -> None:
     target = Scripted()
     plans = {OFF: {}, "vision:random:0.5": PLANS["vision:random:0.5"]}
-    Harness(target, "", plans, Result("unit", {}, plans), scene).time_prefills(3, lambda _: None, lambda: None)
-    assert len({ask.question for ask in target.asked}) == len(target.asked) == 2 * (3 + 1)
+    Harness(target, "", plans, Result("unit", {}, plans), Plain()).time_prefills(3, lambda _: None, lambda: None)
+    assert len({ask.question for ask in target.asked}) == len(target.asked) == 2 * 3
 
 
 def test_an_answer_is_right_or_wrong() -> None:
@@ -155,7 +184,7 @@ def test_the_page_stands_alone(result: Result) -> None:
     parser.feed(html)
     parser.close()
     assert not parser.open and not parser.fetched
-    for name in (*PLANS, "Unpruned, the model answers 100.0 ± 0.0 %", "points beside random"):
+    for name in (*PLANS, "colour", "count", "Unpruned, the model answers 100.0 ± 0.0 %", "points beside random"):
         assert name in parser.text
     assert "nan" not in html.lower()
 
@@ -163,7 +192,7 @@ def test_the_page_stands_alone(result: Result) -> None:
 def test_the_terminal(result: Result) -> None:
     out = StringIO()
     show_vision(result, Console(file=out, width=160))
-    for name in (*PLANS, "colour", "count", "points beside random"):
+    for name in (*PLANS, "points beside random"):
         assert name in out.getvalue()
 
 
@@ -186,3 +215,92 @@ def test_default_plans_are_the_registrys() -> None:
     assert names == [f"vision:{name}:0.5" for name in VISION if "image" in vision_policy(name).kinds]
     plans = read_plans("vision:random:36")
     assert list(plans) == [OFF, "vision:random:36", *(f"vision:{c}:36" for c in VISION_CONTROLS if c != "random")]
+
+
+@pytest.fixture(scope="module", params=["llava", "qwen2_vl", "idefics3"])
+def seeing_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp(request.param)
+    save_vlm(folder, request.param)
+    return folder
+
+
+def test_what_a_server_is_asked_is_what_the_engine_is(seeing_folder: Path) -> None:
+    """The same question over HTTP and in this process: tokens and pictures are alike, to the byte."""
+    name = str(seeing_folder)
+    tokenizer = load_tokenizer(name)
+    processor = load_processor(name, tokenizer)
+    assert processor is not None
+    placeholder = tokenizer.encode(processor.marks["image"], False)[0]
+    engine = FakeEngine(tokenizer, [9, 10])
+    assert engine.info is not None
+    engine.info = structs.replace(engine.info, sees={"image": placeholder})
+    served = create_app(load(model=name), (engine, tokenizer, processor))
+    server = ServerTarget("http://w", transport=httpx.ASGITransport(app=served), sees=True)
+    plan = {"vision": {"policy": "random", "keep": 0.5}}
+    image, question = png(image_of(40, 56)), "what is this ?"
+    (answer,) = server.ask([Ask([], plan, image=image, question=question, new=2)])
+    assert isinstance(answer, Answer)
+    (submit,) = engine.submits
+    prompt, picture = Seeing(tokenizer, processor, placeholder).prompt(image, question)
+    assert submit.prompt == prompt
+    assert submit.pictures == [picture]
+    assert (answer.image_tokens, answer.image_kept) == (prompt.count(placeholder), prompt.count(placeholder) // 2)
+    assert submit.plan == plan and submit.sampling.max_tokens == 2
+
+
+def test_a_server_of_text_only() -> None:
+    tokenizer = load_tokenizer("default")
+    served = create_app(load(), (FakeEngine(tokenizer), tokenizer))
+    with pytest.raises(EvalError, match="no model that sees images"):
+        ServerTarget("http://w", transport=httpx.ASGITransport(app=served), sees=True)
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("llava")
+    save_vlm(folder, "llava")
+    return folder
+
+
+def test_the_engine_is_asked(llava: Path) -> None:
+    target = EngineTarget(str(llava), "f32", threads=1, kv_memory_gib=0.05)
+    ask = Ask([], {}, image=png(image_of(32, 32)), question="what is this ?", new=3)
+    plans = [{}, *({"vision": {"policy": "random", "keep": keep}} for keep in (1.0, 0.125))]
+    whole, all_kept, part = target.ask([replace(ask, plan=plan) for plan in plans])
+    assert isinstance(whole, Answer) and isinstance(all_kept, Answer) and isinstance(part, Answer)
+    assert whole == all_kept
+    assert (whole.image_tokens, whole.image_kept, part.image_tokens, part.image_kept) == (16, 16, 16, 2)
+    assert part.held < whole.held == whole.uncompressed == part.uncompressed
+
+
+def test_the_command(llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "Mosaics", Plain)
+    monkeypatch.setattr(command, "TIMED", 2)
+    model = [f"--model={llava}", "--weights=f32", "--threads=1", "--kv-memory-gib=0.05"]
+    arguments = ["eval", "--vision", *model, f"--out={tmp_path}", "--plans=vision:vtc_cls:0.25"]
+    done = CliRunner().invoke(app, [*arguments, "--pictures=1"])
+    assert done.exit_code == 0, done.output
+    before = (tmp_path / "eval.json").read_text("utf-8")
+    assert {"off", "blind", "vision:vtc_cls:0.25", "vision:random:0.25"} <= set(
+        Result.from_dict(json.loads(before)).plans
+    )
+    assert "vision:vtc_cls:0.25" in (tmp_path / "eval.html").read_text("utf-8")
+    done = CliRunner().invoke(app, [*arguments, "--pictures=2", "--resume"])
+    assert done.exit_code == 0, done.output
+    result = Result.from_dict(json.loads((tmp_path / "eval.json").read_text("utf-8")))
+    assert result.contexts(Cell("vision:vtc_cls:0.25", "colour", 0, IMAGE)) == 2
+    assert len(result.values[Cell("vision:vtc_cls:0.25", PREFILL, 0, IMAGE)]["seconds"]) == 2
+    done = CliRunner().invoke(app, [*arguments, "--draft-model=default"])
+    assert done.exit_code == 2 and "not for --vision" in done.output
+
+
+def test_mosaics_are_the_same_each_time() -> None:
+    pytest.importorskip("easy_vqa")
+    mosaics, again = Mosaics(), Mosaics()
+    third = mosaics.scene(2)
+    assert [again.scene(i) for i in range(3)] == [mosaics.scene(i) for i in range(3)]
+    assert third == again.scene(2)
+    assert Image.open(BytesIO(third.image)).size == (96, 96)
+    questions = [question for i in range(3) for question in mosaics.scene(i).questions]
+    assert len({(question.kind, question.index) for question in questions}) == len(questions) == 3 * QUESTIONS
+    assert mosaics.fresh(1) == again.fresh(1) != mosaics.fresh(2)
