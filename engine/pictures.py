@@ -39,8 +39,6 @@ from winnow.engine.steps import refused
 log = logging.getLogger(__name__)
 
 KEY_BYTES = 16
-BEFORE_THE_MODEL = {"pre_llm", "encoder"}
-"""Stages of a vision policy that leave less of a picture for the language model to read"""
 
 
 @dataclass
@@ -103,9 +101,7 @@ class Pictures:
     def add(self, request: Submit, plan: Plan, speculation: Speculation | None) -> None:
         """Queues a request. RequestError where it cannot be served with pictures, or its prompt does not fit them."""
         check_pictures(request, plan, speculation, self.eyes)
-        vision = plan.prunes
-        if vision is not None and BEFORE_THE_MODEL.isdisjoint(vision.stages):
-            vision = None
+        vision = plan.prunes if plan.prunes is not None and plan.prunes.shrinks_prompts else None
         self._waiting[request.request_id] = Waiting(request, vision, places_of(request, self.eyes))
 
     def forget(self, request_id: str) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from uuid import uuid4
 
 from winnow.engine.compression.plan import Plan
-from winnow.engine.compression.reach import longest_text
+from winnow.engine.compression.reach import dropped_tokens, longest_text
 from winnow.engine.errors import EngineDied, PlanNotSupported, PromptTooLong, RequestError
 from winnow.engine.messages import EngineInfo, Output, Picture, Submit
 from winnow.engine.speculation.speculation import Speculation
@@ -89,7 +89,8 @@ class Generation:
             info = service.engine()
             request.check_vocabulary(info.vocab_size)
             plan = service.plans.resolve(request.compression, info, service.settings.model_to_name)
-            speculation = service.speculations.resolve(request.speculative, plan, info)
+            has_pictures = any(prompt.pictured is not None for prompt in self.prompts)
+            speculation = service.speculations.resolve(request.speculative, plan, info, has_pictures)
             self.usage.speculates = speculation is not None
             self.has_plan = not plan.is_off
             self.usage.plan = described(plan) if self.has_plan else None
@@ -199,7 +200,8 @@ class Generation:
     def _submit(
         self, prompt: ReadPrompt, forced: list[int], info: EngineInfo, plan: Plan, speculation: Speculation | None
     ) -> Submit:
-        limit = self._output_tokens(len(prompt.tokens), len(forced), info, plan)
+        dropped = dropped_tokens(prompt.tokens, prompt.pictures, plan, info)
+        limit = self._output_tokens(len(prompt.tokens), dropped, len(forced), info, plan)
         if self.request.min_tokens > limit:
             message = f"min_tokens is {self.request.min_tokens}, and at most {limit} tokens can be generated"
             raise RequestError("min_tokens", message, "invalid_value")
@@ -216,12 +218,16 @@ class Generation:
             lead_ins=self.service.lead_ins if plan.evict is not None and plan.evict.recital_chunk else [],
         )
 
-    def _output_tokens(self, prompt: int, forced: int, info: EngineInfo, plan: Plan) -> int:
-        """Tokens to generate at most, of which the first are forced; no more than a context where no end is given."""
+    def _output_tokens(self, prompt: int, dropped: int, forced: int, info: EngineInfo, plan: Plan) -> int:
+        """Tokens to generate at most, of which the first are forced; no more than a context where no end is given. Of
+        the prompt's tokens as many as `dropped` may take no room."""
         longest, asked = longest_text(plan, info), self.request.output_limit
         if not prompt:
             raise RequestError(self.prompt_param, f"{self.prompt_param} has no tokens", "invalid_value")
         left = longest - prompt
+        if left < (asked or 1):
+            prompt -= dropped
+            left = longest - prompt
         if left < 1 or (asked is not None and asked > left):
             wanted = f" and {asked} for the output" if asked is not None else ""
             holds = "this model's context holds" if longest == info.max_model_len else "a stream holds"

@@ -8,6 +8,7 @@ from typing import Any
 from winnow.engine.compression.plan import Plan
 from winnow.engine.errors import PlanNotSupported, RequestError
 from winnow.engine.messages import EngineInfo
+from winnow.engine.speculation.registry import drafter_class
 from winnow.engine.speculation.speculation import (
     Speculation,
     check_combination,
@@ -33,14 +34,18 @@ class Speculations:
         except RequestError as error:
             raise SettingsError(error.message) from error
 
-    def resolve(self, asked: dict[str, Any] | None, plan: Plan, info: EngineInfo) -> Speculation | None:
-        """Of a request whose `speculative` is `asked`; the server's default holds where the plan leaves room for it.
+    def resolve(
+        self, asked: dict[str, Any] | None, plan: Plan, info: EngineInfo, has_pictures: bool = False
+    ) -> Speculation | None:
+        """Of a request whose `speculative` is `asked`; the default holds where the plan leaves room for it, and where
+        its draft model, if it needs one, can read the prompt.
 
         Raises
             RequestError
         """
         if asked is None:
-            return self.default if obstacle(plan) is None else None
+            is_blind = has_pictures and self.default is not None and drafter_class(self.default.method).needs_draft
+            return None if is_blind or obstacle(plan) is not None else self.default
         speculation = parse_speculation(asked)
         if speculation is not None and (why := info.refuses.get("speculative")):
             raise PlanNotSupported("speculative", f"speculative: {why}")

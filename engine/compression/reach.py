@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from winnow.engine.compression.plan import Plan
 from winnow.engine.errors import PlanNotSupported
-from winnow.engine.messages import EngineInfo
+from winnow.engine.messages import EngineInfo, Picture
 
 
 def longest_text(plan: Plan, info: EngineInfo) -> int:
@@ -25,3 +27,15 @@ def longest_text(plan: Plan, info: EngineInfo) -> int:
             f"and the model's context holds {info.max_model_len}",
         )
     return info.max_stream_len
+
+
+def dropped_tokens(prompt: list[int], pictures: Iterable[Picture], plan: Plan, info: EngineInfo) -> int:
+    """How many of a prompt's tokens the model is spared, about: exactly where all tokens of pictures stand for patches.
+    The engine knows when it has seen the pictures."""
+    vision, dropped = plan.prunes, 0
+    if vision is None or not vision.shrinks_prompts:
+        return 0
+    for picture in pictures:
+        tokens = prompt[picture.first : picture.first + picture.span].count(info.sees[picture.kind])
+        dropped += tokens - vision.tokens(tokens)
+    return dropped

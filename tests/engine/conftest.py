@@ -5,7 +5,6 @@ import os
 # Before torch loads its OpenMP: threads that spin between calls would fight over the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from winnow.engine.models.loader import load_model
 from winnow.kernels.dispatch import Backend, backend
 
 from ..models.checkpoints import SIZES, random_model
+from .seeing import SECTIONS, with_axes
 
 
 @pytest.fixture(scope="session")
@@ -54,15 +54,13 @@ def default_model(ops: Backend) -> Decoder:
 @pytest.fixture(scope="session")
 def turning(ops: Backend, tmp_path_factory: pytest.TempPathFactory) -> tuple[Decoder, Any]:
     """A language model with M-RoPE, and transformers' own."""
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [*SECTIONS]}
     path: Path = tmp_path_factory.mktemp("turning")
     plain = random_model("qwen2", max_position_embeddings=1024)
     plain.save_pretrained(path)
     model = load_model(str(path), ops, "f32")
-    config = replace(model.config, rope_sections=(2, 3, 3))
-    ours = Decoder(config, ops, model._embedding, model._blocks, model._norm, model._head)
     theirs = Qwen2VLTextModel(AutoConfig.for_model("qwen2_vl_text", **SIZES, rope_parameters=rope)).eval()
     theirs.set_attn_implementation("eager")
     theirs.load_state_dict(plain.model.state_dict())
     theirs.lm_head = plain.lm_head
-    return ours, theirs
+    return with_axes(model, ops), theirs

@@ -25,6 +25,7 @@ from winnow.kernels.dispatch import backend
 from ..models.checkpoints import prompt_of, random_model
 from ..prompt.messages import message
 from .bench import Bench, Seen, pages_for
+from .seeing import TinyEyes, picture, pictured
 
 PATIENCE_S = 300.0
 
@@ -119,6 +120,16 @@ def sampled(model: Decoder) -> dict[str, Said]:
     return {f"{name} {index}": _said(one) for (name, index), one in seen.items()}
 
 
+def seeing(model: Decoder) -> dict[str, Said]:
+    """Prompts with pictures; each rank has a tower of its own."""
+    bench = Bench(model, profiles={}, max_step_tokens=40, eyes=TinyEyes())
+    vision = {"vision": {"policy": "uniform", "keep": 11}}
+    prompt, pictures = pictured([20, picture(0, 0), 9, picture(1, 0, 4, 9), 15])
+    for name, plan in {"whole": {}, "pruned": vision, "packed": vision | PLANS["int4"]}.items():
+        bench.submit(name, prompt, 12, plan, pictures=pictures)
+    return {name: _said(seen) for (name, _), seen in bench.run(bench.engine.check_integrity).items()}
+
+
 def shortened(model: Decoder) -> dict[str, list[int]]:
     """Prompts, by what their own tokens say of them and by what the last ones look at."""
     bench = Bench(model, profiles={})
@@ -136,7 +147,7 @@ def refused(model: Decoder) -> dict[str, str]:
     return {"token_select": said}
 
 
-CASES: tuple[Callable[[Decoder], dict[str, Any]], ...] = (together, crowded, sampled, shortened, refused)
+CASES: tuple[Callable[[Decoder], dict[str, Any]], ...] = (together, crowded, sampled, seeing, shortened, refused)
 
 
 def _work(rank: int, size: int, folder: str, results: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 
 import numpy as np
@@ -16,7 +16,9 @@ from winnow.engine.compression.vision.policy import View
 from winnow.engine.errors import RequestError
 from winnow.engine.eyes import Inputs
 from winnow.engine.messages import Array, Picture
+from winnow.engine.models.decoder import Decoder
 from winnow.engine.pages import Ints
+from winnow.kernels.dispatch import Backend
 
 from ..compression.images import FakeSignals, drawn, grid
 from ..models.checkpoints import SIZES, prompt_of
@@ -26,6 +28,8 @@ IMAGE, VIDEO = 150, 151
 SIDE = 6
 """Rows and columns of most pictures"""
 CHANNELS = 5
+SECTIONS = (2, 3, 3)
+"""Frequencies that turn by time, row and column"""
 
 
 @dataclass
@@ -57,6 +61,12 @@ class TinyEyes:
 
     def positions(self, tokens: Ints, pictures: Sequence[Picture]) -> Ints | None:
         return mrope(tokens, pictures) if self.has_axes else None
+
+
+def with_axes(model: Decoder, ops: Backend) -> Decoder:
+    """A model of heads of 16 as if it turned them by three axes."""
+    config = replace(model.config, rope_sections=SECTIONS)
+    return Decoder(config, ops, model._embedding, model._blocks, model._norm, model._head)
 
 
 def mrope(tokens: Ints, pictures: Sequence[Picture]) -> Ints:

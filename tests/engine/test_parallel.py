@@ -70,7 +70,7 @@ def test_two_say_what_one_says(ranks: list[Answers], one: Answers, name: str) ->
 
 def test_every_rank_says_the_same(ranks: list[Answers]) -> None:
     """To the last bit, whoever was preempted or compressed further on the way."""
-    for case in ("together", "crowded", "sampled"):
+    for case in ("together", "crowded", "sampled", "seeing"):
         for name, said in ranks[0][case].items():
             other = ranks[1][case][name]
             assert said.tokens == other.tokens
@@ -96,6 +96,12 @@ def test_draws_guesses_and_hits_are_those_of_one_process(ranks: list[Answers], o
     for name in ("seeded 0", "guessed 0", "recycled 0", "again 0"):
         check_same(ranks[0]["sampled"][name], one["sampled"][name])
     assert ranks[0]["shortened"] == one["shortened"]
+
+
+@pytest.mark.parametrize("name", ["whole", "pruned", "packed"])
+def test_pictures_are_seen_at_each_rank(ranks: list[Answers], one: Answers, name: str) -> None:
+    check_same(ranks[0]["seeing"][name], one["seeing"][name])
+    assert one["seeing"][name].report.image_tokens_kept == (72 if name == "whole" else 22)
 
 
 def test_votes_of_all_heads_are_refused(ranks: list[Answers], one: Answers) -> None:

@@ -22,6 +22,7 @@ from winnow.kernels.dispatch import Backend, WeightKind, backend
 from ..kernels.triton.interpreter import install
 from ..models.checkpoints import prompt_of, random_model, write_gguf
 from .bench import Bench
+from .seeing import TinyEyes, picture, pictured, with_axes
 
 if knobs.runtime.interpret:
     install()
@@ -75,6 +76,23 @@ def test_greedy_answers(
     assert answers(bench) == wanted
     assert bool(replayed) is cuda_graphs, "steps of one row each are replayed"
     assert all(rows in (1, 2, 4) for rows in replayed)
+
+
+@pytest.mark.parametrize("has_axes", [False, True])
+def test_pictures(has_axes: bool, folder: Path, ops: Backend, triton: Backend, replayed: list[int]) -> None:
+    """Pruned, so that RoPE is ahead of the rows: in recorded steps too."""
+    prompt, pictures = pictured([9, picture(0, 0, 3, 4), 5])
+    said = []
+    for each, more in ((ops, {}), (triton, {"device": "cuda", "page_tokens": 16})):
+        model = load_model(str(folder), each, "f32")
+        model = with_axes(model, each) if has_axes else model
+        bench = Bench(model, 600, each, {}, eyes=TinyEyes(has_axes), max_step_tokens=16, **more)
+        plan = {"vision": {"policy": "uniform", "keep": 5}}
+        said.append(bench.alone(prompt, 6, plan, pictures=pictures))
+    assert said[0].tokens == said[1].tokens
+    for at, logits in said[0].logits.items():
+        torch.testing.assert_close(said[1].logits[at], logits, atol=1e-2, rtol=1e-3)
+    assert replayed == [1] * 4, "steps of one row each, but the first"
 
 
 def test_a_step_that_cannot_be_recorded_is_launched(

@@ -245,3 +245,25 @@ async def test_the_schema_has_the_parts(http: httpx.AsyncClient) -> None:
     for word in ("image_url", "input_image", "video_url", "detail", "data:image/png;base64"):
         assert word in content
     assert "image_tokens_kept" in schemas["PromptTokensDetails"]["properties"]
+
+
+async def test_the_context_holds_what_pruning_may_leave(http: httpx.AsyncClient, engine: FakeEngine) -> None:
+    """400 x 400 pixels are 2,500 placeholders, and the context has 2,048; the engine counts what is left in the end."""
+    body = ask(image_part(data_uri(png(400, 400))), text_part("x"))
+    for plan, new, is_served in (
+        (None, None, False),
+        ({"vision": {"policy": "uniform", "keep": 0.1}}, None, True),
+        ({"vision": {"policy": "uniform", "keep": 0.1}}, 1700, True),
+        ({"vision": {"policy": "uniform", "keep": 0.1}}, 1800, False),
+        ({"vision": {"policy": "fast_v", "keep": 0.1}}, None, False),  # within the model
+    ):
+        engine.submits.clear()
+        answer = await http.post(CHAT, json=body | {"compression": plan, "max_tokens": new})
+        assert (answer.status_code, len(engine.submits)) == ((200, 1) if is_served else (400, 0))
+    assert error_of(answer)["code"] == "context_length_exceeded"
+
+
+async def test_a_draft_model_that_nobody_asked_for_stands_back(seeing: Any, engine: FakeEngine) -> None:
+    async with seeing(draft_model="org/small", speculative="draft") as http:
+        assert not (await submitted(http, engine, ask(image_part(), text_part("x")))).speculative
+        assert (await submitted(http, engine, ask(text_part("x")))).speculative["method"] == "draft"

@@ -63,6 +63,11 @@ class Vision(PolicyParams):
         return stages_of(vision_policy(self.policy))
 
     @property
+    def shrinks_prompts(self) -> bool:
+        """Whether it leaves fewer tokens for the language model's first layer to read."""
+        return not {"encoder", "pre_llm"}.isdisjoint(self.stages)
+
+    @property
     def reads_text(self) -> bool:
         """Whether what stays depends on the text that an image came with."""
         return vision_policy(self.policy).reads_text
