@@ -13,6 +13,7 @@ from winnow.engine.errors import EvalError, ModelError
 from winnow.server import __version__
 from winnow.server.calibrate import calibrate
 from winnow.server.settings import SettingsError, load
+from winnow.server.thresholds import thresholds
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -24,6 +25,7 @@ def _print_version(wanted: bool) -> None:
 
 
 app.command()(calibrate)
+app.command()(thresholds)
 
 
 @app.callback()

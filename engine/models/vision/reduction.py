@@ -35,29 +35,49 @@ def run_layers(layers: Sequence[Any], embedded: Tensor, lead: int, vision: Visio
     assert isinstance(policy, EncoderPolicy)
     keep = vision.tokens(patches)
     counts = policy.counts(len(layers), patches, keep, vision) if keep < patches else None
-    states = embedded
-    sizes = torch.ones(patches, device=embedded.device)
-    places = torch.arange(patches, device=embedded.device)
+    run = Run(embedded, lead, len(layers))
     for number, layer in enumerate(layers):
-        normed = layer.layer_norm1(states[None])
-        bias = _bias(sizes, lead, states.dtype)
-        states = states + layer.self_attn(hidden_states=normed, attention_mask=bias)[0][0]
-        if counts is not None:
-            tokens = LayerTokens(
-                layer=number,
-                layers=len(layers),
-                lead=lead,
-                states=states[lead:],
-                keys=_heads(layer.self_attn, layer.self_attn.k_proj(normed[:, lead:]))[0].transpose(0, 1),
-                sizes=sizes,
-                places=places,
-                attend=_Attention(layer.self_attn, normed, bias),
-            )
-            tokens = _reduced(policy, tokens, counts[number], vision)
-            states, sizes, places = torch.cat((states[:lead], tokens.states)), tokens.sizes, tokens.places
-        states = states + layer.mlp(layer.layer_norm2(states[None]))[0]
-    order = places.sort().indices
-    return torch.cat((states[:lead], states[lead:][order])), places[order]
+        tokens = run.attend(number, layer)
+        run.go_on(layer, tokens if counts is None else _reduced(policy, tokens, counts[number], vision))
+    order = run.places.sort().indices
+    return torch.cat((run.states[:lead], run.states[lead:][order])), run.places[order]
+
+
+class Run:
+    """One image on its way through the layers, each of which is run in two halves."""
+
+    def __init__(self, embedded: Tensor, lead: int, layers: int):
+        """As `run_layers` takes them; `layers` are counted."""
+        patches = len(embedded) - lead
+        self.states = embedded
+        """[lead + n, width]"""
+        self.places = torch.arange(patches, device=embedded.device)
+        """[n] int64"""
+        self._sizes = torch.ones(patches, device=embedded.device)
+        self._lead, self._layers = lead, layers
+
+    def attend(self, number: int, layer: Any) -> LayerTokens:
+        """Runs a layer up to its attention. Returns the patch tokens."""
+        lead = self._lead
+        normed = layer.layer_norm1(self.states[None])
+        bias = _bias(self._sizes, lead, normed.dtype)
+        self.states = self.states + layer.self_attn(hidden_states=normed, attention_mask=bias)[0][0]
+        return LayerTokens(
+            layer=number,
+            layers=self._layers,
+            lead=lead,
+            states=self.states[lead:],
+            keys=_heads(layer.self_attn, layer.self_attn.k_proj(normed[:, lead:]))[0].transpose(0, 1),
+            sizes=self._sizes,
+            places=self.places,
+            attend=_Attention(layer.self_attn, normed, bias),
+        )
+
+    def go_on(self, layer: Any, left: LayerTokens) -> None:
+        """Runs the rest of the layer on what is left of the patch tokens."""
+        states = torch.cat((self.states[: self._lead], left.states))
+        self.states = states + layer.mlp(layer.layer_norm2(states[None]))[0]
+        self._sizes, self.places = left.sizes, left.places
 
 
 def cannot(vision: Vision, model: str, why: str) -> PlanNotSupported:

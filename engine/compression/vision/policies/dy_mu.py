@@ -5,9 +5,8 @@
 A plain image leaves fewer tokens than a busy one. `keep` is the most that are left: where too few pairs are above the
 threshold, the most similar of the others merge as well, so that each layer leaves at most what `to_me` would.
 
-The reference finds its thresholds by running over many images: a layer's is the mean of the similarities down to which
-batches have to merge to lose r tokens per image. `thresholds` are what the caller has found for the model; without
-them `keep` alone says how much merges, which is the rule by which the reference looks for them.
+Thresholds are the model's: `winnow thresholds` finds them on a folder of images, as the reference does, so that these
+lose r tokens in each layer in the mean. Without them `keep` alone says how much of an image merges.
 
 Where we depart: virtual unmerging is left out. It has the language model attend as though a merged token stood at the
 places of all patches that it is made of, each with a key turned to its own position; pages hold one key per token, and
