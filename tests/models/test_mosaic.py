@@ -70,6 +70,9 @@ def test_cells_lie_where_they_are_named(bank: Bank) -> None:
     kinds = bank.patch_kinds([mosaic])[0].reshape(12, 12)
     rows, columns = np.nonzero(kinds)
     assert len(rows) and rows.max() < 4 and columns.min() >= 8
+    places = bank.patch_places([mosaic, Mosaic(2, (-1,) * 4, (source,) * 4)])
+    assert set(places[0, kinds.reshape(-1) > 0]) == {4 + 2}
+    assert places[1].reshape(12, 12)[::6, ::6].tolist() == [[0, 1], [2, 3]]
     assert Asker(random.Random(0))._where(mosaic)[1].answer == "top right"
 
 

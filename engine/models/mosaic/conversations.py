@@ -28,7 +28,7 @@ from winnow.engine.models.mosaic.scenes import KINDS, Bank
 
 _NO_TARGET = -100
 _WORDS = range(UNKNOWN + 5, len(VOCABULARY))
-_SYSTEM_PART, _TEXT_FIRST_PART, _LONGEST_SYSTEM = 0.15, 0.3, 12
+_SYSTEM_PART, _TEXT_FIRST_PART, _LONGEST_SYSTEM = 0.1, 0.1, 12
 
 
 class Batch(NamedTuple):
@@ -40,6 +40,8 @@ class Batch(NamedTuple):
     """[mosaics, longest] int64: the next token where it belongs to an answer, else -100."""
     patches: Tensor
     """[mosaics, 144] int64: 0 where a patch shows background, else 1 + kind."""
+    places: Tensor
+    """[mosaics, 144] int64: which of all grids' cells a patch is in."""
     presence: Tensor
     """[mosaics, kinds] f32: 1 where the mosaic shows the kind."""
 
@@ -64,7 +66,8 @@ def conversations(bank: Bank, seed: Sequence[int], mosaics: int, turns: int, var
     for row, scene in enumerate(scenes):
         presence[row, [kind for kind in scene.cells if kind >= 0]] = 1.0
     tokens, targets = padded(written)
-    return Batch(torch.from_numpy(pixels), tokens, targets, torch.from_numpy(bank.patch_kinds(scenes)), presence)
+    patches, places = (torch.from_numpy(of(scenes)) for of in (bank.patch_kinds, bank.patch_places))
+    return Batch(torch.from_numpy(pixels), tokens, targets, patches, places, presence)
 
 
 def write_ids(questions: Sequence[Question], choices: random.Random | None = None) -> tuple[list[int], list[int]]:

@@ -23,6 +23,8 @@ KINDS = len(SHAPES) * len(COLOURS)
 
 SIDE, PATCH = 96, 8
 GRIDS = (2, 3)
+PLACES = sum(grid**2 for grid in GRIDS)
+"""Cells of all grids"""
 SMALLEST = 16
 """Shapes that are less than this many pixels across (of 64) are left out: in a 3x3 mosaic little is left of them."""
 
@@ -101,6 +103,17 @@ class Bank:
             shown = np.where(covered & (cells[..., None, None] >= 0), cells[..., None, None] + 1, 0)
             out[places] = _tiled(shown[..., None], grid).reshape(len(places), -1)
         return out
+
+    @staticmethod
+    def patch_places(mosaics: Sequence[Mosaic]) -> NDArray[np.int64]:
+        """[mosaics, 144] which of all grids' cells each patch is in: 0 to 3 are those of 2x2, 4 to 12 those of 3x3."""
+        first = {grid: sum(smaller**2 for smaller in GRIDS if smaller < grid) for grid in GRIDS}
+        of_grid = {}
+        for grid in GRIDS:
+            numbers = np.arange(grid * grid).reshape(grid, grid) + first[grid]
+            side = SIDE // grid // PATCH
+            of_grid[grid] = numbers.repeat(side, 0).repeat(side, 1).reshape(-1)
+        return np.stack([of_grid[mosaic.grid] for mosaic in mosaics])
 
 
 def load_bank(split: Split, images: Path | None = None, flips: bool = False) -> Bank:

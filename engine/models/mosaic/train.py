@@ -19,7 +19,7 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -28,13 +28,13 @@ from transformers import LlavaForConditionalGeneration
 from winnow.engine.models.mosaic import checkpoint
 from winnow.engine.models.mosaic.conversations import Batch, conversations
 from winnow.engine.models.mosaic.evaluate import Score, evaluate, pixel_values
-from winnow.engine.models.mosaic.scenes import KINDS, Bank, load_bank
+from winnow.engine.models.mosaic.scenes import KINDS, PLACES, Bank, load_bank
 
 TURNS = 6
 WARM_UP = 200
 MEASURED = (20, 60)
 """Steps by whose speed `--minutes` becomes a number of steps."""
-PATCH_WEIGHT, PRESENCE_WEIGHT = 0.5, 0.5
+PATCH_WEIGHT, PLACE_WEIGHT, PRESENCE_WEIGHT = 0.5, 0.5, 0.5
 WEIGHT_DECAY, CLIP = 0.05, 1.0
 LOG_EVERY, EVALUATE_EVERY = 20, 500
 QUICK, WHOLE = 64, 560
@@ -46,14 +46,17 @@ class Losses(NamedTuple):
     right: Tensor
     """Part of the answers' tokens that are predicted."""
     patches: Tensor
+    places: Tensor
     presence: Tensor
 
 
 class Student(nn.Module):
-    """The model with what teaches its tower: what each patch shows, and, from the class token, what the image shows.
+    """The model with what teaches its tower: what each patch shows, in which cell it is, and, from the class token,
+    what the image shows. Nothing but its position's embedding says where a patch is: from answers alone the model
+    learns what is there long before it learns where.
 
     The class token's task makes its attention mean something, by which some policies prune; it is set at the layer
-    that is read and at the last one. Both heads are left out of the checkpoint.
+    that is read and at the last one. The heads are left out of the checkpoint.
     """
 
     def __init__(self) -> None:
@@ -62,6 +65,7 @@ class Student(nn.Module):
         self.llava = LlavaForConditionalGeneration(config)
         width = config.vision_config.hidden_size
         self.patches = nn.Linear(width, 1 + KINDS)
+        self.places = nn.Linear(width, PLACES)
         self.presence = nn.ModuleList(nn.Linear(width, KINDS) for _ in range(2))
 
     def forward(self, batch: Batch) -> Losses:
@@ -85,6 +89,7 @@ class Student(nn.Module):
             answers=F.cross_entropy(logits, targets),
             right=(logits.argmax(-1) == targets).float().mean(),
             patches=F.cross_entropy(self.patches(read[:, 1:]).float().flatten(0, 1), batch.patches.flatten()),
+            places=F.cross_entropy(self.places(read[:, 1:]).float().flatten(0, 1), batch.places.flatten()),
             presence=torch.stack(presence).mean(),
         )
 
@@ -100,11 +105,26 @@ class Steps(Dataset[Batch]):
 
 
 class Trainer:
-    def __init__(self, bank: Bank, test: Bank, out: Path, state: Path, device: str, batch: int, rate: float, seed: int):
+    def __init__(
+        self,
+        bank: Bank,
+        test: Bank,
+        out: Path,
+        state: Path,
+        device: str,
+        batch: int,
+        rate: float,
+        seed: int,
+        weights: Path | None = None,
+    ):
         self.device, self.rate, self.seed, self.batch = torch.device(device), rate, seed, batch
         self.out, self.state, self.bank, self.test = out, state, bank, test
         torch.manual_seed(seed)
         self.student = Student().to(self.device)
+        if weights is not None:
+            odd = self.student.llava.load_state_dict(load_file(weights), strict=False)
+            if odd.unexpected_keys or odd.missing_keys != ["lm_head.weight"]:  # which is tied to the embeddings
+                raise ValueError(f"{weights}: not the weights of this model")
         decayed = [weight for weight in self.student.parameters() if weight.ndim > 1]
         others = [weight for weight in self.student.parameters() if weight.ndim < 2]
         groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
@@ -177,7 +197,8 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             losses: Losses = self.student(batch)
         self.optimizer.zero_grad(set_to_none=True)
-        total = losses.answers + PATCH_WEIGHT * losses.patches + PRESENCE_WEIGHT * losses.presence
+        taught = PATCH_WEIGHT * losses.patches + PLACE_WEIGHT * losses.places + PRESENCE_WEIGHT * losses.presence
+        total = losses.answers + taught
         total.backward()
         nn.utils.clip_grad_norm_(self.student.parameters(), CLIP)
         self.optimizer.step()
@@ -230,12 +251,15 @@ def main(
     rate: Annotated[float, typer.Option(help="highest learning rate")] = 1e-3,
     workers: Annotated[int, typer.Option(min=0, help="processes that make data ahead")] = 0,
     seed: int = 0,
+    weights: Annotated[
+        Path | None, typer.Option(help="model.safetensors to begin with where there is no state")
+    ] = None,
 ) -> None:
     if (steps is None) == (minutes is None):
         raise typer.BadParameter("give either --steps or --minutes")
     torch.set_float32_matmul_precision("high")
     test, bank = load_bank("test", images), load_bank("train", images, flips=True)
-    trainer = Trainer(bank, test, out, state or out / "state.pt", device, batch, rate, seed)
+    trainer = Trainer(bank, test, out, state or out / "state.pt", device, batch, rate, seed, weights)
     trainer.train(steps, minutes, workers)
 
 
