@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 
+from winnow.engine.compression.policy import LaneView
+from winnow.engine.compression.registry import eviction_policy
 from winnow.engine.errors import PlanNotSupported, RequestError
 from winnow.engine.messages import Array
 from winnow.engine.models.decoder import Decoder
 
 from ..models.checkpoints import prompt_of
-from .bench import Bench, assert_same, pages_for
+from .bench import Bench, assert_same, pages_for, same_bits
 from .seeing import CHANNELS, IMAGE, VIDEO, TinyEyes, picture, pictured
 
 NEW = 12
@@ -286,3 +289,27 @@ def test_arrays_must_be_what_they_say(tiny: Decoder, array: Array) -> None:
 def test_what_the_engine_says_of_itself(tiny: Decoder) -> None:
     assert Bench(tiny, eyes=TinyEyes()).engine.info.sees == {"image": 150, "video": 151}
     assert Bench(tiny).engine.info.sees == {}
+
+
+@pytest.mark.parametrize("axes", [False, True])
+def test_policies_that_look_ahead_are_told_where_rope_has_the_text(
+    tiny: Decoder, turning: tuple[Decoder, Any], axes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In 44 rows of text pictures of 6 x 6 and 4 x 9 tokens count as 6 and 9 positions on the longest axis."""
+    views: list[LaneView] = []
+    policy = eviction_policy("expected_attention")
+    score = policy.score
+
+    def watched(view: LaneView, params: Any) -> Any:
+        views.append(view)
+        there = replace(view, seen=view.seen + view.ahead, ahead=0)
+        assert same_bits(score(view, params), score(there, params))
+        assert not same_bits(score(view, params), score(replace(view, ahead=0), params))
+        return score(view, params)
+
+    monkeypatch.setattr(policy, "score", watched)
+    bench = Bench(turning[0] if axes else tiny, eyes=TinyEyes(has_axes=axes))
+    bench.alone(TWO[0], 2, PRUNED | evicted(policy="expected_attention"), pictures=TWO[1])
+    assert views
+    positions = 44 + (6 + 9 if axes else 72)
+    assert {view.seen + view.ahead for view in views} == {positions}
