@@ -47,9 +47,9 @@ class Model:
             seen.clear()
         with torch.no_grad():
             given = {name: torch.from_numpy(value) for name, value in read.items()}
-            made = self.reference.model.get_image_features(**given).pooler_output[0]
+            made = self.reference.model.get_image_features(**given).pooler_output
         batched = {name: value if self._is_flat(name) else value[0] for name, value in read.items()}
-        return self.eyes.encode(batched), made, batched
+        return self.eyes.encode(batched), torch.cat([part.flatten(0, -2) for part in made]), batched
 
     def _is_flat(self, name: str) -> bool:
         """Whether transformers puts several images' rows into one array."""
@@ -207,6 +207,21 @@ def test_places(model: Model, size: tuple[int, int]) -> None:
         cells = [(0, row, column) for row in range(2) for column in range(2)]
         assert places[-4:].tolist() == [list(cell) for cell in cells], "the whole image comes last"
         assert places[:-4, 0].tolist() == [crop for crop in range(1, crops) for _ in range(4)]
+
+
+def test_bfloat16(model: Model, tmp_path: Path) -> None:
+    """As on a GPU: close, and what policies are shown is float32 in host memory."""
+    exact, _, read = model.see(50, 70)
+    save_vlm(tmp_path, model.family)
+    eyes: Any = load_eyes(tmp_path, torch.device("cpu"), torch.bfloat16)
+    rough = eyes.encode(read)
+    for signal in ("attention", "keys", "hidden"):
+        one, other = (getattr(features.signals, signal)(-1) for features in (rough, exact))
+        assert one.dtype == torch.float32
+        assert torch.corrcoef(torch.stack((one.flatten(), other.flatten())))[0, 1] > 0.99
+    assert rough.embeddings.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(rough.embeddings, exact.embeddings).min() > 0.98
+    assert 1.8 * rough.signals.nbytes < exact.signals.nbytes < 2.2 * rough.signals.nbytes
 
 
 def test_column_sums_in_blocks(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -35,7 +35,7 @@ class _Grid:
     height: int
     width: int
     order: Tensor | None
-    """[squares] the square at each place; None where they are in their own order"""
+    """[squares] the square at each place, in host memory; None where they are in their own order"""
     turns: tuple[Tensor, Tensor]
     """cos, sin [rows, head_dim]"""
     bounds: list[Tensor]
@@ -82,7 +82,7 @@ class QwenTower:
             embeddings=_back(projected, grid).float().cpu(),
             places=grid_places(torch.arange(grid.frames), grid.height // edge, grid.width // edge),
             signals=TowerSignals(
-                states=states,
+                states=[state.cpu() for state in states],
                 attends=lambda layer, x: self._attends(layer, x, grid),
                 to_tokens=lambda x: _back(x.unflatten(0, (-1, edge**2)).mean(1), grid),
                 has_class=False,
@@ -126,9 +126,8 @@ class QwenTower:
         size, everywhere = self._windows
         order, windows = get_vision_window_index(shape, self._edge, size, self._vit.patch_size)
         bounds = [whole if layer in everywhere else windows for layer in range(layers)]
-        grid = _Grid(frames, height, width, order.to(self._device), (cos, sin), bounds)
-        turns = self._in_order(cos, grid), self._in_order(sin, grid)
-        return _Grid(frames, height, width, grid.order, turns, bounds)
+        grid = _Grid(frames, height, width, order, (cos, sin), bounds)
+        return replace(grid, turns=(self._in_order(cos, grid), self._in_order(sin, grid)))
 
     def _in_order(self, x: Tensor, grid: _Grid) -> Tensor:
         """[rows, D] as the grid's own order is -> as the layers read them."""
@@ -136,7 +135,7 @@ class QwenTower:
 
     def _attends(self, layer: int, x: Tensor, grid: _Grid) -> Attention:
         block, bounds = self._vit.blocks[layer], grid.bounds[layer].tolist()
-        made = block.attn.qkv(block.norm1(x)).unflatten(1, (3, block.attn.num_heads, -1))
+        made = block.attn.qkv(block.norm1(x.to(self._device))).unflatten(1, (3, block.attn.num_heads, -1))
         raw, keys = made[:, 1], made[:, 1]
         queries, keys = apply_rotary_pos_emb_vision(made[:, 0], keys, *grid.turns)
         return Attention(queries, keys, raw, list(pairwise(bounds)))

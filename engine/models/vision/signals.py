@@ -1,7 +1,7 @@
 """What a vision tower saw on its way, computed when a policy asks for it.
 
-What each layer read is kept, and nothing else: attention comes from the layer's own queries and keys, made again for
-the rows that are needed. Nothing forces the tower itself to attend eagerly.
+What each layer read is kept, in host memory, and nothing else: attention comes from the layer's own queries and keys,
+made again for the rows that are needed. Nothing forces the tower itself to attend eagerly.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class TowerSignals:
     """`compression.vision.features.Signals` of a tower's layers."""
 
     states: Sequence[Tensor]
-    """What each layer reads, and what the last one puts out: rows of `width` numbers, in any shape"""
+    """What each layer reads, and what the last one puts out: rows of `width` numbers, in any shape; in host memory"""
     attends: Callable[[int, Tensor], Attention]
-    """(layer, what it reads) -> what it attends by"""
+    """(layer, what it reads) -> what it attends by, where the tower computes"""
     to_tokens: Callable[[Tensor], Tensor]
     """[rows, D] -> [N, D] of placeholders"""
     has_class: bool
@@ -63,15 +63,15 @@ class TowerSignals:
                 paid[first:end] = _attention(q[:, :1], k).mean(0)[0]
             else:
                 paid[first:end] = _column_sums(q, k) / self.matrix_rows
-        return self.to_tokens(paid[:, None])[:, 0].cpu()
+        return self.to_tokens(paid[:, None].cpu())[:, 0]
 
     @torch.inference_mode()
     def keys(self, layer: int) -> Tensor:
-        return self.to_tokens(self._attention_of(layer).raw_keys.flatten(1).float()).cpu()
+        return self.to_tokens(self._attention_of(layer).raw_keys.flatten(1).float().cpu())
 
     @torch.inference_mode()
     def hidden(self, layer: int) -> Tensor:
-        return self.to_tokens(self.states[self._index(layer) + 1].flatten(0, -2).float()).cpu()
+        return self.to_tokens(self.states[self._index(layer) + 1].flatten(0, -2).float())
 
     def _attention_of(self, layer: int) -> Attention:
         at = self._index(layer)

@@ -95,7 +95,7 @@ class CropTower(ABC):
             places=self.places(crops, inputs),
             crop_grid=self.crop_grid(crops, inputs),
             signals=TowerSignals(
-                states=states,
+                states=[state.cpu() for state in states],
                 attends=self.attends,
                 to_tokens=lambda x: self.to_tokens(x.unflatten(0, (crops, rows)), inputs),
                 has_class=self.has_class,
@@ -106,7 +106,7 @@ class CropTower(ABC):
     def attends(self, layer: int, x: Tensor) -> Attention:
         """What a layer attends by that reads x [crops, rows, width]."""
         block: Any = self.stack[layer]
-        attention, read = block.self_attn, block.layer_norm1(x).flatten(0, 1)
+        attention, read = block.self_attn, block.layer_norm1(x.to(self._device)).flatten(0, 1)
         queries, keys = (
             linear(read).unflatten(1, (attention.num_heads, -1)) for linear in (attention.q_proj, attention.k_proj)
         )
