@@ -33,6 +33,8 @@ def build_engine(settings: EngineSettings, ranks: Ranks = ALONE) -> Engine:
     path = resolve_model(settings.model)
     eyes = load_eyes(path, ops.device(), torch.bfloat16 if settings.device == "cuda" else torch.float32)
     engine = Engine(settings, model, ops, settings.model, load_profiles(path), load_frontier(path), draft, eyes)
+    if settings.device == "cuda" and settings.threads is None:
+        torch.set_num_threads(1)  # what is left to do here is too small to be shared out
     for each in (engine, draft):
         if each is not None and each.graphs is not None:
             each.graphs.warm_up(WARM_UP_S)

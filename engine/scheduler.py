@@ -164,6 +164,9 @@ class Scheduler:
     def _admit(self) -> None:
         """Starts waiting sequences, oldest first, while what they will hold at their peak fits beside the others."""
         busy = sum(min(seq.remaining, self._max_step_tokens) for seq in self.running)
+        if not self.waiting:
+            return
+        outstanding = sum(map(self._outstanding, self.running))
         while self.waiting and busy < self._max_step_tokens:
             seq = self.waiting[0]
             promised = sum(len(other.siblings) for other in self.running)
@@ -172,9 +175,11 @@ class Scheduler:
             # What is found is in use from here on, so that it does not count as pages that could be given back.
             self._start(seq)
             hit_tokens, found = seq.computed, seq.has_question and seq.computed == seq.document_tokens
-            if len(self.running) > 1 and not self._make_room():
+            room = self._make_room(outstanding + self._outstanding(seq))
+            if room is None:
                 self._stop(seq)
                 return
+            outstanding = room
             self.waiting.popleft()
             if not seq.sampled:
                 seq.cached_tokens, seq.found_document = hit_tokens, found
@@ -185,12 +190,17 @@ class Scheduler:
                     self.counters.document_queried_tokens += seq.document_tokens
             busy += min(seq.remaining, self._max_step_tokens)
 
-    def _make_room(self) -> bool:
-        """Sees to it that those who run can all reach their peak, if need be by compressing some of them further."""
-        while not self._make_free(sum(self._outstanding(seq) for seq in self.running)):
+    def _make_room(self, outstanding: int) -> int | None:
+        """Sees to it that those who run can all reach their peak, if need be by compressing some of them further.
+
+        Returns the pages that they will still take, given as `outstanding`; None if there is no room. One alone always
+        has room.
+        """
+        while len(self.running) > 1 and not self._make_free(outstanding):
             if not self._squeeze(self.running):
-                return False
-        return True
+                return None
+            outstanding = sum(map(self._outstanding, self.running))
+        return outstanding
 
     def _outstanding(self, seq: Sequence) -> int:
         """Pages that a sequence will still take to read what it knows, before its plan gives any back."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 from torch import Tensor
@@ -40,13 +41,15 @@ def attention(q: Tensor, batch: LaneBatch, kv: PagedKV, layer: int, scale: float
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:2], dtype=torch.float32) if "mass" in native.sides else None
     decode, chunk = (attend_tile(is_decode, group, dim, q.dtype == torch.float32) for is_decode in (True, False))
-    counts = batch.cu_rows.diff()
-    few = decode.M // group
+    few, rows = decode.M // group, chunk.M // group
+    if (few, rows) not in native.work:  # once a step, for all layers
+        native.work[few, rows] = _work(batch.cu_rows, few, rows)
+    has_few, blocks = native.work[few, rows]
     shared = _arguments(native, kv, layer, scale, window, group)
-    if bool(((counts > 0) & (counts <= few)).any()):
+    if has_few:
         _decode(q, out, lse, native, kv, decode, min(native.most_rows, few), shared)
-    if native.most_rows > few:
-        _chunks(q, out, lse, native, kv, chunk, _blocks(counts, few, chunk.M // group), shared)
+    if blocks is not None:
+        _chunks(q, out, lse, native, kv, chunk, blocks, shared)
     if lse is not None:
         add_votes(q, lse, batch, kv, layer, scale, window)
     return out.flatten(1)
@@ -136,13 +139,19 @@ def _chunks(
         )
 
 
-def _blocks(counts: Tensor, few: int, rows: int) -> Tensor:
-    """[n, 2] int32 on the device: b and first row of each block of `rows` rows, in sequences with more than `few`."""
-    many = torch.where(counts > few, -(-counts // rows), 0)
-    b = torch.repeat_interleave(torch.arange(len(counts), dtype=torch.int32), many.long())
-    first = torch.arange(len(b), dtype=torch.int32) - (many.cumsum(0, dtype=torch.int32) - many)[b]
+def _work(cu_rows: Tensor, few: int, rows: int) -> tuple[bool, Tensor | None]:
+    """Whether sequences have rows, but no more than `few`; and of those that have more, on the device, [n, 2] int32: b
+    and first row of each block of `rows` rows. None if there are none."""
+    counts = np.diff(cu_rows.numpy())
+    has_few = bool(((counts > 0) & (counts <= few)).any())
+    many = np.where(counts > few, -(-counts // rows), 0)
+    if not many.any():
+        return has_few, None
+    b = np.repeat(np.arange(len(counts)), many)
+    first = np.arange(len(b)) - (many.cumsum() - many)[b]
     # Those that see most begin first, and those that see least fill what the others leave.
-    return upload(torch.stack([b, first * rows], 1).flip(0))
+    blocks = np.stack([b, first * rows], 1)[::-1].astype(np.int32)
+    return has_few, upload(torch.from_numpy(blocks))
 
 
 def _parts(native: DeviceBatch, compute: PageFormat) -> list[tuple[int, PageFormat]]:
