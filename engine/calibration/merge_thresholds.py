@@ -39,13 +39,13 @@ def merge_thresholds(eyes: LlavaTower, images: Sequence[Inputs], vision: Vision)
 
 
 def _of_batch(eyes: LlavaTower, images: Sequence[Inputs], vision: Vision) -> list[float]:
-    layers, lead = list(eyes.stack), int(eyes.has_class)
+    layers = list(eyes.stack)
     runs = []
     for inputs in images:
         pixels = eyes.pixels(inputs)
         if len(pixels) > 1:
             raise ModelError("an image is several crops for this model, which puts them together from whole grids")
-        runs.append(Run(eyes.embed(pixels)[0], lead, len(layers)))
+        runs.append(Run(eyes.embed(pixels)[0], eyes.has_class, len(layers)))
     patches = len(runs[0].places)
     if (keep := vision.tokens(patches)) >= patches:
         raise ModelError(f"an image has {patches} patches for this model: to keep {keep} merges nothing")

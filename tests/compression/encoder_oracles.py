@@ -14,14 +14,16 @@ from torch import Tensor
 
 Token = dict[str, Any]
 Reduce = Callable[[list[Token], list[Token], Tensor, int, int, int], list[Token]]
-"""(class tokens, patch tokens, attention [heads, n, n], how many are to stay, layer, layers) -> those that stay"""
+"""(class token and padding, patch tokens, attention [heads, n, n], how many stay, layer, layers) -> those that stay"""
 
 
 def tower(
-    layers: list[Any], embedded: Tensor, lead: int, counts: list[int], reduce: Reduce
+    layers: list[Any], embedded: Tensor, has_class: bool, shown: list[int], counts: list[int], reduce: Reduce
 ) -> tuple[Tensor, list[int]]:
-    """Like `reduction.run_layers`."""
-    tokens = [{"x": x, "size": 1.0, "place": i - lead} for i, x in enumerate(embedded)]
+    """Like `reduction.run_layers`, of which `counts` are the policy's."""
+    tokens = [{"x": x, "size": 1.0, "place": i - has_class, "is_class": i < has_class} for i, x in enumerate(embedded)]
+    tokens.sort(key=lambda token: token["place"] in shown)
+    lead = len(tokens) - len(shown)
     for number, layer in enumerate(layers):
         heads = layer.self_attn.num_heads
         x = layer.layer_norm1(torch.stack([token["x"] for token in tokens]))
@@ -39,8 +41,14 @@ def tower(
         tokens = first + reduce(first, patches, attention, counts[number], number, len(layers))
         for token in tokens:
             token["x"] = token["x"] + layer.mlp(layer.layer_norm2(token["x"]))
-    first, patches = tokens[:lead], sorted(tokens[lead:], key=lambda token: token["place"])
+    first, patches = tokens[: int(has_class)], sorted(tokens[lead:], key=lambda token: token["place"])
     return torch.stack([token["x"] for token in first + patches]), [token["place"] for token in patches]
+
+
+def dealt(first: list[Token], tokens: list[Token]) -> tuple[list[Token], list[Token]]:
+    """In turn, beginning with the class token, which looks for no partner."""
+    both = [*(token for token in first if token["is_class"]), *tokens]
+    return [token for token in both[::2] if not token["is_class"]], both[1::2]
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
@@ -77,9 +85,7 @@ def paired(sources: list[Token], targets: list[Token], drop: int) -> list[Token]
 
 def to_me(first: list[Token], tokens: list[Token], attention: Tensor, count: int, *_: int) -> list[Token]:
     while len(tokens) > count:
-        dealt = [*first, *tokens]  # the class token is dealt, and stays
-        sources = [token for i, token in enumerate(dealt) if i % 2 == 0 and i >= len(first)]
-        targets = [token for i, token in enumerate(dealt) if i % 2 == 1]
+        sources, targets = dealt(first, tokens)
         tokens = paired(sources, targets, min(len(tokens) - count, len(tokens) // 2))
     return tokens
 
@@ -89,9 +95,7 @@ def dy_mu(thresholds: list[float]) -> Reduce:
         is_first = True
         while len(tokens) > 1 and (is_first or len(tokens) > count):
             is_first = False
-            dealt = [*first, *tokens]
-            sources = [token for i, token in enumerate(dealt) if i % 2 == 0 and i >= len(first)]
-            targets = [token for i, token in enumerate(dealt) if i % 2 == 1]
+            sources, targets = dealt(first, tokens)
             over = sum(nearest(s, targets)[0] > thresholds[min(layer, len(thresholds) - 1)] for s in sources)
             drop = min(max(over, len(tokens) - count), len(tokens) // 2)
             tokens = paired(sources, targets, drop) if drop else tokens
@@ -124,7 +128,8 @@ def pi_to_me(
 
 def diff_rate(first: list[Token], tokens: list[Token], attention: Tensor, count: int, *_: int) -> list[Token]:
     lead = len(first)
-    rows = attention.mean(0)[:lead] if lead else attention.mean(0)
+    has_class = bool(first) and first[0]["is_class"]
+    rows = attention.mean(0)[:1] if has_class else attention.mean(0)
     order = [tokens[i] for i in best(rows.mean(0)[lead:].tolist())]
     merging = round(0.5 * (len(tokens) - count))
     stay, sources = order[:count], order[count : count + merging]

@@ -73,20 +73,20 @@ def plan(name: str, keep: float, **knobs: Any) -> Vision:
     return vision
 
 
-KINDS = pytest.mark.parametrize(("kind", "lead"), [("clip", 1), ("siglip", 0)])
+KINDS = pytest.mark.parametrize(("kind", "has_class"), [("clip", True), ("siglip", False)])
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ENCODER)
 @KINDS
-def test_keeping_all_is_the_tower_itself(kind: str, lead: int, name: str) -> None:
+def test_keeping_all_is_the_tower_itself(kind: str, has_class: bool, name: str) -> None:
     image = pixels(1)
-    states, places = run_layers(tower(kind).encoder.layers, embedded(kind, image), lead, plan(name, 36))
+    states, places = run_layers(tower(kind).encoder.layers, embedded(kind, image), has_class, plan(name, 36), 36)
     layers = tower(kind)(image[None], output_hidden_states=True).hidden_states
     expected = layers[-1] if kind == "clip" else tower(kind).encoder(embedded(kind, image)[None]).last_hidden_state
     assert torch.equal(states, expected[0])
     assert places.tolist() == list(range(36))
-    states, _ = run_layers(tower(kind).encoder.layers[:-2], embedded(kind, image), lead, plan(name, 36))
+    states, _ = run_layers(tower(kind).encoder.layers[:-2], embedded(kind, image), has_class, plan(name, 36), 36)
     assert torch.equal(states, layers[-3][0])
 
 
@@ -94,24 +94,30 @@ def test_keeping_all_is_the_tower_itself(kind: str, lead: int, name: str) -> Non
 @pytest.mark.parametrize("name", ENCODER)
 @KINDS
 @pytest.mark.parametrize(
-    ("keep", "layers", "blocks"),
+    ("keep", "layers", "blocks", "padding"),
     [
-        (1, 5, 1),
-        (1, 2, 2),  # layers lose more than half of their tokens
-        (9, 5, 2),
-        (20, 5, 1),
-        (33, 5, 2),  # layers lose nothing
-        (18, 1, 1),
+        (1, 5, 1, 0),
+        (1, 2, 2, 0),  # layers lose more than half of their tokens
+        (9, 5, 2, 0),
+        (20, 5, 1, 0),
+        (33, 5, 2, 0),  # layers lose nothing
+        (18, 1, 1, 0),
+        (11, 4, 1, 6),  # the first and the last row of patches are padding
+        (5, 3, 1, 12),  # most patches are
     ],
 )
-def test_equals_the_rule_of_the_paper(kind: str, lead: int, name: str, keep: int, layers: int, blocks: int) -> None:
+def test_equals_the_rule_of_the_paper(
+    kind: str, has_class: bool, name: str, keep: int, layers: int, blocks: int, padding: int
+) -> None:
     knobs, oracle = ORACLES[name]
     vision = plan(name, keep, **knobs)
     stack = deepcopy(tower(kind).encoder.layers[:layers]).double()  # nearly equal merits are not decided by rounding
     x = embedded(kind, pixels(keep, blocks)).double()
+    shown = list(range(padding, 36 - padding))
     policy: Any = vision_policy(name)
-    states, places = run_layers(stack, x, lead, vision)
-    expected, at = oracles.tower(stack, x, lead, policy.counts(layers, 36, keep, vision), oracle)
+    states, places = run_layers(stack, x, has_class, vision, keep, torch.tensor(shown) if padding else None)
+    counts = policy.counts(layers, len(shown), keep, vision)
+    expected, at = oracles.tower(stack, x, has_class, shown, counts, oracle)
     assert places.tolist() == at
     torch.testing.assert_close(states, expected, rtol=1e-5, atol=1e-4)
     assert len(places) == keep or (name == "dy_mu" and len(places) < keep)

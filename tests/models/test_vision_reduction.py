@@ -11,7 +11,8 @@ import torch
 
 from winnow.engine.compression.plan import Plan
 from winnow.engine.compression.vision.plan import Vision
-from winnow.engine.compression.vision.policy import EncoderPolicy
+from winnow.engine.compression.vision.policy import EncoderPolicy, with_marks
+from winnow.engine.compression.vision.ranking import share
 from winnow.engine.compression.vision.registry import VISION, vision_policy
 from winnow.engine.errors import PlanNotSupported
 from winnow.engine.models.vision.build import load_eyes
@@ -53,8 +54,8 @@ def loaded(folder: Path, family: str, **changes: Any) -> Any:
     return load_eyes(folder, torch.device("cpu"), torch.float32)
 
 
-def read(family: str, seed: int = 0) -> dict[str, np.ndarray]:
-    given = image_processor(family)(image_of(40, 60, seed), return_tensors="np")
+def read(family: str, height: int = 40, width: int = 60) -> dict[str, np.ndarray]:
+    given = image_processor(family)(image_of(height, width), return_tensors="np")
     return {name: value if family in ("llava", "qwen2_vl", "qwen2_5_vl") else value[0] for name, value in given.items()}
 
 
@@ -85,7 +86,8 @@ def test_as_many_tokens_as_are_kept(eyes: Any, name: str, keep: int) -> None:
     again = eyes.reduced(inputs, plan(name, keep))
     assert torch.equal(view.tokens, again.tokens) and torch.equal(view.embeddings, again.embeddings)
     # What is projected is what the layers leave of each patch, at its place.
-    states, left = run_layers(eyes.stack, eyes.embed(eyes.pixels(inputs))[0], int(eyes.has_class), plan(name, keep))
+    embedded = eyes.embed(eyes.pixels(inputs))[0]
+    states, left = run_layers(eyes.stack, embedded, eyes.has_class, plan(name, keep), keep)
     expected = eyes._projector(states[-keep:])
     torch.testing.assert_close(view.embeddings[is_patch], expected)
     assert (view.tokens[is_patch] - int((places[:, 0] < 0).sum())).tolist() == left.tolist()
@@ -103,11 +105,54 @@ def test_one_crop_of_a_model_that_has_newlines(tmp_path: Path) -> None:
     assert int((view.tokens < 9).sum()) == 4
 
 
+@pytest.fixture(scope="module")
+def cropping(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """LLaVA-NeXT's, of 16 patches a crop."""
+    return loaded(tmp_path_factory.mktemp("next"), "llava_next")
+
+
+@pytest.mark.parametrize("size", [(32, 32), (40, 60), (90, 20)])  # with padding at the sides, above, and neither
+@pytest.mark.parametrize("keep", [1, 3, 0.25, 0.9])
+@pytest.mark.parametrize("name", ENCODER)
+def test_crops(cropping: Any, name: str, keep: float, size: tuple[int, int]) -> None:
+    """Each crop keeps its share, and what is left of it depends on that crop alone."""
+    inputs = read("llava_next", *size)
+    features, vision = cropping.encode(inputs), plan(name, keep)
+    view = cropping.reduced(inputs, vision)
+    is_patch = features.places[view.tokens, 0] >= 0
+    assert int(is_patch.sum()) == vision.tokens(len(features.patches))
+    assert torch.equal(view.tokens, with_marks(features.places, view.tokens[is_patch]))
+    assert torch.equal(view.embeddings[~is_patch], features.embeddings[view.tokens[~is_patch]])
+    sizes = features.grid[:, 0].bincount().tolist()
+    parts = share(vision.tokens(sum(sizes)), sizes, sizes)
+    pixels = cropping.pixels(inputs)
+    for crop, part in enumerate(parts):
+        mine = view.tokens[is_patch & (features.places[view.tokens, 0] == crop)]
+        assert len(mine) == part
+        if part:
+            at = features.places[features.places[:, 0] == crop]
+            shown = at[:, 1] * 4 + at[:, 2]
+            states, left = run_layers(cropping.stack, cropping.embed(pixels[[crop]])[0], True, vision, part, shown)
+            assert (features.places[mine, 1] * 4 + features.places[mine, 2]).tolist() == left.tolist()
+            expected = cropping._projector(states[1:])
+            torch.testing.assert_close(view.embeddings[torch.isin(view.tokens, mine)], expected)
+
+
+def test_keeping_all_crops(cropping: Any) -> None:
+    inputs = read("llava_next")
+    features, view = cropping.encode(inputs), cropping.reduced(inputs, plan("to_me", 1000))
+    assert torch.equal(view.tokens, torch.arange(len(features.places)))
+    assert torch.equal(view.embeddings, features.embeddings)
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "why"),
     [
-        ("llava_next", {}, "that of llava_next has whole grids put together where there are several crops"),
-        ("llava_onevision", {}, "that of llava_onevision has whole grids put together where there are several crops"),
+        (
+            "llava_onevision",
+            {},
+            "that of llava_onevision has its grid of patches shrunk, for which all are needed",
+        ),
         ("llava", {"vision_feature_layer": [-2, -1]}, "that of llava has states of several layers put side by side"),
         ("qwen2_vl", {}, "that of qwen2_vl makes each token of a square of patches"),
         ("qwen2_5_vl", {}, "that of qwen2_5_vl makes each token of a square of patches"),

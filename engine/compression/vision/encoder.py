@@ -24,7 +24,9 @@ class LayerTokens:
     layers: int
     """How many the tower runs"""
     lead: int
-    """Tokens before the patches: 1 in towers with a class token, else 0"""
+    """Tokens that attention has before these: the class token, and patches that are none of the image's tokens"""
+    has_class: bool
+    """Whether the first of them is the class token"""
     states: Tensor
     """[n, width]: the residual stream"""
     keys: Tensor

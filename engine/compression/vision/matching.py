@@ -42,8 +42,8 @@ class Pairs:
 
 def dealt(tokens: LayerTokens) -> Pairs:
     """The tokens are dealt in turn. The class token, too, as one that finds no partner."""
-    order = tokens.order
-    sources, targets = order[tokens.lead % 2 :: 2], order[1 - tokens.lead % 2 :: 2]
+    order, first = tokens.order, int(tokens.has_class)
+    sources, targets = order[first::2], order[1 - first :: 2]
     return Pairs(sources, targets, *partners(unit_keys(tokens), sources, targets))
 
 

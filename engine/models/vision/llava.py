@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from winnow.engine.compression.vision.plan import Vision
-from winnow.engine.compression.vision.policy import View, with_marks
+from winnow.engine.compression.vision.policy import View, whole, with_marks
+from winnow.engine.compression.vision.ranking import share
 from winnow.engine.errors import RequestError
 from winnow.engine.eyes import Inputs
 from winnow.engine.models.vision.anyres import layout_for
@@ -79,20 +80,52 @@ class LlavaTower(CropTower):
 
     @torch.inference_mode()
     def reduced(self, inputs: Inputs, vision: Vision) -> View:
-        pixels = self.pixels(inputs)
-        if len(pixels) > 1 or "pixel_values_videos" in inputs:
-            raise cannot(vision, self._config.model_type, "has whole grids put together where there are several crops")
+        """Each crop keeps its share of the patches that are shown."""
+        pixels, model = self.pixels(inputs), self._config.model_type
+        if "pixel_values_videos" in inputs or self._is_shrunk(len(pixels), inputs):
+            raise cannot(vision, model, "has its grid of patches shrunk, for which all are needed")
         if len(self._taken) > 1:
-            raise cannot(vision, self._config.model_type, "has states of several layers put side by side")
-        states, left = run_layers(list(self.stack), self.embed(pixels)[0], int(self.has_class), vision)
-        projected = self._projector(states[None, int(self._drops_class) :])[0]
-        first = len(projected) - len(left)  # the class token's, if it is read
-        rows = projected.new_zeros(first + self._side**2, projected.shape[1])
-        rows[:first] = projected[:first]
-        rows[first + left] = projected[first:]
-        places = self.places(1, inputs)
-        tokens = with_marks(places, first + left.cpu())
-        return View(tokens, self.join(rows[None], inputs).float().cpu()[tokens])
+            raise cannot(vision, model, "has states of several layers put side by side")
+        places = self.places(len(pixels), inputs)
+        token_of = self._token_of(places, len(pixels), inputs)
+        sizes = (token_of >= 0).sum(1).tolist()
+        if (keep := vision.tokens(sum(sizes))) >= sum(sizes):
+            return whole(self.encode(inputs))
+        patches = token_of.shape[1]
+        first = int(self.has_class and not self._drops_class)  # the class token is read, too
+        rows = pixels.new_zeros(len(pixels), first + patches, self._config.text_config.hidden_size)
+        chosen = []
+        for crop, part in enumerate(share(keep, sizes, sizes)):
+            if part:
+                shown = None if sizes[crop] == patches else (token_of[crop] >= 0).nonzero().squeeze(1)
+                embedded = self.embed(pixels[crop : crop + 1])[0]
+                states, left = run_layers(list(self.stack), embedded, self.has_class, vision, part, shown)
+                projected = self._projector(states[None, int(self._drops_class) :])[0]
+                rows[crop, :first] = projected[:first]
+                rows[crop, first + left] = projected[first:]
+                chosen.append(token_of[crop, left.cpu()])
+        tokens = with_marks(places, torch.cat(chosen))
+        return View(tokens, self.join(rows, inputs).float().cpu()[tokens])
+
+    def _token_of(self, places: Tensor, crops: int, inputs: Inputs) -> Tensor:
+        """[crops, patches] int64: the token that each patch is; -1 for padding. The grid must not be shrunk.
+
+        Args
+            places: [N, 3] of these crops
+        """
+        number = torch.arange(crops * self._side**2).view(crops, -1, 1)
+        shown = self._packed(number, inputs, number.new_full((1,), -1), "nearest-exact")[:, 0]
+        token_of = torch.full((number.numel(),), -1)
+        token_of[shown[shown >= 0]] = (places[:, 0] >= 0).nonzero().squeeze(1)
+        return token_of.view(crops, -1)
+
+    def _is_shrunk(self, crops: int, inputs: Inputs) -> bool:
+        """Whether the grid that the crops of an image make is made smaller."""
+        if crops == 1 or self._config.model_type == "llava":
+            return False
+        layout = layout_for(self._config, self._size(inputs))
+        full = [self._side * count - 2 * off for count, off in zip(layout.crops, layout.padding, strict=True)]
+        return tuple(full) != layout.shown
 
     def crop_grid(self, crops: int, inputs: Inputs) -> tuple[int, int] | None:
         is_cut = self._config.model_type != "llava" and crops > 1 and "pixel_values_videos" not in inputs

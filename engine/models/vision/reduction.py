@@ -19,46 +19,61 @@ from winnow.engine.compression.vision.registry import vision_policy
 from winnow.engine.errors import PlanNotSupported
 
 
-def run_layers(layers: Sequence[Any], embedded: Tensor, lead: int, vision: Vision) -> tuple[Tensor, Tensor]:
-    """What the layers make of one image.
+def run_layers(
+    layers: Sequence[Any],
+    embedded: Tensor,
+    has_class: bool,
+    vision: Vision,
+    keep: int,
+    shown: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What the layers make of one crop.
 
     Args
-        layers   those that are run
-        embedded [lead + P, width]: what the first one reads
-        lead     tokens before the P patches: 1 in towers with a class token, else 0
-        vision   of a plan whose policy is an `EncoderPolicy`
+        layers    those that are run
+        embedded  [rows, width]: what the first one reads, the class token's row, if any, before those of P patches
+        vision    of a plan whose policy is an `EncoderPolicy`
+        keep      how many of the patches shown are left, at least one
+        shown     [p] int64, ascending: the patches that the language model is shown; the others, which are padding, are
+                  attended to and not touched. None: all
     Returns
-        [lead + n, width]: what is left behind the last one
-        [n] int64, ascending: the patches at whose places its patch tokens stand
+        [has_class + n, width]: what is left behind the last layer of class token and patches
+        [n] int64, ascending: the patches at whose places these stand
     """
-    policy, patches = vision_policy(vision.policy), len(embedded) - lead
+    policy = vision_policy(vision.policy)
     assert isinstance(policy, EncoderPolicy)
-    keep = vision.tokens(patches)
+    run = Run(embedded, has_class, len(layers), shown)
+    patches = len(run.places)
     counts = policy.counts(len(layers), patches, keep, vision) if keep < patches else None
-    run = Run(embedded, lead, len(layers))
     for number, layer in enumerate(layers):
         tokens = run.attend(number, layer)
         run.go_on(layer, tokens if counts is None else _reduced(policy, tokens, counts[number], vision))
     order = run.places.sort().indices
-    return torch.cat((run.states[:lead], run.states[lead:][order])), run.places[order]
+    return torch.cat((run.states[: int(has_class)], run.states[run.lead :][order])), run.places[order]
 
 
 class Run:
-    """One image on its way through the layers, each of which is run in two halves."""
+    """One crop on its way through the layers, each of which is run in two halves."""
 
-    def __init__(self, embedded: Tensor, lead: int, layers: int):
+    def __init__(self, embedded: Tensor, has_class: bool, layers: int, shown: Tensor | None = None):
         """As `run_layers` takes them; `layers` are counted."""
-        patches = len(embedded) - lead
+        patches = torch.arange(len(embedded) - has_class, device=embedded.device)
         self.states = embedded
         """[lead + n, width]"""
-        self.places = torch.arange(patches, device=embedded.device)
+        self.places = patches if shown is None else shown.to(embedded.device)
         """[n] int64"""
-        self._sizes = torch.ones(patches, device=embedded.device)
-        self._lead, self._layers = lead, layers
+        self.lead = len(embedded) - len(self.places)
+        """Rows that stay whatever happens: the class token's and the padding's"""
+        if shown is not None:
+            is_row = torch.ones(len(embedded), dtype=torch.bool, device=embedded.device)
+            is_row[self.places + has_class] = False
+            self.states = torch.cat((embedded[is_row], embedded[~is_row]))
+        self._sizes = torch.ones(len(self.places), device=embedded.device)
+        self._has_class, self._layers = has_class, layers
 
     def attend(self, number: int, layer: Any) -> LayerTokens:
         """Runs a layer up to its attention. Returns the patch tokens."""
-        lead = self._lead
+        lead = self.lead
         normed = layer.layer_norm1(self.states[None])
         bias = _bias(self._sizes, lead, normed.dtype)
         self.states = self.states + layer.self_attn(hidden_states=normed, attention_mask=bias)[0][0]
@@ -66,6 +81,7 @@ class Run:
             layer=number,
             layers=self._layers,
             lead=lead,
+            has_class=self._has_class,
             states=self.states[lead:],
             keys=_heads(layer.self_attn, layer.self_attn.k_proj(normed[:, lead:]))[0].transpose(0, 1),
             sizes=self._sizes,
@@ -75,7 +91,7 @@ class Run:
 
     def go_on(self, layer: Any, left: LayerTokens) -> None:
         """Runs the rest of the layer on what is left of the patch tokens."""
-        states = torch.cat((self.states[: self._lead], left.states))
+        states = torch.cat((self.states[: self.lead], left.states))
         self.states = states + layer.mlp(layer.layer_norm2(states[None]))[0]
         self._sizes, self.places = left.sizes, left.places
 

@@ -42,7 +42,7 @@ class DiffRate:
         from torch.nn.functional import normalize
 
         paid = tokens.attend().mean(0)
-        importance = paid[0, tokens.lead :] if tokens.lead else paid.mean(0)
+        importance = (paid[0] if tokens.has_class else paid.mean(0))[tokens.lead :]
         order = importance.sort(descending=True, stable=True).indices
         merging = round(params.merge * (len(tokens) - count))
         stay, sources = order[:count], order[count : count + merging]

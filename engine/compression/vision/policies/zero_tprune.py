@@ -60,7 +60,7 @@ class ZeroTPrune:
         similarity = partners(unit_keys(tokens), low, high)[1]
         twins = low[top(similarity, min(round(params.similar * (n - count)), n // 2))]
         left = tokens.without(twins)
-        nodes = torch.cat((tokens.order[:lead], left + lead))
+        nodes = torch.cat((torch.arange(lead, device=left.device), left + lead))
         among = attention[:, nodes][:, :, nodes]
         among = among / among.sum(2, keepdim=True)
         stay = left[top(importance(among, rounds)[lead:], count)]
