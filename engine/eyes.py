@@ -52,9 +52,9 @@ class Eyes(Protocol):
         have one axis."""
 
 
-def inputs_of(picture: Picture) -> Inputs:
-    """RequestError where sizes or types are wrong."""
-    return {name: _array(name, array) for name, array in picture.inputs.items()}
+def inputs_of(picture: Picture, *names: str) -> Inputs:
+    """Those of some names, or all if none is given. RequestError where sizes or types are wrong."""
+    return {name: _array(name, array) for name, array in picture.inputs.items() if name in names or not names}
 
 
 def _array(name: str, array: Array) -> NDArray[Any]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from PIL import Image
 
 from winnow.engine.messages import Array, Picture
@@ -61,11 +62,14 @@ class Model:
     def request(self, parts: Sequence[Part]) -> tuple[list[int], list[Picture]]:
         """The prompt, and its pictures."""
         tokens: list[int] = []
+        text: list[int] = []
         pictures: list[Picture] = []
         is_alone = sum(isinstance(part, Image.Image) for part in parts) == 1
         for part in parts:
             if isinstance(part, str):
-                tokens += self.tokenizer.encode(part, add_special_tokens=False)
+                words = self.tokenizer.encode(part, add_special_tokens=False)
+                tokens += words
+                text += words
                 continue
             is_video = isinstance(part, list)
             made = self.processor.video(part) if is_video else self.processor.image(part, is_alone)
@@ -79,9 +83,9 @@ class Model:
             first = len(tokens) + int(own[0])
             span = int(own[-1] - own[0]) + 1
             kind: Any = "video" if is_video else "image"
-            pictures.append(Picture(digest, first, span, inputs, [], first + span, kind))
+            pictures.append(Picture(digest, first, span, inputs, text, 0, kind))
             tokens += ids
-        return tokens, pictures
+        return tokens, [replace(shown, turn_end=len(tokens)) for shown in pictures]
 
     def greedy(self, parts: Sequence[Part]) -> list[int]:
         """What transformers generates."""

@@ -97,7 +97,7 @@ class QwenTower:
         """See `mrope.positions`."""
         grids = []
         for picture in pictures:
-            inputs = inputs_of(picture)
+            inputs = inputs_of(picture, f"{picture.kind}_grid_thw", "second_per_grid_ts")
             frames, height, width = self._shape(inputs, picture.kind)
             seconds = inputs.get("second_per_grid_ts")
             interval = 1.0 if seconds is None else self._ticks * float(seconds)
