@@ -27,8 +27,7 @@ HEADERS = {"User-Agent": f"winnow/{__version__}", "Accept": "image/*", "Accept-E
 
 Resolve = Callable[[str, int], Awaitable[Sequence[Address]]]
 
-for library in ("httpx", "httpcore"):  # they log URLs, which are text of callers
-    logging.getLogger(library).setLevel(logging.WARNING)
+logging.getLogger("httpcore").setLevel(logging.WARNING)  # it logs URLs, which are text of callers
 
 
 async def resolve(host: str, port: int) -> list[Address]:
@@ -54,11 +53,11 @@ class Fetcher:
         self._resolve = resolve
         self._is_allowed = is_allowed
         self._slots = asyncio.Semaphore(settings.max_image_fetches)
-        self._client: httpx.AsyncClient | None = None
+        self._transport: httpx.AsyncHTTPTransport | None = None
 
     async def close(self) -> None:
-        if self._client is not None:
-            await self._client.aclose()
+        if self._transport is not None:
+            await self._transport.aclose()
 
     async def fetch(self, text: str) -> bytes:
         """
@@ -132,7 +131,7 @@ class Fetcher:
             headers=HEADERS | {"Host": url.netloc.decode()},
             extensions={"sni_hostname": url.raw_host.decode(), "timeout": httpx.Timeout(self.timeout_s).as_dict()},
         )
-        answer = await self._connected().send(request, stream=True)
+        answer = await self._connected().handle_async_request(request)
         try:
             if answer.has_redirect_location:
                 return self._checked(str(url.join(answer.headers["location"])))
@@ -158,12 +157,13 @@ class Fetcher:
                 raise too_many_bytes(self.max_bytes)
         return bytes(data)
 
-    def _connected(self) -> httpx.AsyncClient:
-        """No connection is used twice: pooled ones go by address, and a certificate is for a name."""
-        if self._client is None:
-            limits = httpx.Limits(max_keepalive_connections=0)
-            self._client = httpx.AsyncClient(trust_env=False, follow_redirects=False, limits=limits)
-        return self._client
+    def _connected(self) -> httpx.AsyncHTTPTransport:
+        """What is beneath a client: it knows no proxies and no cookies. No connection is used twice: pooled ones go by
+        address, and a certificate is for a name."""
+        if self._transport is None:
+            limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+            self._transport = httpx.AsyncHTTPTransport(trust_env=False, limits=limits)
+        return self._transport
 
 
 def domain(url: httpx.URL) -> str:

@@ -9,7 +9,7 @@ import asyncio
 import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -48,20 +48,28 @@ def fetcher(*domains: str, hosts: dict[str, list[str]] | None = None, is_open: b
 async def serving(serve: Serve, tls: ssl.SSLContext | None = None) -> AsyncIterator[int]:
     """A server that answers GETs with `serve(path, headers, writer)`; its port."""
 
-    async def on_connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    jobs: list[asyncio.Task[None]] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
         headers = dict(line.lower().split(": ", 1) for line in head[1:] if line)
-        try:
+        with suppress(ConnectionError):  # the fetcher had enough
             await serve(head[0].split(" ")[1], headers, writer)
             await writer.drain()
-        except ConnectionError:  # the fetcher had enough
-            pass
-        finally:
-            writer.close()
+
+    async def on_connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        jobs.append(asyncio.create_task(answer(reader, writer)))
+        await asyncio.wait(jobs[-1:])
+        writer.close()
 
     server = await asyncio.start_server(on_connect, "127.0.0.1", 0, ssl=tls)
     async with server:
         yield server.sockets[0].getsockname()[1]
+    for job in jobs:
+        job.cancel()  # what nobody waits for any more
+    ended = await asyncio.gather(*jobs, return_exceptions=True)
+    assert all(end is None or isinstance(end, asyncio.CancelledError) for end in ended), ended
+    await asyncio.sleep(0.01)  # connections are closed
 
 
 def answering(status: str, *headers: str, body: bytes = b"") -> Serve:
@@ -83,17 +91,18 @@ async def test_what_is_served_is_fetched() -> None:
 
     async def serve(path: str, headers: dict[str, str], writer: asyncio.StreamWriter) -> None:
         seen.append((path, headers))
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nimage")
+        writer.write(b"HTTP/1.1 200 OK\r\nSet-Cookie: a=b\r\nContent-Length: 5\r\n\r\nimage")
 
     async with serving(serve) as port:
         one = fetcher(f"images.example:{port}")
         assert await one.fetch(f"http://Images.Example:{port}/a%20b.png?x=1#part") == b"image"
         assert await one.fetch(f"HTTP://images.example:{port}") == b"image"
         await one.close()
-    (path, headers), (root, _) = seen
+    (path, headers), (root, again) = seen
     assert (path, root) == ("/a%20b.png?x=1", "/")
     assert headers["host"] == f"images.example:{port}"
     assert headers["accept-encoding"] == "identity"
+    assert again == headers
     assert not {"cookie", "authorization", "referer"} & headers.keys()
 
 
