@@ -1,4 +1,7 @@
-"""Winnow's HTTP front end: OpenAI's API in front of an engine process. Never imports torch."""
+"""Winnow's HTTP front end: OpenAI's API in front of an engine process.
+
+It imports no torch; transformers does, for the image processor of a model that sees.
+"""
 
 from importlib.metadata import PackageNotFoundError, version
 
