@@ -212,7 +212,6 @@ class Compressor:
 
     # Prompts that are read in stages ---------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def end_stage(self, seq: Sequence) -> None:
         """A stage has read all its rows: chooses those of the next one, or ends the reading of the prompt. OutOfPages
         leaves the sequence untouched."""

@@ -24,6 +24,7 @@ from winnow.engine.staging import ImageRows, Stages, Staging
 from winnow.kernels.host import to_device
 
 
+@torch.inference_mode()  # what is handed on was made in it
 def rows_left(vision: Vision, staging: Staging, keys: Tensor | None) -> Ints:
     """Indices of the stage's rows that stay, ascending; what stands for several rows from now on is put in its place.
 

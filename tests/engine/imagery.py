@@ -82,10 +82,13 @@ def submit(
     tokens: int,
     plan: dict[str, Any],
     forced: Sequence[int] = (),
+    speculative: dict[str, Any] | None = None,
     **sampling: Any,
 ) -> None:
     params = SamplingParams(**({"temperature": 0.0, "max_tokens": tokens, "seed": 7} | sampling))
-    seq = bench.engine.intake.sequence(Submit(request_id, list(prompt), params, plan, forced=list(forced)))
+    guesses = speculative or {}
+    request = Submit(request_id, list(prompt), params, plan, forced=list(forced), speculative=guesses)
+    seq = bench.engine.intake.sequence(request)
     for each in (seq, *seq.siblings):
         each.stages = stages_for(model, prompt, plan, parts)
     bench.engine.scheduler.add(seq)

@@ -226,22 +226,23 @@ def run(
     oracle: Oracle,
     hidden_from: Callable[[int, int, int], bool] = lambda layer, query, row: False,
     shown: dict[int, Tensor] | None = None,
-    positions: Sequence[int] | None = None,
+    positions: Sequence[int] | Tensor | None = None,
 ) -> Dropped:
     """Passes a text, whose first `prompt` tokens are the prompt, through a transformers model of the Llama family.
 
     Args
         hidden_from(layer, query, row): the query does not see the row in this layer, although it is there
         shown: what stands at rows that are pictures'
-        positions: of the tokens, if not their numbers
+        positions: [tokens] of the tokens, if not their numbers, or [3, tokens] on three axes
     """
-    x = model.model.embed_tokens(torch.tensor(list(tokens))).clone()
+    body = getattr(model, "model", model)
+    x = body.embed_tokens(torch.tensor(list(tokens))).clone()
     for row, embedding in (shown or {}).items():
         x[row] = embedding
-    places = torch.arange(len(tokens)) if positions is None else torch.tensor(positions)
+    places = torch.arange(len(tokens)) if positions is None else torch.as_tensor(positions)
     embeddings, rows, held = x.clone(), list(range(len(tokens))), []
     attention = torch.zeros(0)
-    for layer, block in enumerate(model.model.layers):
+    for layer, block in enumerate(body.layers):
         if layer in choices:
             gone: set[int] = set()
             for part, keep in zip(parts, keeps, strict=True):
@@ -256,9 +257,9 @@ def run(
             rows, x = [rows[i] for i in stay], x[stay]
         held.append(rows)
         mask = torch.tensor([[row > query or hidden_from(layer, query, row) for row in rows] for query in rows])
-        attention, x = _block(model, block, x, places[rows], mask)
-    out = model.model.norm(x)
-    logits = torch.zeros(len(tokens), out.shape[-1] and model.lm_head.out_features)
+        attention, x = _block(body, block, x, places[..., rows], mask)
+    out = body.norm(x)
+    logits = torch.zeros(len(tokens), model.lm_head.out_features)
     logits[rows] = model.lm_head(out)
     return Dropped(logits, held, [row for row in rows if row < prompt])
 
@@ -290,14 +291,14 @@ def _scene(
     )
 
 
-def _block(model: Any, block: Any, x: Tensor, places: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def _block(body: Any, block: Any, x: Tensor, places: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """One layer over some rows: attention [heads, rows, rows], and what it puts out."""
     attend, dim = block.self_attn, block.self_attn.head_dim
     normed = block.input_layernorm(x)
     q, k, v = (part(normed).unflatten(1, (-1, dim)) for part in (attend.q_proj, attend.k_proj, attend.v_proj))
     if hasattr(attend, "q_norm"):
         q, k = attend.q_norm(q), attend.k_norm(k)
-    cos, sin = model.model.rotary_emb(x[None], places[None])
+    cos, sin = body.rotary_emb(x[None], places[..., None, :])
     q, k = (part * cos[0][:, None] + rotate_half(part) * sin[0][:, None] for part in (q, k))
     group = q.shape[1] // k.shape[1]
     k, v = (part.repeat_interleave(group, 1) for part in (k, v))

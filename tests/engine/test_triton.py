@@ -21,7 +21,9 @@ from winnow.kernels.dispatch import Backend, WeightKind, backend
 
 from ..kernels.triton.interpreter import install
 from ..models.checkpoints import prompt_of, random_model, write_gguf
+from . import imagery
 from .bench import Bench
+from .imagery import Part
 from .seeing import TinyEyes, picture, pictured, with_axes
 
 if knobs.runtime.interpret:
@@ -66,6 +68,17 @@ def answers(bench: Bench) -> dict[str, list[int]]:
     for name, plan in PLANS.items():
         bench.submit(name, PROMPTS[name], NEW, plan)
     return {name: seen.tokens for (name, _), seen in bench.run().items()}
+
+
+def test_image_tokens_are_dropped_between_layers(there: Decoder, triton: Backend, folder: Path, ops: Backend) -> None:
+    """What raters attend to is read from the backend's own queries and pages."""
+    here, parts = load_model(str(folder), ops, "f32"), [Part(2, 14, 17)]
+    plan = {"vision": {"policy": "sparse_vlm", "keep": 6, "recycle": 0.9}}
+    benches = Bench(there, 600, triton, {}, device="cuda", max_step_tokens=16), Bench(here, 600, max_step_tokens=16)
+    for bench, model in zip(benches, (there, here), strict=True):
+        imagery.submit(bench, model, "a", PROMPTS["plain"], parts, 3, plan)
+        bench.run()
+    assert benches[0].seen["a", 0].tokens == benches[1].seen["a", 0].tokens
 
 
 @pytest.mark.parametrize("cuda_graphs", [False, True])
