@@ -226,9 +226,9 @@ class Harness:
         exact = dict(zip(asks, self._uncompressed(list(asks.values())), strict=True))
 
         def note(name: str, question: Question, said: Answer) -> None:
-            memory = _memory(said, exact[question])
+            held = said.held / exact[question].uncompressed
             score = question.score(said.text)
-            self._result.add(name, question.kind, 0, IMAGE, score=score, kept=said.image_kept, **memory)
+            self._result.add(name, question.kind, 0, IMAGE, score=score, kept=said.image_kept, held=held)
 
         mine: dict[str, list[Question]] = defaultdict(list)
         for question, names in lacking.items():

@@ -18,7 +18,7 @@ from winnow.engine.models.mosaic.scenes import Mosaic, load_bank
 
 SEED = 20_000
 """Of the pictures and the questions"""
-QUESTIONS = 6
+QUESTIONS = 4
 """About each picture"""
 GREY = (128, 128, 128)
 

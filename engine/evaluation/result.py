@@ -120,8 +120,11 @@ class Result:
         return result
 
     def write(self, folder: Path) -> Path:
-        """Writes NAME.json whole: a run that is cut keeps what it had."""
-        return write_text(folder / f"{self.name}.json", json.dumps(self.as_dict(), indent=1, ensure_ascii=False) + "\n")
+        """Writes NAME.json whole, a line for each cell: a run that is cut keeps what it had."""
+        data = self.as_dict()
+        cells = ",\n".join(f"  {json.dumps(cell)}" for cell in data.pop("cells"))
+        head = json.dumps(data, indent=1, ensure_ascii=False).removesuffix("\n}")
+        return write_text(folder / f"{self.name}.json", f'{head},\n "cells": [\n{cells}\n ]\n}}\n')
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -137,4 +140,5 @@ def _shown(mean: Mean) -> dict[str, float | None]:
 
 
 def _short(value: float) -> float:
-    return float(f"{value:.5g}")
+    short = float(f"{value:.5g}")
+    return int(short) if short.is_integer() else short
