@@ -50,7 +50,8 @@ class Intake:
         document = tokens[: document_tokens(request, plan)]
         parts = parts_of(plan.evict, document, request.lead_ins, engine.max_model_len - len(document))
         timeline = Timeline.of(plan, length, engine.arena.layout, len(document))
-        engine.side.check_room(timeline, max([len(tokens), *(len(document) + len(part) for part in parts)]))
+        longest = max([len(tokens), *(len(document) + len(part) for part in parts)])
+        engine.side.check_room(timeline, longest, stages)
         seed = sampling.seed
         if seed is None:
             seed = int.from_bytes(engine.arena.ranks.told(os.urandom(8)), "little")

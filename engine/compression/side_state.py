@@ -31,6 +31,7 @@ from winnow.engine.lanes import room
 from winnow.engine.models.config import ModelConfig
 from winnow.engine.pages import Ints, PageArena
 from winnow.engine.sequence import Sequence
+from winnow.engine.staging import Stages
 from winnow.kernels.host import to_device
 from winnow.kernels.kv import Energy
 
@@ -113,8 +114,6 @@ class SideState:
         """Pages that a request's side state may come to by the time that `tokens` have been read."""
         size = 0 if plan.read is None else self._reader.most_bytes(plan.read, tokens)
         size += 0 if plan.evict is None else self._most_bytes(plan.evict, prompt_tokens, tokens)
-        if plan.drops_between_layers is not None:
-            size += self._most_bytes_between_layers(prompt_tokens, tokens)
         size += 8 * prod(self._lanes) * self._head_dim if plan.drops_channels else 0
         return -(-size // self._arena.layout.page_bytes)
 
@@ -126,17 +125,16 @@ class SideState:
             fixed += 4 * self._hidden_size * prompt_tokens
         return 4 * parts * prod(self._lanes) * room(tokens) + fixed
 
-    def _most_bytes_between_layers(self, prompt_tokens: int, tokens: int) -> int:
-        """Positions, and of each token of the prompt what is handed on and its query: any may be a rater."""
-        return 4 * (prod(self._lanes) * room(tokens) + (self._hidden_size + self._query_size) * prompt_tokens)
-
-    def check_room(self, timeline: Timeline, text_tokens: int) -> None:
+    def check_room(self, timeline: Timeline, text_tokens: int, stages: Stages | None) -> None:
         """PromptTooLong where the arena cannot hold a sequence, even alone, and what its policy notes of it."""
         arena, plan = self._arena, timeline.plan
         if not _notes(plan):
             return
         tokens = timeline.most_tokens(text_tokens)
         beside = self.most_pages(plan, timeline.document_tokens, tokens)
+        if stages is not None and stages.images:
+            size = prod(self._lanes) * room(tokens) + self._hidden_size * timeline.prompt_tokens
+            beside += -(-4 * (size + self._query_size * len(stages.raters)) // arena.layout.page_bytes)
         if arena.lanes * (arena.layout.pages(tokens) + 1) + beside > arena.total:
             parts = (plan.evict, plan.read, plan.drops_between_layers)
             names = " and ".join(f"'{part.policy}'" for part in parts if part is not None)
