@@ -167,9 +167,9 @@ class Pictures:
         features = self.album.features(picture.key) or self.eyes.encode(inputs_of(picture))
         view = whole(features)
         if vision is not None:
-            text = picture.text if vision.reads_text else []
-            seed = int.from_bytes(picture.key[:8], "little")
-            view = vision.view(features, self.embedded(text), seed)
+            reads = vision.reads_text and picture.text
+            text = self.embedded(picture.text) if reads else features.embeddings[:0]
+            view = vision.view(features, text, int.from_bytes(picture.key[:8], "little"))
         self.album.keep(picture.key, features)  # behind the policy: what it asked the tower for is in its size
         return Left(view, len(features.places), features.patches)
 

@@ -21,7 +21,8 @@ from winnow.engine.speculation.registry import METHODS
 from winnow.engine.speculation.speculation import obstacle
 
 from ..engine.bench import Bench, Choice, pages_beside, pages_for
-from .world import MOST_CHOICES, MOST_NEW, PLANS, PROMPTS, answers, document_of, draft, model
+from ..engine.seeing import TinyEyes
+from .world import MOST_CHOICES, MOST_NEW, PICTURES, PLANS, PROMPTS, answers, document_of, draft, model, plan_of
 
 SLOTS = 5
 
@@ -59,6 +60,7 @@ class EngineMachine(RuleBasedStateMachine):
             prefix_caching=prefix_caching,
             draft=draft(),
             draft_pages=pages_for(draft(), draft_tokens),
+            eyes=TinyEyes(),
         )
         self.asked, self.ended = {}, set()
         self.count = 0
@@ -77,10 +79,11 @@ class EngineMachine(RuleBasedStateMachine):
     ) -> None:
         name = str(self.count)
         self.count += 1
-        chosen = Plan.parse({"kv": PLANS[plan]})
-        speculative = {"method": method} if method is not None and obstacle(chosen) is None else {}
-        sampling = {"n": n, "temperature": temperature, "document": document_of(prompt, plan)}
-        self.bench.submit(name, PROMPTS[prompt], tokens, chosen.to_wire(), salt, speculative, **sampling)
+        chosen, pictures = Plan.parse(plan_of(prompt, plan)), PICTURES.get(prompt, [])
+        can_guess = method is not None and obstacle(chosen) is None and not (pictures and method == "draft")
+        speculative = {"method": method} if can_guess else {}
+        more = {"n": n, "temperature": temperature, "document": document_of(prompt, plan), "pictures": pictures}
+        self.bench.submit(name, PROMPTS[prompt], tokens, chosen.to_wire(), salt, speculative, **more)
         self.asked[name] = Asked(prompt, plan, temperature, tokens, n)
 
     @rule(steps=st.integers(1, 12))

@@ -7,14 +7,15 @@ import random
 import numpy as np
 
 from ..engine.bench import Bench, pages_for
-from .world import MOST_CHOICES, PLANS, PROMPTS, answers, document_of, draft, model
+from ..engine.seeing import TinyEyes
+from .world import MOST_CHOICES, PICTURES, PLANS, PROMPTS, answers, document_of, draft, model, plan_of
 
 REQUESTS = 1000
 
 
 def test_nothing_leaks() -> None:
     dice = random.Random(0)
-    bench = Bench(model(), pages_for(model(), 500), max_seqs=16, max_step_tokens=100, draft=draft())
+    bench = Bench(model(), pages_for(model(), 500), max_seqs=16, max_step_tokens=100, draft=draft(), eyes=TinyEyes())
     engine = bench.engine
     live: dict[str, tuple[int, int, float]] = {}
     aborted = checked = 0
@@ -25,11 +26,12 @@ def test_nothing_leaks() -> None:
             str(i),
             PROMPTS[prompt],
             dice.randint(1, 12),
-            {"kv": PLANS[plan]},
+            plan_of(prompt, plan),
             salt=dice.choice(["", "", "a"]),
             n=dice.choice([1, 1, 1, 2, MOST_CHOICES]),
             temperature=temperature,
             document=document_of(prompt, plan),
+            pictures=PICTURES.get(prompt, ()),
         )
         live[str(i)] = asked
         while len(engine.scheduler.waiting) > 8:

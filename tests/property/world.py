@@ -6,12 +6,14 @@ from functools import cache
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from winnow.engine.messages import Picture
 from winnow.engine.models.decoder import Decoder
 from winnow.engine.models.loader import load_model
 from winnow.kernels.dispatch import backend
 
 from ..engine.bench import Bench
 from ..engine.drafts import first_layers
+from ..engine.seeing import TinyEyes, picture, pictured
 from ..models.checkpoints import prompt_of, random_model
 
 MOST_NEW = 60
@@ -29,6 +31,11 @@ PROMPTS: list[list[int]] = [
     prompt_of(130, 5),
 ]
 """Some begin alike, and some end where a page or a block of the prefix cache does"""
+
+_SEEN, _PICTURES = pictured([30, picture(0, 0), 11])
+PICTURES: dict[int, list[Picture]] = {len(PROMPTS) + i: _PICTURES for i in range(2)}
+"""Of the prompts that have any"""
+PROMPTS += [_SEEN, [*_SEEN, *prompt_of(20, 6)]]
 
 PLANS: list[dict[str, Any]] = [
     {},
@@ -84,8 +91,22 @@ PLANS: list[dict[str, Any]] = [
 ]
 
 
+BLIND = ("kvzip", "spec_kv")
+
+
+def plan_of(prompt: int, plan: int) -> dict[str, Any]:
+    """The whole plan: some tokens of pictures are dropped, and what does not go with pictures is left out there."""
+    kv = PLANS[plan]
+    if prompt not in PICTURES:
+        return {"kv": kv}
+    is_blind = "scope" in kv or kv.get("evict", {}).get("policy") in BLIND
+    return {"kv": {} if is_blind else kv, "vision": {"policy": "uniform", "keep": 13 + plan % 2}}
+
+
 def document_of(prompt: int, plan: int) -> int:
     """Tokens that a plan of scope 'document' compresses before it reads the rest: several prompts share some."""
+    if prompt in PICTURES:
+        return 0
     return min(64, len(PROMPTS[prompt]) - 1) if "scope" in PLANS[plan] else 0
 
 
@@ -108,8 +129,8 @@ def draft() -> Decoder:
 @cache
 def answers(prompt: int, plan: int, temperature: float) -> Answers:
     """The longest answers of a request's choices; a request for fewer tokens is answered with their beginning."""
-    bench = Bench(model(), prefix_caching=False, draft=draft())
+    bench = Bench(model(), prefix_caching=False, draft=draft(), eyes=TinyEyes())
     more: dict[str, Any] = {"document": document_of(prompt, plan), "n": MOST_CHOICES, "temperature": temperature}
-    bench.submit("a", PROMPTS[prompt], MOST_NEW, {"kv": PLANS[plan]}, **more)
+    bench.submit("a", PROMPTS[prompt], MOST_NEW, plan_of(prompt, plan), pictures=PICTURES.get(prompt, ()), **more)
     bench.run()
     return [tuple(bench.seen["a", index].tokens) for index in range(MOST_CHOICES)]
