@@ -26,7 +26,7 @@ def test_the_shipped_profiles() -> None:
     [
         ("mine: {kv: {evict: {policy: snapkv, budget: 2.5}}}", "mine.kv.evict.budget must be a fraction"),
         ("mine: {kv: {evict: {policy: snapkv, budget: 1e-1}}}", "not '1e-1'"),  # a string to YAML
-        ("mine: {vision: {policy: random}}", "mine.vision is not supported"),
+        ("mine: {vision: {policy: random}}", "mine.vision.keep is required"),
         ("mine: {kv: {format: int3}}", "mine.kv.format must be"),
         ("mine:", "mine must be an object"),
         ("- mine", "must be a mapping of profile names"),
