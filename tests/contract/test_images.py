@@ -11,7 +11,7 @@ import torch
 from openai import BadRequestError, OpenAI
 from PIL import Image
 
-from ..models.vision_checkpoints import TEXT, image_of, image_processor, save_vlm
+from ..models.vision_checkpoints import image_of, image_processor, save_vlm
 from ..server.pictures import data_uri, image_part, text_part
 from ..server.test_image_decode import encoded
 from .serving import KEY, Serving, serving
@@ -25,8 +25,7 @@ PATCHES = 16
 def seeing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Serving, Any]]:
     """A server of a LLaVA with random weights, and transformers' model of it."""
     folder = tmp_path_factory.mktemp("images")
-    text = {**TEXT, "model_type": "llama", "head_dim": 16}
-    model = save_vlm(folder / "tiny", "llava", text_config=text)
+    model = save_vlm(folder / "tiny", "llava")
     options = ("--model", str(folder / "tiny"), "--kv-memory-gib", "0.1", "--weights", "f32")
     with serving(folder, *options) as server:
         yield server, model
