@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, PreTrainedTokenizerFast
 
 from winnow.engine.models.mosaic import train
-from winnow.engine.models.mosaic.checkpoint import IMAGE, PATCHES, VOCABULARY, write_settings
+from winnow.engine.models.mosaic.checkpoint import ASSISTANT, END, IMAGE, PATCHES, VOCABULARY, write_settings
 from winnow.engine.models.mosaic.conversations import conversations, write_ids
 from winnow.engine.models.mosaic.evaluate import pixel_values, questions
 from winnow.engine.models.mosaic.questions import KIND_NAMES, Asker, Question
@@ -176,3 +176,29 @@ def test_training_goes_on_as_if_it_had_not_stopped(bank: Bank, tmp_path: Path, m
     assert resumed.step == 3
     for name, weight in whole.student.state_dict().items():
         assert torch.equal(weight, resumed.student.state_dict()[name]), name
+
+
+def test_heads_are_told_to_look_by_their_own_attention(bank: Bank) -> None:
+    """The loss is the attention's that transformers computes, at the patches of the asked cells, token by token."""
+    torch.manual_seed(0)
+    student = train.Student()
+    batch = conversations(bank, [1], 2, 3, varied=True)
+    model = student.llava.model
+    model.language_model.set_attn_implementation("eager")
+    with torch.no_grad():
+        tower = model.vision_tower(pixel_values(batch.pixels), output_hidden_states=True).hidden_states
+        embeddings = model.get_input_embeddings()(batch.tokens)
+        image = (batch.tokens == IMAGE).unsqueeze(-1)
+        embeddings = embeddings.masked_scatter(image, model.multi_modal_projector(tower[-2][:, 1:]))
+        ran = model.language_model(inputs_embeds=embeddings, output_hidden_states=True, output_attentions=True)
+        told = student._look(batch, 3, ran.hidden_states[3])
+    expected = []
+    for row, tokens in enumerate(batch.tokens.tolist()):
+        first = tokens.index(IMAGE)
+        for place, target in enumerate(batch.targets[row].tolist()):
+            shown = batch.looks[row, tokens[: place + 1].count(ASSISTANT) - 1]
+            if target >= 0 and target != END and shown.any():
+                seen = ran.attentions[3][row, :2, place, first : first + PATCHES]
+                expected.append(-seen[:, shown].log().mean())
+    assert len(expected) > 3
+    assert torch.allclose(told, torch.stack(expected).mean(), rtol=1e-4)

@@ -24,7 +24,7 @@ from winnow.engine.models.mosaic.checkpoint import (
     word_ids,
 )
 from winnow.engine.models.mosaic.questions import Asker, Question
-from winnow.engine.models.mosaic.scenes import KINDS, Bank
+from winnow.engine.models.mosaic.scenes import KINDS, PLACES, Bank, Mosaic
 
 _NO_TARGET = -100
 _WORDS = range(UNKNOWN + 5, len(VOCABULARY))
@@ -44,6 +44,8 @@ class Batch(NamedTuple):
     """[mosaics, 144] int64: which of all grids' cells a patch is in."""
     presence: Tensor
     """[mosaics, kinds] f32: 1 where the mosaic shows the kind."""
+    looks: Tensor
+    """[mosaics, turns, 144] bool: the patches that show the answer of each turn; none where no cell does."""
 
 
 def conversations(bank: Bank, seed: Sequence[int], mosaics: int, turns: int, varied: bool) -> Batch:
@@ -56,7 +58,8 @@ def conversations(bank: Bank, seed: Sequence[int], mosaics: int, turns: int, var
     rng, choices = np.random.default_rng(seed), random.Random(str(list(seed)))
     scenes = [bank.draw(rng) for _ in range(mosaics)]
     asker = Asker(choices)
-    written = [write_ids([asker.ask(scene) for _ in range(turns)], choices if varied else None) for scene in scenes]
+    asked = [[asker.ask(scene) for _ in range(turns)] for scene in scenes]
+    written = [write_ids(questions, choices if varied else None) for questions in asked]
     pixels = bank.render(scenes)
     if varied:
         brightness = rng.uniform(0.85, 1.1, (mosaics, 1, 1, 1)).astype(np.float32)
@@ -67,7 +70,19 @@ def conversations(bank: Bank, seed: Sequence[int], mosaics: int, turns: int, var
         presence[row, [kind for kind in scene.cells if kind >= 0]] = 1.0
     tokens, targets = padded(written)
     patches, places = (torch.from_numpy(of(scenes)) for of in (bank.patch_kinds, bank.patch_places))
-    return Batch(torch.from_numpy(pixels), tokens, targets, patches, places, presence)
+    looks = torch.stack([_looks(*each) for each in zip(scenes, asked, patches, places, strict=True)])
+    return Batch(torch.from_numpy(pixels), tokens, targets, patches, places, presence, looks)
+
+
+def _looks(scene: Mosaic, asked: Sequence[Question], patches: Tensor, places: Tensor) -> Tensor:
+    """[turns, 144]: of a cell the patches that its shape covers, or all where it is empty."""
+    cells = torch.zeros(len(asked), PLACES, dtype=torch.bool)
+    first = int(places.min())
+    for turn, question in enumerate(asked):
+        cells[turn, [first + place for place in question.cells]] = True
+    empty = torch.zeros(PLACES, dtype=torch.bool)
+    empty[first : first + len(scene.cells)] = torch.tensor(scene.cells) < 0
+    return cells[:, places] & ((patches > 0) | empty[places])
 
 
 def write_ids(questions: Sequence[Question], choices: random.Random | None = None) -> tuple[list[int], list[int]]:

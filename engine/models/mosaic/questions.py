@@ -22,6 +22,8 @@ class Question(NamedTuple):
     kind: str
     text: str
     answer: str
+    cells: tuple[int, ...] = ()
+    """Places of the cells that show the answer; none where all or nothing does."""
 
 
 CELL_COLOUR = (
@@ -123,31 +125,34 @@ class Asker:
     def _cell_colour(self, mosaic: Mosaic) -> tuple[str, Question]:
         place = self._filled(mosaic)
         text = self._said(CELL_COLOUR, self._place(mosaic, place))
-        return "", Question("cell colour", text, COLOURS[mosaic.cells[place] % len(COLOURS)])
+        return "", Question("cell colour", text, COLOURS[mosaic.cells[place] % len(COLOURS)], (place,))
 
     def _cell_shape(self, mosaic: Mosaic) -> tuple[str, Question]:
         place = self._filled(mosaic)
         text = self._said(CELL_SHAPE, self._place(mosaic, place))
-        return "", Question("cell shape", text, SHAPES[mosaic.cells[place] // len(COLOURS)])
+        return "", Question("cell shape", text, SHAPES[mosaic.cells[place] // len(COLOURS)], (place,))
 
     def _cell(self, mosaic: Mosaic) -> tuple[str, Question]:
         place = self._rng.randrange(len(mosaic.cells))
-        return "", Question("cell", self._said(CELL, self._place(mosaic, place)), kind_name(mosaic.cells[place]))
+        text = self._said(CELL, self._place(mosaic, place))
+        return "", Question("cell", text, kind_name(mosaic.cells[place]), (place,))
 
     def _count_shapes(self, mosaic: Mosaic) -> tuple[str, Question]:
         shape = self._rng.randrange(len(SHAPES))
-        found = sum(kind >= 0 and kind // len(COLOURS) == shape for kind in mosaic.cells)
-        return "", Question("count shapes", self._said(COUNT, SHAPES[shape] + "s"), str(found))
+        found = _showing(mosaic, SHAPES[shape])
+        return "", Question("count shapes", self._said(COUNT, SHAPES[shape] + "s"), str(len(found)), found)
 
     def _count_colours(self, mosaic: Mosaic) -> tuple[str, Question]:
         shown = [kind % len(COLOURS) for kind in mosaic.cells if kind >= 0]
         # Of eight colours most are not there: every second candidate is one that is.
         colour = self._rng.choice(shown) if self._rng.random() < 0.5 else self._rng.randrange(len(COLOURS))
         text = self._said(COUNT, COLOURS[colour] + " shapes")
-        return "", Question("count colours", text, str(shown.count(colour)))
+        found = _showing(mosaic, COLOURS[colour] + " shape")
+        return "", Question("count colours", text, str(len(found)), found)
 
     def _count_all(self, mosaic: Mosaic) -> tuple[str, Question]:
-        return "", Question("count all", self._said(COUNT, "shapes"), str(sum(kind >= 0 for kind in mosaic.cells)))
+        found = tuple(place for place, kind in enumerate(mosaic.cells) if kind >= 0)
+        return "", Question("count all", self._said(COUNT, "shapes"), str(len(found)), found)
 
     def _where(self, mosaic: Mosaic) -> tuple[str, Question]:
         """Where something is that is there once; how many shapes there are where nothing is."""
@@ -165,7 +170,7 @@ class Asker:
         if not found:
             return self._count_all(mosaic)
         place, name = self._rng.choice(found)
-        return "", Question("where", self._said(WHERE, name), cell_name(mosaic.grid, place))
+        return "", Question("where", self._said(WHERE, name), cell_name(mosaic.grid, place), (place,))
 
     def _presence(self, mosaic: Mosaic) -> tuple[str, Question]:
         about = self._rng.choice(("kind", "colour", "shape"))
@@ -173,7 +178,8 @@ class Asker:
         name = _names(self._rng.randrange(KINDS))[about]
         if self._rng.random() < 0.5:
             name = self._rng.choice(sorted(shown))
-        return about, Question("presence", self._said(PRESENCE, name), "yes" if name in shown else "no")
+        answer = "yes" if name in shown else "no"
+        return about, Question("presence", self._said(PRESENCE, name), answer, _showing(mosaic, name))
 
     def _grid(self, mosaic: Mosaic) -> tuple[str, Question]:
         return "", Question("grid", self._said(GRID), str(len(mosaic.cells)))
@@ -209,6 +215,11 @@ def _names(kind: int) -> dict[str, str]:
         "colour": f"{COLOURS[kind % len(COLOURS)]} shape",
         "shape": SHAPES[kind // len(COLOURS)],
     }
+
+
+def _showing(mosaic: Mosaic, name: str) -> tuple[int, ...]:
+    """Places of the cells that show what may be called so."""
+    return tuple(place for place, kind in enumerate(mosaic.cells) if kind >= 0 and name in _names(kind).values())
 
 
 def words() -> list[str]:
