@@ -161,10 +161,10 @@ def test_training_goes_on_as_if_it_had_not_stopped(bank: Bank, tmp_path: Path, m
     monkeypatch.setattr(train, "WHOLE", 1)
 
     def trainer(name: str) -> train.Trainer:
-        return train.Trainer(bank, bank, tmp_path, tmp_path / f"{name}.pt", "cpu", batch=1, rate=1e-3, seed=5)
+        return train.Trainer(bank, bank, tmp_path, tmp_path / f"{name}.pt", "cpu", 1, 1e-3, seed=5, tower_steps=1)
 
     whole = trainer("whole")
-    whole.train(3, None, workers=0)
+    whole.train(3, workers=0)
     stopped = trainer("parts")
     stopped.steps = 3
     for batch in itertools.islice(stopped._batches(workers=0), 2):
@@ -172,7 +172,7 @@ def test_training_goes_on_as_if_it_had_not_stopped(bank: Bank, tmp_path: Path, m
     stopped.save()
     resumed = trainer("parts")
     assert resumed.step == 2
-    resumed.train(3, None, workers=0)
+    resumed.train(3, workers=0)
     assert resumed.step == 3
     for name, weight in whole.student.state_dict().items():
         assert torch.equal(weight, resumed.student.state_dict()[name]), name

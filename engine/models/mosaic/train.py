@@ -1,7 +1,7 @@
 """Trains the shipped vision model.
 
-    python -m winnow.engine.models.mosaic.train --out DIR --minutes 110      # two CPU cores
-    python -m winnow.engine.models.mosaic.train --out DIR --minutes 6 --batch 256 --device cuda
+    python -m winnow.engine.models.mosaic.train --out DIR                            # on a CPU
+    python -m winnow.engine.models.mosaic.train --out DIR --batch 256 --device cuda --workers 12
 
 Run again with the same arguments it goes on where it was stopped. A step's data follow from seed and step alone.
 """
@@ -15,11 +15,11 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
 import typer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -31,10 +31,9 @@ from winnow.engine.models.mosaic.evaluate import Score, evaluate, pixel_values
 from winnow.engine.models.mosaic.scenes import KINDS, PATCH, PLACES, SIDE, Bank, load_bank
 
 TURNS = 6
-WARM_UP = 200
-MEASURED = (20, 60)
-"""Steps by whose speed `--minutes` becomes a number of steps."""
-PATCH_WEIGHT, PLACE_WEIGHT, PRESENCE_WEIGHT, LOOK_WEIGHT = 0.5, 0.5, 0.5, 0.3
+WARM_UP = 60
+WEIGHTS = {"patches": 1.0, "places": 1.0, "presence": 1.0, "answers": 1.0, "looks": 0.3}
+"""Of the losses"""
 LOOKING = (2, 3, 4)
 """Layers of the language model of which half the heads (those of the first group) are told where to look."""
 WEIGHT_DECAY, CLIP = 0.05, 1.0
@@ -43,25 +42,19 @@ QUICK, WHOLE = 64, 560
 """Test mosaics of an evaluation on the way and of the last one."""
 
 
-class Losses(NamedTuple):
-    answers: Tensor
-    right: Tensor
-    """Part of the answers' tokens that are predicted."""
-    patches: Tensor
-    places: Tensor
-    presence: Tensor
-    looks: Tensor
+Losses = dict[str, Tensor]
 
 
 class Student(nn.Module):
-    """The model with what teaches its tower: what each patch shows, in which cell it is, and, from the class token,
-    what the image shows. Nothing but its position's embedding says where a patch is: from answers alone the model
-    learns what is there long before it learns where.
+    """The model, and heads that teach its tower and are left out of the checkpoint.
 
-    The class token's task makes its attention mean something, by which some policies prune; it is set at the layer
-    that is read and at the last one. The heads are left out of the checkpoint.
+    First the tower learns alone: what each patch shows, in which cell it is, and, from the class token, what the image
+    shows. Nothing but its position's embedding says where a patch is: from answers alone the model learns what is there
+    long before it learns where. The class token's task makes its attention mean something, by which some policies
+    prune; it is set at the layer that is read and at the last one.
 
-    Some attention heads of the language model are told which patches show the answer that is being given.
+    Then projector and language model learn to answer, and the tower stays as it is. Some attention heads are told which
+    patches show the answer that is being given.
     """
 
     def __init__(self) -> None:
@@ -76,32 +69,73 @@ class Student(nn.Module):
         self.places = nn.Linear(width, PLACES)
         self.presence = nn.ModuleList(nn.Linear(width, KINDS) for _ in range(2))
 
-    def forward(self, batch: Batch) -> Losses:
-        model = self.llava.model
-        tower = model.vision_tower(pixel_values(batch.pixels), output_hidden_states=True).hidden_states
-        read = tower[-2]
-        features = model.multi_modal_projector(read[:, 1:])
-        embeddings = model.get_input_embeddings()(batch.tokens)
-        image = (batch.tokens == checkpoint.IMAGE).unsqueeze(-1)
-        embeddings = embeddings.to(features.dtype).masked_scatter(image, features)
-        # Conversations are padded behind their end, where causal attention does not see it: no mask is needed.
-        read_by = model.language_model(inputs_embeds=embeddings, use_cache=False, output_hidden_states=True)
-        hidden = read_by.last_hidden_state
-        answers = batch.targets >= 0
-        logits = self.llava.lm_head(hidden[answers]).float()
-        targets = batch.targets[answers]
+    def see(self, batch: Batch) -> Losses:
+        """Losses of the tower."""
+        tower = self._layers(batch.pixels)
+        patches, places = (head(tower[-2][:, 1:]).float().flatten(0, 1) for head in (self.patches, self.places))
         presence = [
             F.binary_cross_entropy_with_logits(head(layer[:, 0]).float(), batch.presence)
             for head, layer in zip(self.presence, tower[-2:], strict=True)
         ]
-        return Losses(
-            answers=F.cross_entropy(logits, targets),
-            right=(logits.argmax(-1) == targets).float().mean(),
-            patches=F.cross_entropy(self.patches(read[:, 1:]).float().flatten(0, 1), batch.patches.flatten()),
-            places=F.cross_entropy(self.places(read[:, 1:]).float().flatten(0, 1), batch.places.flatten()),
-            presence=torch.stack(presence).mean(),
-            looks=torch.stack([self._look(batch, index, read_by.hidden_states[index]) for index in LOOKING]).mean(),
-        )
+        return {
+            "patches": F.cross_entropy(patches, batch.patches.flatten()),
+            "places": F.cross_entropy(places, batch.places.flatten()),
+            "presence": torch.stack(presence).mean(),
+        }
+
+    @torch.no_grad()
+    def begin_to_read(self, pixels: Tensor) -> None:
+        """Weights of projector and language model, by their width and by what the tower has come to make of images.
+
+        transformers begins all weights at a deviation of 0.02, as models a hundred times as wide want it, and a tower's
+        states grow as it learns: beside features a hundred times as large as words, no layer changed what a patch
+        says, and attention stayed even.
+        """
+        model = self.llava.model
+        model.vision_tower.requires_grad_(False)
+        seen = self._layers(pixels)[-2][:, 1:].flatten(0, 1).float()
+        first, second = model.multi_modal_projector.linear_1, model.multi_modal_projector.linear_2
+        nn.init.normal_(first.weight, std=first.in_features**-0.5)
+        first.weight /= seen.std(0) + 1e-3
+        first.bias.copy_(-(first.weight @ seen.mean(0)))
+        nn.init.normal_(second.weight, std=0.5 * second.in_features**-0.5)
+        nn.init.zeros_(second.bias)
+        layers = self.llava.config.text_config.num_hidden_layers
+        for name, weight in model.language_model.named_parameters():
+            if weight.ndim == 1:
+                nn.init.ones_(weight)
+            elif "embed" in name:
+                nn.init.normal_(weight, std=0.1)
+            else:
+                adds = "o_proj" in name or "down_proj" in name
+                nn.init.normal_(weight, std=weight.shape[1] ** -0.5 / (math.sqrt(2 * layers) if adds else 1))
+
+    def read(self, batch: Batch) -> Losses:
+        """Losses of projector and language model; and, no loss, the part of the answers' tokens that are predicted."""
+        model = self.llava.model
+        with torch.no_grad():
+            seen = self._layers(batch.pixels)[-2]
+        features = model.multi_modal_projector(seen[:, 1:])
+        embeddings = model.get_input_embeddings()(batch.tokens)
+        image = (batch.tokens == checkpoint.IMAGE).unsqueeze(-1)
+        embeddings = embeddings.to(features.dtype).masked_scatter(image, features)
+        # Conversations are padded behind their end, where causal attention does not see it: no mask is needed.
+        read = model.language_model(inputs_embeds=embeddings, use_cache=False, output_hidden_states=True)
+        answers = batch.targets >= 0
+        logits = self.llava.lm_head(read.last_hidden_state[answers]).float()
+        targets = batch.targets[answers]
+        return {
+            "answers": F.cross_entropy(logits, targets),
+            "looks": torch.stack([self._look(batch, index, read.hidden_states[index]) for index in LOOKING]).mean(),
+            "right": (logits.argmax(-1) == targets).float().mean().detach(),
+        }
+
+    def _layers(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """What each of the tower's layers makes of [n, 96, 96, 3] bytes."""
+        seen: tuple[Tensor, ...] = self.llava.model.vision_tower(
+            pixel_values(pixels), output_hidden_states=True
+        ).hidden_states
+        return seen
 
     def _look(self, batch: Batch, index: int, hidden: Tensor) -> Tensor:
         """Cross entropy of a layer's attention, where a word of an answer is chosen, to an even look at what shows it.
@@ -172,42 +206,35 @@ class Trainer:
         batch: int,
         rate: float,
         seed: int,
-        weights: Path | None = None,
+        tower_steps: int,
     ):
         self.device, self.rate, self.seed, self.batch = torch.device(device), rate, seed, batch
         self.out, self.state, self.bank, self.test = out, state, bank, test
         torch.manual_seed(seed)
         self.student = Student().to(self.device)
-        if weights is not None:
-            odd = self.student.llava.load_state_dict(load_file(weights), strict=False)
-            if odd.unexpected_keys or odd.missing_keys != ["lm_head.weight"]:  # which is tied to the embeddings
-                raise ValueError(f"{weights}: not the weights of this model")
         decayed = [weight for weight in self.student.parameters() if weight.ndim > 1]
         others = [weight for weight in self.student.parameters() if weight.ndim < 2]
         groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), fused=True)
+        self.tower_steps = tower_steps
         self.step, self.steps, self.spent_s = 0, 0, 0.0
         if state.is_file():
             self._resume()
 
-    def train(self, steps: int | None, minutes: float | None, workers: int) -> None:
-        """All that is left of `steps`, or of as many as fit into `minutes`; then the last evaluation."""
-        self.steps = self.steps or steps or 0
-        marks: list[float] = []
+    def train(self, steps: int, workers: int) -> None:
+        """All that is left of `steps`, those of the tower included; then the last evaluation."""
+        self.steps = self.steps or steps
         for batch in self._batches(workers):
             started = time.perf_counter()
             losses = self._one(batch)
             if self.step % LOG_EVERY == 0:
-                self._log({name: round(value.item(), 4) for name, value in losses._asdict().items()})
+                self._log({name: round(value.item(), 4) for name, value in losses.items()})
             self.spent_s += time.perf_counter() - started
-            if not self.steps and self.step in MEASURED:
-                marks.append(time.perf_counter())
-                if len(marks) == len(MEASURED):
-                    self.steps = self._fitting((marks[1] - marks[0]) / (MEASURED[1] - MEASURED[0]), minutes or 0.0)
             if self.step == self.steps:
                 break
             if self.step % EVALUATE_EVERY == 0:
-                self._evaluate(QUICK)
+                if self.step > self.tower_steps:
+                    self._evaluate(QUICK)
                 self.save()
         self._evaluate(WHOLE)
         self.save()
@@ -251,27 +278,23 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         batch = Batch(*(part.to(self.device, non_blocking=True) for part in batch))
+        if self.step == self.tower_steps:
+            torch.manual_seed(self.seed)
+            self.student.begin_to_read(batch.pixels)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            losses: Losses = self.student(batch)
+            losses = self.student.see(batch) if self.step < self.tower_steps else self.student.read(batch)
         self.optimizer.zero_grad(set_to_none=True)
-        taught = PATCH_WEIGHT * losses.patches + PLACE_WEIGHT * losses.places + PRESENCE_WEIGHT * losses.presence
-        total = losses.answers + taught + LOOK_WEIGHT * losses.looks
-        total.backward()
+        torch.stack([WEIGHTS[name] * loss for name, loss in losses.items() if name in WEIGHTS]).sum().backward()
         nn.utils.clip_grad_norm_(self.student.parameters(), CLIP)
         self.optimizer.step()
         self.step += 1
         return losses
 
     def _pace(self) -> float:
-        """Part of the learning rate: linear warm-up, then half a cosine down to a hundredth."""
-        if self.step < WARM_UP or not self.steps:
-            return min(1.0, (self.step + 1) / WARM_UP)
-        done = (self.step - WARM_UP) / max(1, self.steps - WARM_UP)
-        return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
-
-    def _fitting(self, seconds_per_step: float, minutes: float) -> int:
-        left = minutes * 60 - self.spent_s
-        return max(self.step + 1, self.step + int(0.9 * left / seconds_per_step))  # a tenth is for evaluations
+        """Part of the learning rate: of tower and of what reads it, linear warm-up, then half a cosine."""
+        first, last = (0, self.tower_steps) if self.step < self.tower_steps else (self.tower_steps, self.steps)
+        done = (self.step - first) / max(1, last - first)
+        return min(1.0, (self.step - first + 1) / WARM_UP) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
 
     def _evaluate(self, mosaics: int) -> None:
         started = time.perf_counter()
@@ -302,22 +325,17 @@ def main(
     state: Annotated[Path | None, typer.Option(help="file to go on from; OUT/state.pt if not given")] = None,
     images: Annotated[Path | None, typer.Option(help="cache of easy-vqa's images; written if missing")] = None,
     device: str = "cpu",
-    steps: Annotated[int | None, typer.Option(min=1)] = None,
-    minutes: Annotated[float | None, typer.Option(help="instead of steps: as many as fit by measured speed")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="all steps, those of the tower included")] = 4000,
+    tower_steps: Annotated[int, typer.Option(min=1, help="first steps, in which the tower learns alone")] = 1000,
     batch: Annotated[int, typer.Option(min=1, help="mosaics a step, each with six questions")] = 32,
-    rate: Annotated[float, typer.Option(help="highest learning rate")] = 1e-3,
+    rate: Annotated[float, typer.Option(help="highest learning rate")] = 1.5e-3,
     workers: Annotated[int, typer.Option(min=0, help="processes that make data ahead")] = 0,
     seed: int = 0,
-    weights: Annotated[
-        Path | None, typer.Option(help="model.safetensors to begin with where there is no state")
-    ] = None,
 ) -> None:
-    if (steps is None) == (minutes is None):
-        raise typer.BadParameter("give either --steps or --minutes")
     torch.set_float32_matmul_precision("high")
     test, bank = load_bank("test", images), load_bank("train", images, flips=True)
-    trainer = Trainer(bank, test, out, state or out / "state.pt", device, batch, rate, seed, weights)
-    trainer.train(steps, minutes, workers)
+    trainer = Trainer(bank, test, out, state or out / "state.pt", device, batch, rate, seed, tower_steps)
+    trainer.train(steps, workers)
 
 
 if __name__ == "__main__":
