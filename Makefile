@@ -9,8 +9,8 @@ NATIVE := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h kernels/cpu/CMakeLists.tx
 
 .PHONY: serve test test-vllm check bench bench-gpu eval parity methods install install-dev format clean
 
-serve: install  ## start the server on 127.0.0.1:8000 with the default model
-	$(BIN)/winnow serve $(ARGS)
+serve: install  ## start the server on 127.0.0.1:8000 with the default model and, beside it, the one that sees images
+	$(BIN)/winnow serve --vision-model mosaic $(ARGS)
 
 test: install-dev  ## run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)

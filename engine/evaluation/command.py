@@ -37,10 +37,9 @@ from winnow.engine.evaluation.targets import EngineTarget, Target
 from winnow.engine.evaluation.tasks import TASKS
 from winnow.engine.evaluation.text import PromptBook, corpus, digest
 from winnow.engine.evaluation.vision_page import show_vision, vision_page
-from winnow.engine.models.files import DEFAULT
+from winnow.engine.models.files import DEFAULT, MOSAIC
 
 KEY = "WINNOW_API_KEY"
-MOSAIC = "mosaic"
 TIMED = 16
 """Prefills of each plan that are timed"""
 WIDTH = 150

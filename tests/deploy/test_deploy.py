@@ -89,6 +89,14 @@ def test_compose_on_a_gpu() -> None:
     assert device["capabilities"] == ["gpu"]
 
 
+def test_compose_has_a_second_model_where_the_first_leaves_room() -> None:
+    files = [yaml.safe_load((DEPLOY / name).read_text()) for name in ("compose.yaml", "compose.cuda.yaml")]
+    said = [file["services"]["winnow"]["environment"]["WINNOW_VISION_MODEL"] for file in files]
+    assert said == ["${WINNOW_VISION_MODEL-mosaic}", "${WINNOW_VISION_MODEL:-}"]
+    assert len(load(vision_model="mosaic").of_models) == 2
+    assert len(load(vision_model="").of_models) == 1
+
+
 @kubernetes
 def test_the_kubernetes_manifest_is_valid(name: str) -> None:
     run(BIN / "kubernetes-validate", "--strict", f"deploy/{name}")
