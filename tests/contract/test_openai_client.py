@@ -256,7 +256,7 @@ def test_other_errors(server: Serving, client: OpenAI) -> None:
     ):
         stranger.models.list()
     with server.http() as http:
-        assert http.post("/v1/completions", content=b"x" * (5 << 20)).status_code == 413
+        assert http.post("/v1/completions", content=b"x" * (17 << 20)).status_code == 413
         assert http.post("/v1/completions", content=b"{}").status_code == 415
 
 

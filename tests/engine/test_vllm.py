@@ -77,9 +77,10 @@ def test_nothing_is_passed_over() -> None:
     """What a plan or a submission may say is refused or done."""
     said = {f"compression.{name}" for name in set(Plan.model_fields) - {"kv"}}
     assert said | {f"compression.kv.{name}" for name in KV.model_fields} <= REFUSES.keys()
-    of_refused_plans = {"lead_ins", "document"}
+    of_refused_plans, of_models_that_see = {"lead_ins", "document"}, {"pictures"}
     done = {"request_id", "prompt", "sampling", "plan", "cache_salt"}
-    assert set(Submit.__struct_fields__) == done | of_refused_plans | REFUSES.keys() & {"speculative", "forced"}
+    refused = of_refused_plans | of_models_that_see | REFUSES.keys() & {"speculative", "forced"}
+    assert set(Submit.__struct_fields__) == done | refused
 
 
 def test_no_plan_is_no_plan() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
@@ -64,15 +63,15 @@ def test_prompts_that_are_none(tiny: Decoder) -> None:
 def test_numbers_that_are_none_fail_only_their_request(tiny: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     good = message({"policy": "selective", "keep": 0.5}, name="good")
     wanted = Bench(tiny).shorten(good)
-    hidden = type(tiny).hidden
+    embed = type(tiny).embed
 
-    def spoiled(self: Decoder, tokens: Tensor, *rest: Any) -> Tensor:
-        out = hidden(self, tokens, *rest)
+    def spoiled(self: Decoder, tokens: Tensor) -> Tensor:
+        out = embed(self, tokens)
         if 151 in tokens:  # in the bad one's prompt only
             out = torch.full_like(out, torch.nan)
         return out
 
-    monkeypatch.setattr(type(tiny), "hidden", spoiled)
+    monkeypatch.setattr(type(tiny), "embed", spoiled)
     bad = message({"policy": "selective", "keep": 0.5}, ["\x97" + TEXT], name="bad")
     assert 151 in bad.prompt
     assert 151 not in good.prompt
