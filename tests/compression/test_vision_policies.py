@@ -20,11 +20,12 @@ from winnow.engine.compression.vision.ranking import Likeness, evenly, share, sp
 from winnow.engine.compression.vision.registry import VISION, vision_policy
 
 from .images import LAYOUTS, drawn, grid, image, layouts
+from .pooling_oracles import ORACLES as POOLING_ORACLES
 from .video_oracles import ORACLES as VIDEO_ORACLES
 from .vision_oracles import ORACLES as IMAGE_ORACLES
 from .vision_oracles import Case, assert_left, shares
 
-ORACLES = IMAGE_ORACLES | VIDEO_ORACLES
+ORACLES = IMAGE_ORACLES | POOLING_ORACLES | VIDEO_ORACLES
 
 DRAWN = {"random", "token_corr"}
 """Policies that draw, of which tests of their own look at how"""

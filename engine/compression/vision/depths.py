@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import pairwise
 from math import log
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import PlainValidator, WithJsonSchema
-from pydantic_core import PydanticCustomError
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 PAPER_DEPTH = 32
 """Layers of LLaVA-1.5-7B's language model, whose layers papers name"""
@@ -16,19 +17,27 @@ PAPER_DEPTH = 32
 MOST = 1024
 
 
-def layer_list(least: int = 1, most: int = MOST) -> Any:
-    """The type of a knob that names as many layers, ascending, from 1 on."""
-    count = f"{least}" if least == most else f"{least} or more"
+@dataclass(frozen=True)
+class Layers:
+    """Annotates a list that names as many layers, ascending, from 1 on."""
 
-    def check(value: Any) -> list[int]:
-        if isinstance(value, list) and least <= len(value) <= most:
+    least: int = 1
+    most: int = MOST
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._checked)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        layer = {"type": "integer", "minimum": 1, "maximum": MOST}
+        return {"type": "array", "items": layer, "minItems": self.least, "maxItems": self.most}
+
+    def _checked(self, value: Any) -> list[int]:
+        if isinstance(value, list) and self.least <= len(value) <= self.most:
             are_layers = all(isinstance(one, int) and not isinstance(one, bool) and 1 <= one <= MOST for one in value)
             if are_layers and all(one < other for one, other in pairwise(value)):
                 return value
+        count = f"{self.least}" if self.least == self.most else f"{self.least} or more"
         raise PydanticCustomError("layers", f"must be a list of {count} ascending layers from 1 to {MOST}")
-
-    schema = {"type": "array", "items": {"type": "integer", "minimum": 1, "maximum": MOST}}
-    return Annotated[list[int], PlainValidator(check), WithJsonSchema(schema | {"minItems": least, "maxItems": most})]
 
 
 def at_depth(paper: Iterable[int], depth: int, own: list[int] | None) -> list[int]:

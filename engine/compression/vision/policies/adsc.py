@@ -12,10 +12,12 @@ checkpoint that was tuned so is served like any other.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field
 
 from winnow.engine.compression.policy import PolicyParams
-from winnow.engine.compression.vision.depths import at_depth, evenly_falling, layer_list, left_after
+from winnow.engine.compression.vision.depths import Layers, at_depth, evenly_falling, left_after
 from winnow.engine.compression.vision.features import VisionSignal
 from winnow.engine.compression.vision.policy import ANY_KIND, Choice, LayerView
 from winnow.engine.compression.vision.ranking import evenly
@@ -32,7 +34,7 @@ class ADSC:
     truncates = False
 
     class Params(PolicyParams):
-        layers: layer_list() | None = Field(  # type: ignore[valid-type]
+        layers: Annotated[list[int], Layers()] | None = Field(
             None,
             description="before which layers tokens are dropped; at 8, 16 and 24/32 of the depth if unset",
         )

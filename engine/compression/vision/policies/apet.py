@@ -16,12 +16,12 @@ more than half. Before the language model each crop has its share of `keep`, as 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
 from winnow.engine.compression.policy import PolicyParams
-from winnow.engine.compression.vision.depths import at_depth, layer_list
+from winnow.engine.compression.vision.depths import Layers, at_depth
 from winnow.engine.compression.vision.features import Features, VisionSignal
 from winnow.engine.compression.vision.policy import ANY_KIND, Choice, LayerView, View, kept
 from winnow.engine.compression.vision.ranking import crops, means, rest, share, top, unit
@@ -41,7 +41,7 @@ class ApET:
 
     class Params(PolicyParams):
         basis: int = Field(10, ge=1, le=256, description="tokens that the others are approximated by")
-        layers: layer_list(1, 1) | None = Field(  # type: ignore[valid-type]
+        layers: Annotated[list[int], Layers(1, 1)] | None = Field(
             None, description="before which layer it is done again; at 16/32 of the depth if unset"
         )
 

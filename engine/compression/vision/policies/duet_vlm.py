@@ -18,12 +18,12 @@ VisionZip. All crops are one set.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
 from winnow.engine.compression.policy import PolicyParams
-from winnow.engine.compression.vision.depths import at_depth, layer_list
+from winnow.engine.compression.vision.depths import Layers, at_depth
 from winnow.engine.compression.vision.features import Features, VisionSignal
 from winnow.engine.compression.vision.policy import ANY_KIND, Choice, LayerView, View, kept
 from winnow.engine.compression.vision.ranking import means, top, unit
@@ -44,7 +44,7 @@ class DuetVLM:
     truncates = False
 
     class Params(PolicyParams):
-        layers: layer_list(2, 2) | None = Field(  # type: ignore[valid-type]
+        layers: Annotated[list[int], Layers(2, 2)] | None = Field(
             None, description="before which layers tokens are dropped; at 16 and 24/32 of the depth if unset"
         )
         contextual: float = Field(

@@ -12,12 +12,12 @@ tokens with which a template opens the answer.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
 from winnow.engine.compression.policy import PolicyParams
-from winnow.engine.compression.vision.depths import at_depth, layer_list
+from winnow.engine.compression.vision.depths import Layers, at_depth
 from winnow.engine.compression.vision.features import VisionSignal
 from winnow.engine.compression.vision.policy import ANY_KIND, Choice, LayerView
 from winnow.engine.compression.vision.ranking import top
@@ -36,7 +36,7 @@ class FastV:
     truncates = False
 
     class Params(PolicyParams):
-        layers: layer_list(1, 1) | None = Field(  # type: ignore[valid-type]
+        layers: Annotated[list[int], Layers(1, 1)] | None = Field(
             None, description="before which layers tokens are dropped; at 2/32 of the depth if unset"
         )
 

@@ -19,12 +19,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import ceil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
 from winnow.engine.compression.policy import PolicyParams
-from winnow.engine.compression.vision.depths import at_depth, evenly_falling, layer_list, left_after
+from winnow.engine.compression.vision.depths import Layers, at_depth, evenly_falling, left_after
 from winnow.engine.compression.vision.features import Features, VisionSignal
 from winnow.engine.compression.vision.policy import ANY_KIND, Choice, LayerView, View, kept
 from winnow.engine.compression.vision.ranking import means, top, unit
@@ -47,7 +47,7 @@ class MustDrop:
     truncates = True
 
     class Params(PolicyParams):
-        layers: layer_list() | None = Field(  # type: ignore[valid-type]
+        layers: Annotated[list[int], Layers()] | None = Field(
             None, description="before which layers tokens are dropped; at 3, 7, 11 and 15/32 of the depth if unset"
         )
         window: int = Field(3, ge=1, le=64, description="side of the windows of patches that may be merged")

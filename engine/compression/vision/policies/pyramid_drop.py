@@ -12,12 +12,12 @@ are those that the layer below has attended with. The query is the last token of
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
 from winnow.engine.compression.policy import PolicyParams
-from winnow.engine.compression.vision.depths import at_depth, evenly_falling, layer_list, left_after
+from winnow.engine.compression.vision.depths import Layers, at_depth, evenly_falling, left_after
 from winnow.engine.compression.vision.features import VisionSignal
 from winnow.engine.compression.vision.policy import ANY_KIND, Choice, LayerView
 from winnow.engine.compression.vision.ranking import top
@@ -38,7 +38,7 @@ class PyramidDrop:
     truncates = False
 
     class Params(PolicyParams):
-        layers: layer_list() | None = Field(  # type: ignore[valid-type]
+        layers: Annotated[list[int], Layers()] | None = Field(
             None,
             description="before which layers tokens are dropped; at 8, 16 and 24/32 of the depth if unset",
         )

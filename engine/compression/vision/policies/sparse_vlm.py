@@ -17,12 +17,12 @@ disturbed by noise: of equals the first is taken.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
 from winnow.engine.compression.policy import PolicyParams
-from winnow.engine.compression.vision.depths import at_depth, exponents, layer_list, left_after
+from winnow.engine.compression.vision.depths import Layers, at_depth, exponents, left_after
 from winnow.engine.compression.vision.features import VisionSignal
 from winnow.engine.compression.vision.policy import ANY_KIND, Choice, LayerView
 from winnow.engine.compression.vision.ranking import top
@@ -44,7 +44,7 @@ class SparseVLM:
     truncates = False
 
     class Params(PolicyParams):
-        layers: layer_list(3, 3) | None = Field(  # type: ignore[valid-type]
+        layers: Annotated[list[int], Layers(3, 3)] | None = Field(
             None, description="before which layers tokens are dropped; at 3, 7 and 16/32 of the depth if unset"
         )
         recycle: float = Field(

@@ -11,12 +11,12 @@ Where we depart: the paper finds that layer anew for each prompt, where attentio
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
 from winnow.engine.compression.policy import PolicyParams
-from winnow.engine.compression.vision.depths import at_depth, layer_list
+from winnow.engine.compression.vision.depths import Layers, at_depth
 from winnow.engine.compression.vision.features import Features, VisionSignal
 from winnow.engine.compression.vision.policy import ANY_KIND, Choice, LayerView, View, kept
 from winnow.engine.compression.vision.ranking import Likeness, spread, unit
@@ -35,7 +35,7 @@ class ToDRE:
     truncates = False
 
     class Params(PolicyParams):
-        layers: layer_list(1, 1) | None = Field(  # type: ignore[valid-type]
+        layers: Annotated[list[int], Layers(1, 1)] | None = Field(
             None, description="before which layer all tokens of the image are dropped; at 24/32 of the depth if unset"
         )
 

@@ -15,12 +15,12 @@ are 64 of the newest tokens and 64 at random; here they are of the image's turn,
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
 from winnow.engine.compression.policy import PolicyParams
-from winnow.engine.compression.vision.depths import at_depth, layer_list
+from winnow.engine.compression.vision.depths import Layers, at_depth
 from winnow.engine.compression.vision.features import VisionSignal
 from winnow.engine.compression.vision.policy import ANY_KIND, Choice, LayerView
 from winnow.engine.compression.vision.ranking import top
@@ -39,7 +39,7 @@ class ZipVL:
     truncates = False
 
     class Params(PolicyParams):
-        layers: layer_list() | None = Field(  # type: ignore[valid-type]
+        layers: Annotated[list[int], Layers()] | None = Field(
             None, description="before which layers tokens are dropped; at 2, 8, 16 and 24/32 of the depth if unset"
         )
         tau: float = Field(
