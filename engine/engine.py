@@ -18,7 +18,6 @@ from winnow.engine.config import EngineSettings
 from winnow.engine.draft import Draft
 from winnow.engine.drawing import Drawing
 from winnow.engine.errors import ModelError, RequestError
-from winnow.engine.eyes import Eyes
 from winnow.engine.facts import Totals, info_of, stats_of
 from winnow.engine.graphs import Graphs
 from winnow.engine.intake import Intake
@@ -44,6 +43,7 @@ from winnow.engine.scheduler import Scheduler
 from winnow.engine.shortener import Shortener
 from winnow.engine.speculation.method import Tools
 from winnow.engine.speculation.speculator import Speculator
+from winnow.engine.tower_protocol import Eyes
 from winnow.kernels.dispatch import Backend
 from winnow.kernels.layout import PageLayout
 

@@ -18,10 +18,10 @@ from winnow.engine.compression.vision.plan import Vision
 from winnow.engine.document import document_seed, document_tokens
 from winnow.engine.errors import PlanNotSupported, PromptTooLong, RequestError
 from winnow.engine.messages import Shorten, Submit
+from winnow.engine.picture_rows import Sight
 from winnow.engine.recital import Recital, parts_of
 from winnow.engine.sampling import check_sampling, choice_seed
 from winnow.engine.sequence import Sequence, reading, room_for
-from winnow.engine.sight import Sight
 from winnow.engine.speculation.speculation import Speculation, check_combination, check_draft, parse_speculation
 from winnow.engine.staging import Stages
 

@@ -4,7 +4,7 @@
 
 At most one picture is looked at between two steps, so that whoever runs goes on. Each is seen alone, and what is left
 of it depends on the picture, the policy and the text that came with it, on nothing else: requests share what was made
-of it (album.py), and a later turn of a conversation finds in the prefix cache what an earlier one has read.
+of it (picture_cache.py), and a later turn of a conversation finds in the prefix cache what an earlier one has read.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from winnow.engine.album import Album, Left
 from winnow.engine.answers import Answers
 from winnow.engine.compression.plan import Plan
 from winnow.engine.compression.vision.plan import Vision
 from winnow.engine.compression.vision.policy import whole
 from winnow.engine.errors import PlanNotSupported, RequestError
-from winnow.engine.eyes import Eyes, inputs_of
 from winnow.engine.messages import Picture, Rejected, Submit
+from winnow.engine.picture_cache import Album, Left
+from winnow.engine.picture_rows import Indices, Look, Sight, sight_of
 from winnow.engine.scheduler import Scheduler
 from winnow.engine.sequence import Sequence
-from winnow.engine.sight import Indices, Look, Sight, sight_of
 from winnow.engine.speculation.registry import drafter_class
 from winnow.engine.speculation.speculation import Speculation
 from winnow.engine.steps import refused
+from winnow.engine.tower_protocol import Eyes, inputs_of
 
 log = logging.getLogger(__name__)
 

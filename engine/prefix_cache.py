@@ -23,7 +23,7 @@ import numpy as np
 
 from winnow.engine.lanes import Lanes
 from winnow.engine.pages import Ints, OutOfPages, PageArena
-from winnow.engine.sight import Sight
+from winnow.engine.picture_rows import Sight
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from winnow.engine.compression.plan import Plan
 from winnow.engine.compression.timeline import NEVER, Timeline
 from winnow.engine.messages import CompressionReport, SamplingParams
 from winnow.engine.pages import Ints
+from winnow.engine.picture_rows import Sight
 from winnow.engine.probe import Probe
 from winnow.engine.recital import Recital
 from winnow.engine.sampler import Draw
-from winnow.engine.sight import Sight
 from winnow.engine.speculation.speculation import Speculation
 from winnow.engine.staging import Stages, Staging
 from winnow.kernels.layout import PageLayout

@@ -16,8 +16,8 @@ from winnow.engine.errors import ModelError, RequestError
 
 if TYPE_CHECKING:
     from winnow.engine.compression.vision.plan import Vision
-    from winnow.engine.eyes import Inputs
     from winnow.engine.models.vision.processor import Processor
+    from winnow.engine.tower_protocol import Inputs
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif"}
 

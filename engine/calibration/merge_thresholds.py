@@ -16,9 +16,9 @@ from winnow.engine.compression.vision.encoder import linear_counts
 from winnow.engine.compression.vision.matching import dealt
 from winnow.engine.compression.vision.plan import Vision
 from winnow.engine.errors import ModelError
-from winnow.engine.eyes import Inputs
 from winnow.engine.models.vision.llava import LlavaTower
 from winnow.engine.models.vision.reduction import Run
+from winnow.engine.tower_protocol import Inputs
 
 BATCH = 64
 

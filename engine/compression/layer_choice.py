@@ -19,7 +19,7 @@ from winnow.engine.compression.vision.plan import Vision
 from winnow.engine.compression.vision.policy import LayerView
 from winnow.engine.errors import PlanNotSupported
 from winnow.engine.pages import Ints
-from winnow.engine.sight import Sight
+from winnow.engine.picture_rows import Sight
 from winnow.engine.staging import ImageRows, Stages, Staging
 from winnow.kernels.host import to_device
 

@@ -16,11 +16,11 @@ from winnow.engine.calibration.store import Profile
 from winnow.engine.compression.plan import Plan
 from winnow.engine.config import EngineSettings
 from winnow.engine.engine import Engine
-from winnow.engine.eyes import Eyes
 from winnow.engine.messages import Output, Picture, Rejected, SamplingParams, Shorten, Shortened, Submit
 from winnow.engine.models.decoder import Decoder
 from winnow.engine.scheduler import ScheduledBatch
 from winnow.engine.sequence import Sequence as EngineSequence
+from winnow.engine.tower_protocol import Eyes
 from winnow.kernels.dispatch import Backend, backend
 from winnow.kernels.layout import PageFormat, PageLayout
 

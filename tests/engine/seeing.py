@@ -14,10 +14,10 @@ from winnow.engine.compression.vision.features import Features
 from winnow.engine.compression.vision.plan import Vision
 from winnow.engine.compression.vision.policy import View
 from winnow.engine.errors import RequestError
-from winnow.engine.eyes import Inputs
 from winnow.engine.messages import Array, Picture
 from winnow.engine.models.decoder import Decoder
 from winnow.engine.pages import Ints
+from winnow.engine.tower_protocol import Inputs
 from winnow.kernels.dispatch import Backend
 
 from ..compression.images import FakeSignals, drawn, grid

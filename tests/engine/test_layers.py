@@ -19,9 +19,9 @@ from winnow.engine.compression.plan import Plan
 from winnow.engine.compression.vision.policy import LayerPolicy
 from winnow.engine.compression.vision.registry import VISION, vision_policy
 from winnow.engine.errors import RequestError
-from winnow.engine.eyes import inputs_of
 from winnow.engine.models.decoder import Decoder
 from winnow.engine.models.loader import load_model
+from winnow.engine.tower_protocol import inputs_of
 from winnow.kernels.dispatch import Backend
 
 from ..models.checkpoints import prompt_of, random_model

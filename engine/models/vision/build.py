@@ -16,12 +16,12 @@ from transformers import AutoConfig, AutoModel
 from transformers.initialization import no_init_weights
 
 from winnow.engine.errors import ModelError
-from winnow.engine.eyes import Eyes
 from winnow.engine.models.loader import SafetensorsSource
 from winnow.engine.models.vision.idefics import IdeficsTower
 from winnow.engine.models.vision.llava import LlavaTower
 from winnow.engine.models.vision.names import Part, Source, vision_type
 from winnow.engine.models.vision.qwen import QwenTower
+from winnow.engine.tower_protocol import Eyes
 
 log = logging.getLogger(__name__)
 

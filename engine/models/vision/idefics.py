@@ -11,9 +11,9 @@ from torch import Tensor
 from winnow.engine.compression.vision.plan import Vision
 from winnow.engine.compression.vision.policy import View
 from winnow.engine.errors import RequestError
-from winnow.engine.eyes import Inputs
 from winnow.engine.models.vision.reduction import cannot
 from winnow.engine.models.vision.tower import CropTower, grid_places
+from winnow.engine.tower_protocol import Inputs
 
 
 class IdeficsTower(CropTower):

@@ -20,10 +20,10 @@ from winnow.engine.compression.vision.plan import Vision
 from winnow.engine.compression.vision.policy import View, whole, with_marks
 from winnow.engine.compression.vision.ranking import share
 from winnow.engine.errors import RequestError
-from winnow.engine.eyes import Inputs
 from winnow.engine.models.vision.anyres import layout_for
 from winnow.engine.models.vision.reduction import cannot, run_layers
 from winnow.engine.models.vision.tower import CropTower, grid_places
+from winnow.engine.tower_protocol import Inputs
 
 
 class LlavaTower(CropTower):

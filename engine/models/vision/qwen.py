@@ -18,13 +18,13 @@ from winnow.engine.compression.vision.features import Features
 from winnow.engine.compression.vision.plan import Vision
 from winnow.engine.compression.vision.policy import View
 from winnow.engine.errors import RequestError
-from winnow.engine.eyes import Inputs, inputs_of
 from winnow.engine.messages import Picture
 from winnow.engine.models.vision.mrope import Grid, positions
 from winnow.engine.models.vision.reduction import cannot
 from winnow.engine.models.vision.signals import Attention, TowerSignals
 from winnow.engine.models.vision.tower import grid_places
 from winnow.engine.pages import Ints
+from winnow.engine.tower_protocol import Inputs, inputs_of
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from winnow.engine.compression.vision.features import Features
 from winnow.engine.compression.vision.plan import Vision
 from winnow.engine.compression.vision.policy import View
 from winnow.engine.errors import RequestError
-from winnow.engine.eyes import Inputs
 from winnow.engine.messages import Picture
 from winnow.engine.models.vision.signals import Attention, TowerSignals
 from winnow.engine.pages import Ints
+from winnow.engine.tower_protocol import Inputs
 
 
 class CropTower(ABC):
