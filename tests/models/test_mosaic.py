@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 from transformers import AutoImageProcessor, PreTrainedTokenizerFast
 
 from winnow.engine.models.mosaic import train
 from winnow.engine.models.mosaic.checkpoint import ASSISTANT, END, IMAGE, PATCHES, VOCABULARY, write_settings
-from winnow.engine.models.mosaic.conversations import conversations, write_ids
+from winnow.engine.models.mosaic.conversations import Batch, conversations, write_ids
 from winnow.engine.models.mosaic.evaluate import pixel_values, questions
 from winnow.engine.models.mosaic.questions import KIND_NAMES, Asker, Question
 from winnow.engine.models.mosaic.scenes import COLOURS, Bank, Mosaic, load_bank
@@ -151,7 +152,7 @@ def test_a_system_message_is_written_and_an_unknown_role_refused(tokenizer: PreT
 
 def test_training_sees_what_the_image_processor_makes(bank: Bank, settings: Path) -> None:
     processor = AutoImageProcessor.from_pretrained(settings, backend="pil")
-    batch = conversations(bank, [3], 2, 1, varied=False)
+    batch = conversations(bank, [3], 2, 1)
     images = [Image.fromarray(pixels.numpy()) for pixels in batch.pixels]
     made = processor(images, return_tensors="pt")["pixel_values"]
     assert torch.allclose(made, pixel_values(batch.pixels), atol=1e-5)
@@ -182,23 +183,64 @@ def test_heads_are_told_to_look_by_their_own_attention(bank: Bank) -> None:
     """The loss is the attention's that transformers computes, at the patches of the asked cells, token by token."""
     torch.manual_seed(0)
     student = train.Student()
-    batch = conversations(bank, [1], 2, 3, varied=True)
+    batch = conversations(bank, [1], 2, 6)
     model = student.llava.model
     model.language_model.set_attn_implementation("eager")
     with torch.no_grad():
-        tower = model.vision_tower(pixel_values(batch.pixels), output_hidden_states=True).hidden_states
-        embeddings = model.get_input_embeddings()(batch.tokens)
-        image = (batch.tokens == IMAGE).unsqueeze(-1)
-        embeddings = embeddings.masked_scatter(image, model.multi_modal_projector(tower[-2][:, 1:]))
-        ran = model.language_model(inputs_embeds=embeddings, output_hidden_states=True, output_attentions=True)
-        told = student._look(batch, 3, ran.hidden_states[3])
+        seen = train._seen(batch.branches)
+        mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[:, None]
+        embeddings = _embedded(student, batch)
+        ran = model.language_model(
+            inputs_embeds=embeddings,
+            attention_mask=mask,
+            position_ids=batch.positions,
+            output_hidden_states=True,
+            output_attentions=True,
+        )
+        told = student._look(batch, seen, 3, ran.hidden_states[3])
     expected = []
     for row, tokens in enumerate(batch.tokens.tolist()):
         first = tokens.index(IMAGE)
         for place, target in enumerate(batch.targets[row].tolist()):
             shown = batch.looks[row, tokens[: place + 1].count(ASSISTANT) - 1]
             if target >= 0 and target != END and shown.any():
-                seen = ran.attentions[3][row, :2, place, first : first + PATCHES]
-                expected.append(-seen[:, shown].log().mean())
+                looked = ran.attentions[3][row, :2, place, first : first + PATCHES]
+                expected.append(-looked[:, shown].log().mean())
     assert len(expected) > 3
     assert torch.allclose(told, torch.stack(expected).mean(), rtol=1e-4)
+
+
+def test_a_branch_reads_as_if_it_were_alone(bank: Bank) -> None:
+    """What is learnt from many conversations in one sequence is what is asked later: one conversation."""
+    torch.manual_seed(0)
+    student = train.Student()
+    batch = conversations(bank, [2], 3, 8)
+    language = student.llava.model.language_model
+    with torch.no_grad():
+        embeddings = _embedded(student, batch)
+        together = language(
+            inputs_embeds=embeddings, attention_mask=train._seen(batch.branches)[:, None], position_ids=batch.positions
+        ).last_hidden_state
+        read = 0
+        for row, branches in enumerate(batch.branches):
+            for branch in range(1, int(branches.max()) + 1):
+                own = (branches == 0) | (branches == branch)
+                alone = language(inputs_embeds=embeddings[row, own][None]).last_hidden_state[0]
+                assert torch.allclose(together[row, own], alone, atol=1e-5)
+                read += 1
+    assert read > 10
+
+
+def _embedded(student: train.Student, batch: Batch) -> Tensor:
+    model = student.llava.model
+    tower = model.vision_tower(pixel_values(batch.pixels), output_hidden_states=True).hidden_states
+    embeddings = model.get_input_embeddings()(batch.tokens)
+    features = model.multi_modal_projector(tower[-2][:, 1:])
+    return embeddings.masked_scatter((batch.tokens == IMAGE).unsqueeze(-1), features)
+
+
+def test_patches_tell_their_cells(bank: Bank) -> None:
+    batch = conversations(bank, [4], 4, 1)
+    assert torch.equal(batch.cells[batch.patches > 0], batch.patches[batch.patches > 0])
+    rows, patches = (batch.cells == 0).nonzero(as_tuple=True)
+    assert len(rows) and not batch.patches[rows, patches].any()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from winnow.engine.models.mosaic.scenes import COLOURS, KINDS, SHAPES, Mosaic
@@ -83,10 +83,13 @@ CANDIDATES = 4
 
 
 class Asker:
-    """Asks about mosaics, one question after the other; repeatable for the same `rng`."""
+    """Asks about mosaics, one question after the other; repeatable for the same `rng`.
 
-    def __init__(self, rng: random.Random):
-        self._rng = rng
+    `kinds`: what is asked, each as often as any other; by default all.
+    """
+
+    def __init__(self, rng: random.Random, kinds: Sequence[str] = ()):
+        self._rng, self._kinds = rng, kinds or KIND_NAMES
         self._given: Counter[tuple[str, str, str]] = Counter()
         self._makers: dict[str, Callable[[Mosaic], tuple[str, Question]]] = {
             "cell colour": self._cell_colour,
@@ -102,7 +105,7 @@ class Asker:
 
     def ask(self, mosaic: Mosaic) -> Question:
         """A question of any kind. Answers are balanced by kind, and by what a presence question is about."""
-        make = self._makers[self._rng.choice(KIND_NAMES)]
+        make = self._makers[self._rng.choice(self._kinds)]
         candidates = [make(mosaic) for _ in range(CANDIDATES)]
         about, question = min(candidates, key=lambda each: self._given[each[0], each[1].kind, each[1].answer])
         self._given[about, question.kind, question.answer] += 1

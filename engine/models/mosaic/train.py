@@ -30,9 +30,12 @@ from winnow.engine.models.mosaic.conversations import Batch, conversations
 from winnow.engine.models.mosaic.evaluate import Score, evaluate, pixel_values
 from winnow.engine.models.mosaic.scenes import KINDS, PATCH, PLACES, SIDE, Bank, load_bank
 
+QUESTIONS = 24
+"""About each mosaic."""
 TURNS = 6
+"""Of the conversations that are tested."""
 WARM_UP = 60
-WEIGHTS = {"patches": 1.0, "places": 1.0, "presence": 1.0, "answers": 1.0, "looks": 0.3}
+WEIGHTS = {"patches": 1.0, "cells": 1.0, "places": 1.0, "presence": 1.0, "answers": 1.0, "looks": 0.3}
 """Of the losses"""
 LOOKING = (2, 3, 4)
 """Layers of the language model of which half the heads (those of the first group) are told where to look."""
@@ -48,10 +51,10 @@ Losses = dict[str, Tensor]
 class Student(nn.Module):
     """The model, and heads that teach its tower and are left out of the checkpoint.
 
-    First the tower learns alone: what each patch shows, in which cell it is, and, from the class token, what the image
-    shows. Nothing but its position's embedding says where a patch is: from answers alone the model learns what is there
-    long before it learns where. The class token's task makes its attention mean something, by which some policies
-    prune; it is set at the layer that is read and at the last one.
+    First the tower learns alone: what each patch shows, in which cell it is and what that shows, and, from the
+    class token, what the image shows. Nothing but its position's embedding says where a patch is: from answers
+    alone the model learns what is there long before it learns where. The class token's task makes its attention
+    mean something, by which some policies prune; it is set at the layer that is read and at the last one.
 
     Then projector and language model learn to answer, and the tower stays as it is. Some attention heads are told which
     patches show the answer that is being given.
@@ -66,22 +69,26 @@ class Student(nn.Module):
         with torch.no_grad():
             embeddings.position_embedding.weight[1:] = _positions(width)
         self.patches = nn.Linear(width, 1 + KINDS)
+        self.cells = nn.Linear(width, 1 + KINDS)
         self.places = nn.Linear(width, PLACES)
         self.presence = nn.ModuleList(nn.Linear(width, KINDS) for _ in range(2))
 
     def see(self, batch: Batch) -> Losses:
         """Losses of the tower."""
         tower = self._layers(batch.pixels)
-        patches, places = (head(tower[-2][:, 1:]).float().flatten(0, 1) for head in (self.patches, self.places))
+        told = {
+            name: F.cross_entropy(head(tower[-2][:, 1:]).float().flatten(0, 1), targets.flatten())
+            for name, head, targets in (
+                ("patches", self.patches, batch.patches),
+                ("cells", self.cells, batch.cells),
+                ("places", self.places, batch.places),
+            )
+        }
         presence = [
             F.binary_cross_entropy_with_logits(head(layer[:, 0]).float(), batch.presence)
             for head, layer in zip(self.presence, tower[-2:], strict=True)
         ]
-        return {
-            "patches": F.cross_entropy(patches, batch.patches.flatten()),
-            "places": F.cross_entropy(places, batch.places.flatten()),
-            "presence": torch.stack(presence).mean(),
-        }
+        return {**told, "presence": torch.stack(presence).mean()}
 
     @torch.no_grad()
     def begin_to_read(self, pixels: Tensor) -> None:
@@ -114,19 +121,27 @@ class Student(nn.Module):
         """Losses of projector and language model; and, no loss, the part of the answers' tokens that are predicted."""
         model = self.llava.model
         with torch.no_grad():
-            seen = self._layers(batch.pixels)[-2]
-        features = model.multi_modal_projector(seen[:, 1:])
+            patches = self._layers(batch.pixels)[-2][:, 1:]
+        features = model.multi_modal_projector(patches)
         embeddings = model.get_input_embeddings()(batch.tokens)
         image = (batch.tokens == checkpoint.IMAGE).unsqueeze(-1)
         embeddings = embeddings.to(features.dtype).masked_scatter(image, features)
-        # Conversations are padded behind their end, where causal attention does not see it: no mask is needed.
-        read = model.language_model(inputs_embeds=embeddings, use_cache=False, output_hidden_states=True)
+        seen = _seen(batch.branches)
+        read = model.language_model(
+            inputs_embeds=embeddings,
+            attention_mask=seen[:, None],
+            position_ids=batch.positions,
+            use_cache=False,
+            output_hidden_states=True,
+        )
         answers = batch.targets >= 0
         logits = self.llava.lm_head(read.last_hidden_state[answers]).float()
         targets = batch.targets[answers]
         return {
             "answers": F.cross_entropy(logits, targets),
-            "looks": torch.stack([self._look(batch, index, read.hidden_states[index]) for index in LOOKING]).mean(),
+            "looks": torch.stack(
+                [self._look(batch, seen, layer, read.hidden_states[layer]) for layer in LOOKING]
+            ).mean(),
             "right": (logits.argmax(-1) == targets).float().mean().detach(),
         }
 
@@ -137,33 +152,40 @@ class Student(nn.Module):
         ).hidden_states
         return seen
 
-    def _look(self, batch: Batch, index: int, hidden: Tensor) -> Tensor:
+    def _look(self, batch: Batch, seen: Tensor, index: int, hidden: Tensor) -> Tensor:
         """Cross entropy of a layer's attention, where a word of an answer is chosen, to an even look at what shows it.
 
-        `hidden`: what the layer reads, [conversations, tokens, width].
+        `hidden`: what the layer reads, [mosaics, tokens, width].
         """
         text = self.llava.config.text_config
         layer = self.llava.model.language_model.layers[index]
         is_answer = (batch.targets >= 0) & (batch.targets != checkpoint.END)
         rows, places = is_answer.nonzero(as_tuple=True)
-        turns = (batch.tokens == checkpoint.ASSISTANT).cumsum(1)[rows, places] - 1
-        shown = batch.looks[rows, turns]
+        questions = (batch.tokens == checkpoint.ASSISTANT).cumsum(1)[rows, places] - 1
+        shown = batch.looks[rows, questions]
         some = shown.any(-1)
         rows, places, shown = rows[some], places[some], shown[some].float()
         normed = layer.input_layernorm(hidden)
-        positions = torch.arange(hidden.shape[1], device=hidden.device)
-        cos, sin = self.llava.model.language_model.rotary_emb(hidden, positions[None])
+        cos, sin = (
+            part[:, :, None].float() for part in self.llava.model.language_model.rotary_emb(hidden, batch.positions)
+        )
         heads = text.num_attention_heads // text.num_key_value_heads
-        queries = layer.self_attn.q_proj(normed[rows, places]).unflatten(-1, (-1, text.head_dim))[:, :heads]
-        keys = layer.self_attn.k_proj(normed).unflatten(-1, (-1, text.head_dim))[:, :, 0]
-        queries = _turned(queries.float(), cos[0, places, None].float(), sin[0, places, None].float())
-        keys = _turned(keys.float(), cos.float(), sin.float())
-        logits = torch.einsum("nhd,ntd->nht", queries, keys.index_select(0, rows)) * text.head_dim**-0.5
-        logits = logits.masked_fill((positions > places[:, None])[:, None], -torch.inf)
+        queries = layer.self_attn.q_proj(normed).unflatten(-1, (-1, text.head_dim))[:, :, :heads]
+        keys = layer.self_attn.k_proj(normed).unflatten(-1, (-1, text.head_dim))[:, :, :1]
+        queries, keys = _turned(queries.float(), cos, sin), _turned(keys.float(), cos, sin).squeeze(2)
+        scores = torch.einsum("bqhd,bkd->bqhk", queries, keys)[rows, places] * text.head_dim**-0.5
+        looked = scores.masked_fill(~seen[rows, places, None], -torch.inf).log_softmax(-1)
         first = (batch.tokens == checkpoint.IMAGE).int().argmax(1)[rows]
         image = first[:, None] + torch.arange(checkpoint.PATCHES, device=first.device)
-        looked = logits.log_softmax(-1).gather(-1, image[:, None].expand(-1, heads, -1))
+        looked = looked.gather(-1, image[:, None].expand(-1, heads, -1))
         return -((looked.mean(1) * shown).sum(-1) / shown.sum(-1)).sum() / max(1, len(rows))
+
+
+def _seen(branches: Tensor) -> Tensor:
+    """[mosaics, tokens, tokens] bool: which token sees which: former ones of its conversation."""
+    tokens = branches.shape[1]
+    formerly = torch.ones(tokens, tokens, dtype=torch.bool, device=branches.device).tril()
+    return formerly & ((branches[:, None] == 0) | (branches[:, None] == branches[:, :, None]))
 
 
 def _positions(width: int) -> Tensor:
@@ -192,7 +214,7 @@ class Steps(Dataset[Batch]):
         self.bank, self.seed, self.batch = bank, seed, batch
 
     def __getitem__(self, step: int) -> Batch:
-        return conversations(self.bank, [self.seed, step], self.batch, TURNS, varied=True)
+        return conversations(self.bank, [self.seed, step], self.batch, QUESTIONS)
 
 
 class Trainer:
@@ -325,9 +347,9 @@ def main(
     state: Annotated[Path | None, typer.Option(help="file to go on from; OUT/state.pt if not given")] = None,
     images: Annotated[Path | None, typer.Option(help="cache of easy-vqa's images; written if missing")] = None,
     device: str = "cpu",
-    steps: Annotated[int, typer.Option(min=1, help="all steps, those of the tower included")] = 4000,
-    tower_steps: Annotated[int, typer.Option(min=1, help="first steps, in which the tower learns alone")] = 1000,
-    batch: Annotated[int, typer.Option(min=1, help="mosaics a step, each with six questions")] = 32,
+    steps: Annotated[int, typer.Option(min=1, help="all steps, those of the tower included")] = 5700,
+    tower_steps: Annotated[int, typer.Option(min=1, help="first steps, in which the tower learns alone")] = 2500,
+    batch: Annotated[int, typer.Option(min=1, help="mosaics a step")] = 16,
     rate: Annotated[float, typer.Option(help="highest learning rate")] = 1.5e-3,
     workers: Annotated[int, typer.Option(min=0, help="processes that make data ahead")] = 0,
     seed: int = 0,
