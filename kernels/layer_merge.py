@@ -12,7 +12,7 @@ class LayerMerge:
     first: int
     """The lowest layer of the lowest pair"""
     t: float
-    """How far a shared direction lies from the upper layer's, on the way to the lower one's: from 0 to 1"""
+    """How far a shared direction lies from the lower layer's, on the way to the upper one's: from 0 to 1"""
 
     def lower_layers(self, layers: int) -> range:
         """The lower layer of each pair of a model of so many layers; the upper one is the next."""

@@ -76,8 +76,8 @@ def test_both_layers_hold_one_direction_and_their_norms(tiny: Decoder, fmt: str 
                 torch.testing.assert_close(merged.norm(dim=-1), own.norm(dim=-1), rtol=2e-3, atol=0)
             to_upper, to_lower = distances(found[0], y), distances(found[0], x)
             for whole, up, down in zip(distances(x, y), to_upper, to_lower, strict=True):
-                assert up == pytest.approx(t * whole, abs=3e-3)
-                assert down == pytest.approx((1 - t) * whole, abs=3e-3)
+                assert up == pytest.approx((1 - t) * whole, abs=3e-3)
+                assert down == pytest.approx(t * whole, abs=3e-3)
         for layer in range(3):  # what is not merged is as it was, but for `format`
             count = int(tables["sealed"][layer, head]) * layout.capacity(high)
             behind = count + int(tables["rest"][layer, head]) * layout.capacity(FMT)

@@ -2,8 +2,10 @@
 
     x, y      a token's keys, or values, of one KV head in layers l and l + 1
     d         = arccos(x.y / |x||y|) / pi
-    merged    x' = |x| e,  y' = |y| e,  e the direction at t of the way from y's to x's (SLERP)
+    merged    x' = |x| e,  y' = |y| e,  e the direction at t of the way from x's to y's (SLERP)
     divergent d > d_max - gamma (d_max - d_min), over the tokens of the lane: these are not merged
+
+The paper's equation 3 gives t to the upper layer, the second term of its SLERP, of which its t = 0.6 takes more.
 
 From layer `start` on layers are merged in pairs: a token's direction lies in a page that the lanes of both layers have,
 beside the two norms. Divergent tokens, and all tokens of other layers, are held in `format`. What has been merged stays
@@ -47,7 +49,7 @@ class MiniCache:
     query_agnostic = True
 
     class Params(PolicyParams):
-        t: float = Field(0.6, ge=0, le=1, description="weight of the lower layer's direction in a shared one")
+        t: float = Field(0.6, ge=0, le=1, description="weight of the upper layer's direction in a shared one")
         gamma: float = Field(0.05, ge=0, le=1, description="part of the range of distances that is divergent")
         start: float = Field(0.5, ge=0, lt=1, description="depth, as a share of the layers, from which they are merged")
         every: int = Field(64, ge=1, le=65536, description="generated tokens between two judgements")

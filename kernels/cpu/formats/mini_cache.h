@@ -22,8 +22,8 @@ static void merge_directions(const float* x, int64_t x_stride, const float* y, i
   for (int d = 0; d < dim; d++) dot += x[d * x_stride] * to_u * (y[d * y_stride] * to_v);
   const double angle = std::acos(dot > 1 ? 1 : dot < -1 ? -1 : dot), sine = std::sin(angle);
   const bool is_arc = sine >= 1e-6;
-  const double of_u = is_arc ? std::sin(t * angle) / sine : t;
-  const double of_v = is_arc ? std::sin((1 - t) * angle) / sine : 1 - t;
+  const double of_u = is_arc ? std::sin((1 - t) * angle) / sine : 1 - t;
+  const double of_v = is_arc ? std::sin(t * angle) / sine : t;
   for (int d = 0; d < dim; d++) {
     e[d] = of_u * (x[d * x_stride] * to_u) + of_v * (y[d * y_stride] * to_v);
     ee += e[d] * e[d];

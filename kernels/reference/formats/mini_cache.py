@@ -2,11 +2,11 @@
 
     x, y in the lower and the upper layer, in float64:
     u = x / max(|x|, 1e-30),  v = y / max(|y|, 1e-30)        O = arccos(clamp(u.v, ±1))
-    e = sin(t O) / sin O · u + sin((1 - t) O) / sin O · v    or t·u + (1 - t)·v where sin O < 1e-6
+    e = sin((1 - t) O) / sin O · u + sin(t O) / sin O · v    or (1 - t)·u + t·v where sin O < 1e-6
     e' = f16(e / max(|e|, 1e-30)),  norms f16(min(|x|, 65504)) and f16(min(|y|, 65504))
     x' = |x| e',  y' = |y| e'
 
-At t = 1 both layers have the lower one's direction. Where the bytes lie says kernels/formats/mini_cache.py.
+At t = 1 both layers have the upper one's direction. Where the bytes lie says kernels/formats/mini_cache.py.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ class MiniCacheCodec:
 
 
 def slerp(x: Tensor, y: Tensor, t: float) -> Tensor:
-    """The direction at `t` of the way from y's to x's: x and y [..., D] -> [..., D] float64, of norm 1."""
+    """The direction at `t` of the way from x's to y's: x and y [..., D] -> [..., D] float64, of norm 1."""
     u, v = (side.double() / _norm(side.double()).clamp_min(TINY) for side in (x, y))
     angle = (u * v).sum(-1, keepdim=True).clamp(-1, 1).acos()
     sine = angle.sin()
     is_arc = sine >= SMALL_SINE
-    of_u = torch.where(is_arc, (t * angle).sin() / sine.clamp_min(SMALL_SINE), t)
-    of_v = torch.where(is_arc, ((1 - t) * angle).sin() / sine.clamp_min(SMALL_SINE), 1 - t)
+    of_u = torch.where(is_arc, ((1 - t) * angle).sin() / sine.clamp_min(SMALL_SINE), 1 - t)
+    of_v = torch.where(is_arc, (t * angle).sin() / sine.clamp_min(SMALL_SINE), t)
     e = of_u * u + of_v * v
     return e / _norm(e).clamp_min(TINY)
 
