@@ -6,6 +6,8 @@ are checked before any pixel is decoded. Takes its time: call it in a thread.
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +34,12 @@ TURNS = {
 }
 """What undoes an orientation of EXIF"""
 
-Image.MAX_IMAGE_PIXELS = None  # what is too large is said by `Bounds`, at smaller sizes and in our words
+MAX_SCANS = 100
+"""Passes over all of a JPEG, each of which may be some bytes; those that cameras and libraries write are about ten"""
+_MARKER = re.compile(rb"\xff+([^\x00\x01\xff\xd0-\xd7])")
+_SCAN, _END = b"\xda", b"\xd9"
+
+warnings.simplefilter("error", Image.DecompressionBombWarning)  # what is above Pillow's limit is refused
 
 
 @dataclass(frozen=True)
@@ -94,9 +101,8 @@ def decode_image(data: bytes, bounds: Bounds, is_low: bool = False) -> Image.Ima
     Raises
         BadImage
     """
-    with _opened(data) as image:
+    with _opened(data, bounds) as image:
         bounds.check(*image.size)
-        image.load()
         whole = _rgb(image)
     if is_low:
         whole.thumbnail((LOW_SIDE, LOW_SIDE), Image.Resampling.BICUBIC)
@@ -110,15 +116,11 @@ def decode_video(parts: Sequence[bytes], bounds: Bounds) -> list[Image.Image]:
     Raises
         BadImage
     """
-    if len(parts) > 1:
-        with _opened(parts[0]) as first:
-            bounds.check_video(*first.size, frames=len(parts))
-        frames = [decode_image(part, bounds) for part in parts]
-    else:
-        frames = []
-        with _opened(parts[0]) as animation:
-            for frame in ImageSequence.Iterator(animation):
-                bounds.check_video(*frame.size, frames=len(frames) + 1)
+    frames: list[Image.Image] = []
+    for part in parts:
+        with _opened(part, bounds) as image:
+            for frame in ImageSequence.Iterator(image) if len(parts) == 1 else [image]:
+                bounds.check_video(*frame.size, frames=max(len(parts), len(frames) + 1))
                 frames.append(_rgb(frame))
     if len({frame.size for frame in frames}) > 1:
         raise BadImage("has frames of several sizes", "image_parse_error")
@@ -126,23 +128,43 @@ def decode_video(parts: Sequence[bytes], bounds: Bounds) -> list[Image.Image]:
 
 
 @contextmanager
-def _opened(data: bytes) -> Iterator[Image.Image]:
+def _opened(data: bytes, bounds: Bounds) -> Iterator[Image.Image]:
     """Whatever a decoder says of what it cannot decode is one error."""
     if not data:
         raise BadImage("holds no bytes", "empty_image_file")
+    if data.startswith(b"\xff\xd8"):
+        _check_scans(data)
+    # Of the process, as a server's settings are: for what has room made before its size is told, as a GIF's frames.
+    Image.MAX_IMAGE_PIXELS = bounds.max_pixels
     try:
         with Image.open(BytesIO(data), formats=FORMATS) as image:
             yield image
     except BadImage:
         raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        message = f"has more pixels than this server takes ({bounds.max_pixels})"
+        raise BadImage(message, "image_too_large") from error
     except UnidentifiedImageError as error:
         raise BadImage("is no PNG, JPEG, WebP or GIF", "unsupported_image_media_type") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error, …
         raise BadImage("is damaged: it cannot be decoded", "image_parse_error") from error
 
 
+def _check_scans(data: bytes) -> None:
+    """BadImage where a JPEG has too many, before the end of its first image."""
+    at = scans = 0
+    while (marker := _MARKER.search(data, at)) is not None and marker[1] != _END and scans <= MAX_SCANS:
+        at = marker.end()
+        if at > 2:  # its segment; the first marker has none
+            at += int.from_bytes(data[at : at + 2])
+        scans += marker[1] == _SCAN
+    if scans > MAX_SCANS:
+        raise BadImage(f"has more than {MAX_SCANS} scans, of which a JPEG needs about ten", "image_too_large")
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     """A copy in mode RGB, upright."""
+    image.load()  # here what is wrong with pixels is an error; where EXIF looks for itself behind them, it is none
     turn = _turn(image)
     if image.mode == "I" or image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))

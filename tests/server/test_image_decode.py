@@ -138,6 +138,22 @@ def text_bomb() -> bytes:
     return plain[:33] + chunk(b"zTXt", b"Comment\0\0" + packed) + plain[33:]
 
 
+def frame(width: int, height: int) -> bytes:
+    """Of a GIF: next to nothing is in it, and it is to be wiped away by the next one."""
+    head = b"!\xf9\x04\x08\0\0\0\0," + struct.pack("<HHHHB", 0, 0, width, height, 0)
+    return head + b"\x02\x02\x44\x01\0"
+
+
+LARGER = b"GIF89a" + struct.pack("<HHBBB", 16, 16, 0x80, 0, 0) + bytes(6) + frame(8000, 8000) + b";"
+"""One whose first frame is larger than it says that it is"""
+
+
+def scans(image: Image.Image, more: int, before: bytes = b"") -> bytes:
+    """A progressive JPEG whose last scan comes so many times again, behind a marker."""
+    data = encoded(image, "JPEG", progressive=True)
+    return data[:-2] + before + data[data.rindex(b"\xff\xda") : -2] * more + data[-2:]
+
+
 SIZES = {
     "one pixel": (encoded(picture(1, 1)), "image_too_small"),
     "a line": (encoded(picture(20_000, 1)), "image_too_small"),
@@ -147,6 +163,9 @@ SIZES = {
     "the largest PNG": (bomb(2**31 - 1, 2**31 - 1), "image_too_large"),
     "pixels are missing": (bomb(2000, 2000)[:-5000], "image_parse_error"),
     "a bomb of text": (text_bomb(), "image_parse_error"),
+    "a frame larger than its GIF": (LARGER, "image_too_large"),
+    "a JPEG that is painted over": (scans(picture(), 300), "image_too_large"),
+    "behind a marker without a length": (scans(picture(), 300, b"\xff\x01"), "image_too_large"),
 }
 
 
@@ -158,6 +177,33 @@ def test_sizes(data: bytes, code: str) -> None:
     assert tracemalloc.get_traced_memory()[1] < 70 << 20  # what Python holds; a text may be unpacked to 64 MiB
     tracemalloc.stop()
     assert told.value.code == code
+
+
+def test_room_for_a_frame_is_made_when_its_size_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow fills what a frame is to leave behind while it opens a GIF, or goes on to the frame."""
+    filled: list[int] = []
+    fill = Image.core.fill
+
+    def watched(mode: str, size: tuple[int, int], *colour: Any) -> Any:
+        filled.append(size[0] * size[1])
+        return fill(mode, size, *colour)
+
+    monkeypatch.setattr(Image.core, "fill", watched)
+    with pytest.raises(BadImage, match="more pixels"):
+        decode_image(LARGER, BOUNDS)
+    with pytest.raises(BadImage, match="more pixels"):
+        decode_video([encoded(picture(16, 16, "P"), "GIF")[:-1] + frame(8000, 8000) + b";"], BOUNDS)
+    assert max(filled, default=0) <= BOUNDS.max_pixels
+
+
+def test_scans_of_a_jpeg() -> None:
+    """What is not scanned may look like one: a thumbnail in its header, a film behind its end."""
+    whole = picture(64, 48)
+    assert near(decode_image(scans(whole, 50), BOUNDS), whole, 24)
+    plain = encoded(whole, "JPEG", quality=95)
+    noise = b"\xff\xda" * 300
+    header = b"\xff\xe1" + struct.pack(">H", len(noise) + 2) + noise
+    assert near(decode_image(plain[:2] + header + plain[2:] + noise, BOUNDS), whole, 24)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -228,6 +274,7 @@ def test_bounds_of_videos() -> None:
         ([encoded(picture(8, 8), "GIF", save_all=True, append_images=[picture(8, 8, "L")] * 8)], None),
         ([large] * 5, "each of 5 frames"),
         ([small, large], "several sizes"),
+        ([small, *[large] * 4], "each of 5 frames"),
         ([small, b"x"], "no PNG"),
         ([small, small[:60]], "damaged"),
     ):
