@@ -77,6 +77,9 @@ def here(x: Any) -> Any:
 
 def _run(op: Any, *args: Any, **kwargs: Any) -> Any:
     name = op.overloadpacket.__name__
+    if name == "to":  # which in inference mode may come with its device by place
+        kwargs = dict(zip((argument.name for argument in op._schema.arguments), args, strict=False)) | kwargs
+        args = (kwargs.pop("self"),)
     given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     theirs = {id(x.here): x for x in given if isinstance(x, There)}
     if name not in _COPIES:

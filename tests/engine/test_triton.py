@@ -8,6 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from msgspec import structs
 from triton import knobs
 
 from winnow.engine.build import build_engine
@@ -106,6 +107,24 @@ def test_pictures(has_axes: bool, folder: Path, ops: Backend, triton: Backend, r
     for at, logits in said[0].logits.items():
         torch.testing.assert_close(said[1].logits[at], logits, atol=1e-2, rtol=1e-3)
     assert replayed == [1] * 4, "steps of one row each, but the first"
+
+
+def test_a_row_of_a_picture_is_not_replayed(
+    folder: Path, ops: Backend, triton: Backend, there: Decoder, replayed: list[int]
+) -> None:
+    """Though it is alone in its step: a recorded step looks tokens up."""
+    prompt, pictures = pictured([16, picture(0, 0, 3, 4)])
+    pictures = [structs.replace(pictures[0], turn_end=len(prompt))]
+    said = []
+    for bench in (
+        Bench(load_model(str(folder), ops, "f32"), 600, ops, {}, eyes=TinyEyes(), max_step_tokens=16),
+        Bench(there, 600, triton, {}, eyes=TinyEyes(), max_step_tokens=16, device="cuda", page_tokens=16),
+    ):
+        plan = {"vision": {"policy": "uniform", "keep": 1}}
+        said.append(bench.alone(prompt, 3, plan, pictures=pictures).tokens)
+        assert [count for batch in bench.batches for _, count in batch] == [16, 1, 1, 1]
+    assert said[0] == said[1]
+    assert replayed == [1], "of the two generated tokens the second"
 
 
 def test_a_step_that_cannot_be_recorded_is_launched(

@@ -47,7 +47,7 @@ class Model:
     """A checkpoint as the engine has it, and as transformers does."""
 
     def __init__(self, family: str, folder: Path, ops: Backend):
-        self.family = family
+        self.family, self.folder = family, folder
         self.reference: Any = save_vlm(folder, family)
         self.reference.generation_config.eos_token_id = None
         self.tokenizer = load_tokenizer(str(folder))

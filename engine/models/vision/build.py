@@ -86,6 +86,8 @@ def _load(parts: nn.Module, source: Source, device: torch.device, dtype: torch.d
         if source.shapes[name] != tuple(parameter.shape):
             found, asked = list(source.shapes[name]), list(parameter.shape)
             raise ModelError(f"{source.path}: tensor {name} has shape {found}; the config asks for {asked}")
-        parameter.data = torch.empty(parameter.shape, dtype=dtype, device=device)
-        source.read_into(name, parameter.data)
+        weights = torch.empty(parameter.shape, dtype=dtype, device=device)
+        source.read_into(name, weights)
+        owner, _, own_name = name.rpartition(".")
+        setattr(parts.get_submodule(owner), own_name, nn.Parameter(weights, requires_grad=False))
     parts.to(device)

@@ -131,7 +131,7 @@ class QwenTower:
 
     def _in_order(self, x: Tensor, grid: _Grid) -> Tensor:
         """[rows, D] as the grid's own order is -> as the layers read them."""
-        return x if grid.order is None else x.unflatten(0, (-1, self._edge**2))[grid.order].flatten(0, 1)
+        return x if grid.order is None else x.unflatten(0, (-1, self._edge**2))[grid.order.to(x.device)].flatten(0, 1)
 
     def _attends(self, layer: int, x: Tensor, grid: _Grid) -> Attention:
         block, bounds = self._vit.blocks[layer], grid.bounds[layer].tolist()
@@ -146,5 +146,5 @@ def _back(squares: Tensor, grid: _Grid) -> Tensor:
     if grid.order is None:
         return squares
     out = torch.empty_like(squares)
-    out[grid.order] = squares
+    out[grid.order.to(out.device)] = squares
     return out
