@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, PreTrainedTokenizerFast
 
 from winnow.engine.models.mosaic import train
-from winnow.engine.models.mosaic.checkpoint import ASSISTANT, END, IMAGE, PATCHES, VOCABULARY, write_settings
+from winnow.engine.models.mosaic.checkpoint import END, IMAGE, PATCHES, VOCABULARY, write_settings
 from winnow.engine.models.mosaic.conversations import Batch, conversations, write_ids
 from winnow.engine.models.mosaic.evaluate import pixel_values, questions
 from winnow.engine.models.mosaic.questions import KIND_NAMES, Asker, Question
@@ -199,10 +199,11 @@ def test_heads_are_told_to_look_by_their_own_attention(bank: Bank) -> None:
         )
         told = student._look(batch, seen, 3, ran.hidden_states[3])
     expected = []
+    cells = batch.places - batch.places.amin(1, keepdim=True)
     for row, tokens in enumerate(batch.tokens.tolist()):
         first = tokens.index(IMAGE)
         for place, target in enumerate(batch.targets[row].tolist()):
-            shown = batch.looks[row, tokens[: place + 1].count(ASSISTANT) - 1]
+            shown = batch.looks[row, place][cells[row]]
             if target >= 0 and target != END and shown.any():
                 looked = ran.attentions[3][row, :2, place, first : first + PATCHES]
                 expected.append(-looked[:, shown].log().mean())

@@ -23,8 +23,8 @@ from winnow.engine.models.mosaic.checkpoint import (
     VOCABULARY,
     word_ids,
 )
-from winnow.engine.models.mosaic.questions import KIND_NAMES, Asker, Question
-from winnow.engine.models.mosaic.scenes import KINDS, PLACES, SIDE, Bank
+from winnow.engine.models.mosaic.questions import KIND_NAMES, Asker, Question, cell_name, kind_name
+from winnow.engine.models.mosaic.scenes import GRIDS, KINDS, SIDE, Bank, Mosaic
 
 _NO_TARGET = -100
 _WORDS = range(UNKNOWN + 5, len(VOCABULARY))
@@ -55,11 +55,30 @@ class Batch(NamedTuple):
     presence: Tensor
     """[mosaics, kinds] f32: 1 where the mosaic shows the kind."""
     looks: Tensor
-    """[mosaics, questions, 144] bool: the patches in cells that show a question's answer; none where no cell does."""
+    """[mosaics, longest, 9] bool: the cells that show the next token, where it belongs to an answer."""
+
+
+class _Written(NamedTuple):
+    """Conversations about one mosaic, token by token as `Batch` has them; `cells` are those that `looks` names."""
+
+    tokens: list[int]
+    targets: list[int]
+    branches: list[int]
+    positions: list[int]
+    cells: list[tuple[int, ...]]
+
+    def add(self, branch: int, position: int, tokens: Sequence[int], cells: Sequence[tuple[int, ...] | None]) -> None:
+        """`cells`: of each token of an answer; None for all other tokens. Targets and cells are those of the next."""
+        following = [*zip(tokens[1:], cells[1:], strict=True), (_NO_TARGET, None)]
+        self.tokens.extend(tokens)
+        self.targets.extend(_NO_TARGET if shown is None else token for token, shown in following)
+        self.branches.extend([branch] * len(tokens))
+        self.positions.extend(range(position, position + len(tokens)))
+        self.cells.extend(shown or () for _, shown in following)
 
 
 def conversations(bank: Bank, seed: Sequence[int], mosaics: int, questions: int) -> Batch:
-    """As many new mosaics, and as many questions about each, in several conversations.
+    """As many new mosaics, and as many questions about each, in several conversations; and a description of each.
 
     Most conversations about a mosaic begin alike, with its image: they are branches of one sequence, each of which sees
     only itself and their beginning, so that an image is read once for all of them. Some begin with a system message (of
@@ -69,63 +88,83 @@ def conversations(bank: Bank, seed: Sequence[int], mosaics: int, questions: int)
     scenes = [bank.draw(rng) for _ in range(mosaics)]
     asker = Asker(choices, _ASKED)
     asked = [[asker.ask(scene) for _ in range(questions)] for scene in scenes]
-    written = [_branched(each, choices) for each in asked]
+    written = [_branched(*each, choices) for each in zip(scenes, asked, strict=True)]
     brightness = rng.uniform(0.85, 1.1, (mosaics, 1, 1, 1)).astype(np.float32)
     noise = rng.normal(0, 3, (mosaics, SIDE, SIDE, 1)).astype(np.float32)
     pixels = np.clip(bank.render(scenes) * brightness + noise, 0, 255).astype(np.uint8)
     presence = torch.zeros(mosaics, KINDS)
     for row, scene in enumerate(scenes):
         presence[row, [kind for kind in scene.cells if kind >= 0]] = 1.0
-    tokens, targets, branches, positions = (
-        _padded([each[part] for each in written], filler) for part, filler in enumerate((PAD, _NO_TARGET, -1, 0))
-    )
+    tokens = _padded([each.tokens for each in written], PAD)
+    looks = torch.zeros(*tokens.shape, max(GRIDS) ** 2, dtype=torch.bool)
+    for row, each in enumerate(written):
+        for place, cells in enumerate(each.cells):
+            looks[row, place, list(cells)] = True
     patches, places = (torch.from_numpy(of(scenes)) for of in (bank.patch_kinds, bank.patch_places))
-    within = places - places.min(1, keepdim=True).values
-    cells = torch.stack([torch.tensor(scene.cells)[row] + 1 for scene, row in zip(scenes, within, strict=True)])
-    looks = torch.zeros(mosaics, questions, PLACES, dtype=torch.bool)
-    for row, each in enumerate(asked):
-        for turn, question in enumerate(each):
-            looks[row, turn, list(question.cells)] = True
-    looks = looks.gather(2, within[:, None].expand(-1, questions, -1))
+    within = places - places.amin(1, keepdim=True)
     return Batch(
-        torch.from_numpy(pixels), tokens, targets, branches, positions, patches, cells, places, presence, looks
+        pixels=torch.from_numpy(pixels),
+        tokens=tokens,
+        targets=_padded([each.targets for each in written], _NO_TARGET),
+        branches=_padded([each.branches for each in written], -1),
+        positions=_padded([each.positions for each in written], 0),
+        patches=patches,
+        cells=torch.stack([torch.tensor(scene.cells)[row] + 1 for scene, row in zip(scenes, within, strict=True)]),
+        places=places,
+        presence=presence,
+        looks=looks,
     )
 
 
-def _branched(
-    questions: Sequence[Question], choices: random.Random
-) -> tuple[list[int], list[int], list[int], list[int]]:
-    """Tokens, targets, branches and positions of conversations about one mosaic, as `Batch` has them."""
-    tokens, image = [BEGIN], [IMAGE] * PATCHES
+def _branched(scene: Mosaic, questions: Sequence[Question], choices: random.Random) -> _Written:
+    written = _Written([], [], [], [], [])
+    begun, image = [BEGIN], [IMAGE] * PATCHES
     if choices.random() < _SYSTEM_PART:
         length = choices.randint(1, _LONGEST_SYSTEM)
-        tokens += [SYSTEM, *(choices.choice(_WORDS) if choices.random() < 0.5 else UNKNOWN for _ in range(length))]
+        begun += [SYSTEM, *(choices.choice(_WORDS) if choices.random() < 0.5 else UNKNOWN for _ in range(length))]
     text_first = choices.random() < _TEXT_FIRST_PART
     if not text_first:
-        tokens += [USER, *image]
-    begun = len(tokens)
-    targets, branches, positions = [_NO_TARGET] * begun, [0] * begun, list(range(begun))
+        begun += [USER, *image]
+    written.add(0, 0, begun, [None] * len(begun))
     asked = 0
     while asked < len(questions):
         turns = _TURNS[-1] if text_first else choices.choice(_TURNS)
-        written: list[int] = []
-        is_answer: list[bool] = []
+        tokens: list[int] = []
+        cells: list[tuple[int, ...] | None] = []
         for turn, question in enumerate(questions[asked : asked + turns]):
             said, answer = word_ids(question.text), [*word_ids(question.answer), END]
             if turn or text_first:
                 said = [USER, *said]
             if not turn and text_first:
                 said += image
-            written += [*said, ASSISTANT, *answer]
-            is_answer += [False] * (len(said) + 1) + [True] * len(answer)
-        tokens += written
-        targets += _targets(written, is_answer)
-        branches += [1 + asked] * len(written)
-        positions += range(begun, begun + len(written))
+            tokens += [*said, ASSISTANT, *answer]
+            cells += [*[None] * (len(said) + 1), *[question.cells] * (len(answer) - 1), ()]
         asked += turns
+        written.add(asked, len(begun), tokens, cells)
         if text_first:
-            break  # each conversation would hold the image anew
-    return tokens, targets, branches, positions
+            return written  # each conversation would hold the image anew
+    for branch, is_place_told in enumerate((True, False), asked + 1):
+        written.add(branch, len(begun), *_described(scene, is_place_told, choices))
+    return written
+
+
+def _described(
+    scene: Mosaic, is_place_told: bool, choices: random.Random
+) -> tuple[list[int], list[tuple[int, ...] | None]]:
+    """Tokens, and the cells of those that are learnt: what each cell shows, or where what is there once is.
+
+    In any order, which is not learnt. Here what is looked for stands right before what is to be said: from questions
+    alone, whose words say it in many ways, models came late to find a cell of nine.
+    """
+    tokens, cells = [ASSISTANT], [None]
+    once = [place for place, kind in enumerate(scene.cells) if kind >= 0 and scene.cells.count(kind) == 1]
+    places = list(range(len(scene.cells))) if is_place_told else once
+    for place in choices.sample(places, len(places)):
+        names = cell_name(scene.grid, place), kind_name(scene.cells[place])
+        told, learnt = (word_ids(name) for name in (names if is_place_told else reversed(names)))
+        tokens += [*told, *learnt]
+        cells += [*[None] * len(told), *[(place,)] * len(learnt)]
+    return tokens, cells
 
 
 def write_ids(questions: Sequence[Question]) -> tuple[list[int], list[int]]:

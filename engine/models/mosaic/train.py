@@ -30,7 +30,7 @@ from winnow.engine.models.mosaic.conversations import Batch, conversations
 from winnow.engine.models.mosaic.evaluate import Score, evaluate, pixel_values
 from winnow.engine.models.mosaic.scenes import KINDS, PATCH, PLACES, SIDE, Bank, load_bank
 
-QUESTIONS = 24
+QUESTIONS = 20
 """About each mosaic."""
 TURNS = 6
 """Of the conversations that are tested."""
@@ -161,8 +161,8 @@ class Student(nn.Module):
         layer = self.llava.model.language_model.layers[index]
         is_answer = (batch.targets >= 0) & (batch.targets != checkpoint.END)
         rows, places = is_answer.nonzero(as_tuple=True)
-        questions = (batch.tokens == checkpoint.ASSISTANT).cumsum(1)[rows, places] - 1
-        shown = batch.looks[rows, questions]
+        cells = (batch.places - batch.places.amin(1, keepdim=True))[rows]
+        shown = batch.looks[rows, places].gather(1, cells)
         some = shown.any(-1)
         rows, places, shown = rows[some], places[some], shown[some].float()
         normed = layer.input_layernorm(hidden)
