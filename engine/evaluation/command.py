@@ -189,7 +189,8 @@ def _resumed(path: Path, new: Result, about: dict[str, Any]) -> Result:
 
 def run_parity(options: Options, python: Path, console: Console) -> list[Path]:
     """Both sides hold f32 weights."""
-    from winnow.engine.evaluation.parity import BUDGETS, METHODS, KeptTarget, compare, write
+    from winnow.engine.evaluation.parity import KeptTarget, compare, write
+    from winnow.engine.evaluation.parity_methods import METHODS, cases_of
     from winnow.engine.models.export import export_directory
 
     if options.url is not None or options.text_prompts == 0:
@@ -201,9 +202,10 @@ def run_parity(options: Options, python: Path, console: Console) -> list[Path]:
     about = facts() | {"model": options.model, "weights": "f32", "text": digest(text)}
     about |= {"prompts": options.text_prompts, "context": options.text_context, "new": options.text_new}
     with TemporaryDirectory(prefix="winnow-weights-") as folder, _progress(console) as progress:
-        bar = progress.add_task("the model's weights", total=2 * (1 + len(METHODS) * len(BUDGETS)))
+        bar = progress.add_task("the model's weights", total=None)
         model = export_directory(options.model, Path(folder) / "model")
         target = KeptTarget(options.model, "f32", threads, options.kv_memory_gib)
+        progress.update(bar, total=2 * (1 + len(cases_of(list(METHODS), target.head_dim))))
         book = PromptBook(target.encode, text)
         size = options.text_context + options.text_new
         prompts = [

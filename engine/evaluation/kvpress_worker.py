@@ -1,9 +1,10 @@
 """Runs kvpress: `PYTHON kvpress_worker.py JOB.json OUT.npz`, with the interpreter of an environment that has it.
 
 It stands alone: that environment has neither Winnow nor its transformers. The job is {model, threads, prompts, texts,
-lead_ins, cases}, where a case is {name, press, knobs, ratio, attention, sums, wrapper}. For each case and prompt it
+lead_ins, cases}, where a case is {name, press, knobs, attention, sums, wrapper, page}. For each case and prompt it
 compresses the prompt as kvpress does, reads the text after it, and writes how likely the text was, how far the
-distributions are from the uncompressed ones, and the tokens that were kept. It says a line for each case that is done.
+distributions are from the uncompressed ones, and what was kept, tokens or channels. It says a line for each case that
+is done.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def recorded(press: Any, sums: bool) -> Iterator[list[Tensor]]:
     are made sums again where they are wanted."""
     scores: list[Tensor] = []
     score = getattr(press, "score", None)
-    if score is None:  # KVzipPress, which masks what it drops
+    if score is None:  # KVzipPress, which masks what it drops, and ThinKPress, which zeroes channels
         yield scores
         return
 
@@ -48,6 +49,23 @@ def recorded(press: Any, sums: bool) -> Iterator[list[Tensor]]:
         press.score = score
 
 
+@contextmanager
+def sparing(press: Any, newest: int) -> Iterator[None]:
+    """Leaves the keys of the newest tokens as they are."""
+    compress = press.compress
+
+    def spared(module: Any, hidden: Tensor, keys: Tensor, *more: Any) -> tuple[Tensor, Tensor]:
+        whole = keys[:, :, keys.shape[2] - newest :].clone()
+        keys, values = compress(module, hidden, keys, *more)
+        return torch.cat([keys[:, :, : keys.shape[2] - newest], whole], 2), values
+
+    press.compress = spared if newest else compress
+    try:
+        yield
+    finally:
+        press.compress = compress
+
+
 class LeadIns:
     """A tokenizer of the few texts that KVzipPress has one for; without a template the whole prompt is its context."""
 
@@ -62,25 +80,49 @@ class LeadIns:
 
 @torch.inference_mode()
 def read(
-    model: Any, prompt: list[int], text: list[int], press: Any | None = None, wrapper: Any = None, sums: bool = False
+    model: Any,
+    prompt: list[int],
+    text: list[int],
+    press: Any | None = None,
+    wrapper: Any = None,
+    sums: bool = False,
+    page: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
     """[text - 1, vocab] logprobs after each token of the text but the last, and whether a token was kept: [layers,
-    kv_heads, prompt], None without a press."""
-    cache = DynamicCache()
+    kv_heads, prompt], a channel, [layers, kv_heads, head_dim], or None without a press.
+
+    Args
+        page: the newest tokens that do not fill so many are spared; none if 0
+    """
+    cache, behind = DynamicCache(), len(prompt)
     if press is None:
         model.model(input_ids=torch.tensor([prompt]), past_key_values=cache)
         kept, is_even = None, True
     else:
-        with recorded(press, sums) as scores, (wrapper or press)(model):
+        with (
+            recorded(press, sums) as scores,
+            sparing(press, len(prompt) % page if page else 0),
+            (wrapper or press)(model),
+        ):
             model.model(input_ids=torch.tensor([prompt]), past_key_values=cache)
-        kept, is_even = kept_tokens(model, cache, scores)
+        if isinstance(press, kvpress.ThinKPress):
+            kept, is_even = kept_channels(cache), True
+        else:
+            kept, is_even = kept_tokens(model, cache, scores)
+        if isinstance(wrapper, kvpress.KeyRerotationPress):
+            behind = cache.get_seq_length()
     # Masks are made for all layers alike, and masked keys are looked for by the query: uneven lanes read one by one.
     logits = []
     for start in range(0, len(text) - 1, len(text) if is_even else 1):
         tokens = torch.tensor([text[start:-1] if is_even else text[start : start + 1]])
-        positions = len(prompt) + start + torch.arange(tokens.shape[1])[None]
+        positions = behind + start + torch.arange(tokens.shape[1])[None]
         logits.append(model(input_ids=tokens, past_key_values=cache, position_ids=positions).logits[0])
     return torch.cat(logits).float().log_softmax(-1), kept
+
+
+def kept_channels(cache: DynamicCache) -> Tensor:
+    """[layers, kv_heads, head_dim]: what is dropped is zero in all tokens, the first one included."""
+    return torch.stack([layer.keys[0, :, 0] != 0 for layer in cache.layers])
 
 
 def kept_tokens(model: Any, cache: DynamicCache, scores: list[Tensor]) -> tuple[Tensor, bool]:
@@ -113,10 +155,10 @@ def main(job_path: str, out_path: str) -> None:
     kvzip_press.AutoTokenizer = SimpleNamespace(from_pretrained=lambda _: lead_ins)
     for case in job["cases"]:
         model.set_attn_implementation(case["attention"])
-        press = getattr(kvpress, case["press"])(compression_ratio=case["ratio"], **case["knobs"])
+        press = getattr(kvpress, case["press"])(**case["knobs"])
         wrapper = getattr(kvpress, case["wrapper"])(press) if case["wrapper"] else None
         for i, (prompt, text) in enumerate(pairs):
-            logprobs, kept = read(model, prompt, text, press, wrapper, case["sums"])
+            logprobs, kept = read(model, prompt, text, press, wrapper, case["sums"], case["page"])
             key = f"{case['name']}/{i}"
             out[f"{key}/true"] = chosen(logprobs, text)
             out[f"{key}/kl"] = (exact[i].exp() * (exact[i] - logprobs)).sum(-1).mean().item()

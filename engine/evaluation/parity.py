@@ -1,7 +1,7 @@
 """The same methods in kvpress, on the same prompts, with the same weights: who keeps what, and what it costs.
 
 kvpress (NVIDIA) pins an older transformers, so it runs in an environment of its own, which `make parity` sets up; see
-`kvpress_worker.py`. Here every plan is written as kvpress has the method: with no sinks where it knows none.
+`kvpress_worker.py`. What is compared says `parity_methods.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,101 +19,19 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from winnow.engine.compression.registry import EVICTION
 from winnow.engine.errors import EvalError
 from winnow.engine.evaluation.measures import Mean, Whole, distance
+from winnow.engine.evaluation.parity_methods import METHODS, cases_of, plan_of
 from winnow.engine.evaluation.result import write_text
 from winnow.engine.evaluation.targets import Ask, EngineTarget
+from winnow.engine.pages import PageArena
 from winnow.engine.recital import FIRST, LATER
+from winnow.kernels.formats import PageFormat
 
 Bools = NDArray[np.bool_]
 WORKER = Path(__file__).with_name("kvpress_worker.py")
-BUDGETS = (0.25, 0.5, 0.75)
 TURN = "\n"
 """What kvpress has before a repetition where there is no chat template"""
-
-
-@dataclass(frozen=True)
-class Method:
-    """One method as both have it."""
-
-    policy: str
-    knobs: dict[str, Any]
-    """Of ours"""
-    press: str
-    press_knobs: dict[str, Any] = field(default_factory=dict)
-    attention: str = "sdpa"
-    """What transformers must run for it"""
-    sums: bool = False
-    """Whether the press' means over the queries that could see a token are made sums again"""
-    wrapper: str = ""
-    """A press that takes the other one as its own"""
-    note: str = ""
-    """Why the two may differ"""
-
-
-ROUNDING = "sums in another order move scores in their last bits, so tokens at the threshold may swap"
-SAME = f"same rule; {ROUNDING}"
-METHODS: dict[str, Method] = {
-    "random": Method("random", {"sinks": 0}, "RandomPress", {"seed": 1}, note="other random numbers"),
-    "streaming_llm": Method("streaming_llm", {"sinks": 4}, "StreamingLLMPress", {"n_sink": 4}, note="same rule"),
-    "knorm": Method("knorm", {"sinks": 0}, "KnormPress", note=SAME),
-    "keydiff": Method("keydiff", {"sinks": 0}, "KeyDiffPress", note=SAME),
-    "tova": Method("tova", {"sinks": 0}, "TOVAPress", note=SAME),
-    "snapkv": Method("snapkv", {"sinks": 0, "recent": 64}, "SnapKVPress", {"window_size": 64}, note=SAME),
-    "h2o": Method(
-        "h2o",
-        {"sinks": 0, "recent": 0},
-        "ObservedAttentionPress",
-        attention="eager",
-        sums=True,
-        note="same rule: ObservedAttention, its means made sums again, with no recent tokens protected; " + ROUNDING,
-    ),
-    "h2o as served": Method(
-        "h2o",
-        {},
-        "ObservedAttentionPress",
-        attention="eager",
-        note="another rule: h2o sums the attention that a token received and protects the newest half, as its paper "
-        "says; ObservedAttention divides by the number of queries that could see the token and protects none",
-    ),
-    "lagkv": Method(
-        "lagkv",
-        {},
-        "LagKVPress",
-        note="same rule; ranks are equal between partitions, and of equals at the threshold the earlier stays here, "
-        "whichever topk likes there. Sinks, the last full partition and what follows it have one score there: where "
-        "they alone are more than the budget, as at 25 % of these prompts, topk keeps any of them, the sinks or not; "
-        "here the sinks and the newest stay",
-    ),
-    "expected_attention": Method("expected_attention", {}, "ExpectedAttentionPress", note=SAME),
-    "kvzip": Method("kvzip", {"sinks": 4}, "KVzipPress", note=SAME + "; the same words ask for the repetition"),
-    "snapkv adaptive": Method(
-        "snapkv",
-        {"sinks": 0, "recent": 64, "head_budget": "adaptive"},
-        "SnapKVPress",
-        {"window_size": 64},
-        wrapper="AdaKVPress",
-        note=SAME,
-    ),
-    "snapkv pyramid": Method(
-        "snapkv",
-        {"sinks": 0, "recent": 64, "layer_budget": "pyramid"},
-        "PyramidKVPress",
-        {"window_size": 64},
-        note="another rule: here the protected window comes on top of every layer's share, as in the paper, and layers "
-        "keep what the budget says in all; PyramidKVPress counts the window as a part of the share, and where the last "
-        "layer would keep less than the window it falls back to SnapKV, as at 25 % of these prompts",
-    ),
-    "snapkv merging": Method(
-        "snapkv",
-        {"sinks": 0, "recent": 64, "merge": {"policy": "kv_merging"}},
-        "SnapKVPress",
-        {"window_size": 64},
-        wrapper="MergingPress",
-        note=SAME,
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -132,7 +50,7 @@ class Row:
     ours: Side
     theirs: Side
     common: list[float]
-    """Share of the kept tokens that both kept, by prompt"""
+    """Share of the kept tokens, or channels, that both kept, by prompt"""
     apart: float
     """Largest difference of a logprob of the text, over all prompts, in nats"""
 
@@ -209,19 +127,19 @@ class Parity:
 class KeptTarget(EngineTarget):
     """An engine that also tells what its lanes kept when the prompt had been read."""
 
+    @property
+    def head_dim(self) -> int:
+        return self.engine.arena.layout.head_dim
+
     def kept_after(self, ask: Ask) -> tuple[Whole, Bools]:
-        """What a text was foretold, and [layers, kv_heads, prompt] the tokens that were kept; all where the plan left
-        them alone."""
+        """What a text was foretold, and what was kept: [layers, kv_heads, prompt] tokens, all where the plan left them
+        alone, or [layers, kv_heads, head_dim] channels of the keys, if the plan drops some."""
         kept: list[Bools] = []
         settle, arena = self.engine.side.settle, self.engine.arena
 
         def watched(seq: Any) -> None:
             if seq.computed == seq.prompt_tokens and not kept:
-                counts, most = arena.kept[seq.slot], int(arena.kept[seq.slot].max())
-                held = np.arange(most) < counts[..., None]
-                lane, head, _ = np.nonzero(held)
-                kept.append(np.zeros((*counts.shape, seq.prompt_tokens), bool))
-                kept[0][lane, head, arena.kv.positions[seq.slot][..., :most].numpy()[held]] = True
+                kept.append(_channels(arena, seq) if seq.plan.drops_channels else _tokens(arena, seq))
             settle(seq)
 
         self.engine.side.settle = watched  # type: ignore[method-assign]
@@ -233,10 +151,6 @@ class KeptTarget(EngineTarget):
             raise EvalError(f"a plan is refused: {answer}")
         assert isinstance(answer.foretold, Whole)
         return answer.foretold, kept[0] if kept else np.ones((*self.engine.arena.kept.shape[1:], len(ask.prompt)), bool)
-
-
-def plan_of(name: str, budget: float) -> dict[str, Any]:
-    return {"kv": {"evict": {"policy": METHODS[name].policy, "budget": budget, **METHODS[name].knobs}}}
 
 
 def compare(
@@ -254,12 +168,11 @@ def compare(
         model: the directory of the same weights
         python: interpreter of an environment that has kvpress
         prompts: prompts, each with the text after it
-        say: is told what has been done, len(names) * len(BUDGETS) + 1 times by each side
+        say: is told what has been done, once for each of `cases_of` and once more, by each side
     Raises
         EvalError: kvpress' side failed
     """
-    names = [name for name in names if METHODS[name].policy in EVICTION]
-    cases = [(name, budget) for name in names for budget in BUDGETS]
+    cases = cases_of(names, target.head_dim)
     theirs = _kvpress(target, model, python, prompts, cases, threads, say)
     off = [target.kept_after(Ask(prompt, {}, text, foretells=True))[0] for prompt, text in prompts]
     say("off")
@@ -269,7 +182,7 @@ def compare(
         row = Row(name, budget, Side([], [], []), Side([], [], []), [], 0.0)
         apart = 0.0
         for i, (prompt, text) in enumerate(prompts):
-            whole, kept = target.kept_after(Ask(prompt, plan_of(name, budget), text, foretells=True))
+            whole, kept = target.kept_after(Ask(prompt, plan_of(name, budget, len(prompt)), text, foretells=True))
             far = distance(off[i], whole)
             key = f"{case_name(name, budget)}/{i}"
             true = theirs[f"{key}/true"]
@@ -291,7 +204,7 @@ def case_name(name: str, budget: float) -> str:
 
 
 def common_share(ours: Bools, theirs: Bools) -> float:
-    """Of the tokens [layers, kv_heads, prompt] that each keeps, the share of ours that are theirs too."""
+    """Of the tokens [layers, kv_heads, prompt], or channels, that each keeps, the share of ours that are theirs too."""
     if ours.shape != theirs.shape:
         raise EvalError(f"the two models have lanes {ours.shape} and {theirs.shape}")
     return float((ours & theirs).sum() / ours.sum())
@@ -299,6 +212,21 @@ def common_share(ours: Bools, theirs: Bools) -> float:
 
 def write(parity: Parity, facts: dict[str, Any], path: Path) -> Path:
     return write_text(path, json.dumps({**facts, **parity.as_dict()}, indent=1, ensure_ascii=False) + "\n")
+
+
+def _tokens(arena: PageArena, seq: Any) -> Bools:
+    """[layers, kv_heads, prompt]: those that its lanes hold."""
+    counts = arena.kept[seq.slot]
+    held = np.arange(counts.max()) < counts[..., None]
+    layer, head, _ = np.nonzero(held)
+    kept = np.zeros((*counts.shape, seq.prompt_tokens), bool)
+    kept[layer, head, arena.kv.positions[seq.slot][..., : held.shape[-1]].numpy()[held]] = True
+    return kept
+
+
+def _channels(arena: PageArena, seq: Any) -> Bools:
+    """[layers, kv_heads, head_dim]: those that its keys keep."""
+    return arena.kv.channels[seq.slot].bool().numpy()
 
 
 def _true(whole: Whole) -> NDArray[np.float32]:
@@ -314,6 +242,7 @@ def _kvpress(
     threads: int,
     say: Callable[[str], None],
 ) -> dict[str, NDArray[Any]]:
+    layout = target.engine.arena.layout
     job = {
         "model": str(model),
         "threads": threads,
@@ -324,11 +253,11 @@ def _kvpress(
             {
                 "name": case_name(name, budget),
                 "press": METHODS[name].press,
-                "knobs": METHODS[name].press_knobs,
-                "ratio": 1 - budget,
+                "knobs": {**METHODS[name].press_knobs, METHODS[name].ratio: 1 - budget},
                 "attention": METHODS[name].attention,
                 "sums": METHODS[name].sums,
                 "wrapper": METHODS[name].wrapper,
+                "page": layout.capacity(PageFormat.parse(METHODS[name].policy)) if METHODS[name].spares else 0,
             }
             for name, budget in cases
         ],

@@ -13,10 +13,10 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from winnow.engine.compression.registry import EVICTION
 from winnow.engine.errors import EvalError, ModelError
 from winnow.engine.evaluation.measures import Whole
-from winnow.engine.evaluation.parity import BUDGETS, METHODS, KeptTarget, common_share, compare, plan_of, write
+from winnow.engine.evaluation.parity import KeptTarget, common_share, compare, write
+from winnow.engine.evaluation.parity_methods import BUDGETS, METHODS, cases_of, plan_of
 from winnow.engine.evaluation.plans import check
 from winnow.engine.evaluation.targets import Ask
 from winnow.engine.models.export import export_directory
@@ -37,27 +37,43 @@ def test_shares_of_common_tokens() -> None:
 
 
 def test_the_kept_tokens_of_a_plan(target: KeptTarget) -> None:
-    whole, kept = target.kept_after(Ask(list(range(100)), plan_of("streaming_llm", 0.25), [1, 2, 3], foretells=True))
+    whole, kept = target.kept_after(
+        Ask(list(range(100)), plan_of("streaming_llm", 0.25, 100), [1, 2, 3], foretells=True)
+    )
     assert isinstance(whole, Whole)
     assert kept.shape == (2, 2, 100)
     assert all(np.flatnonzero(lane).tolist() == [*range(4), *range(79, 100)] for lane in kept.reshape(4, 100))
     assert target.kept_after(Ask(list(range(100)), {}, [1, 2, 3], foretells=True))[1].all()
 
 
+def test_the_kept_tokens_where_positions_are_compact(target: KeptTarget) -> None:
+    ask = Ask(list(range(100)), plan_of("streaming_llm compact", 0.25, 100), [1, 2, 3], foretells=True)
+    _, kept = target.kept_after(ask)
+    assert all(np.flatnonzero(lane).tolist() == [*range(4), *range(79, 100)] for lane in kept.reshape(4, 100))
+
+
+def test_the_kept_channels_of_a_plan(target: KeptTarget) -> None:
+    (case,) = cases_of(["think"], target.head_dim)
+    _, kept = target.kept_after(Ask(list(range(100)), plan_of(*case, 100), [1, 2, 3], foretells=True))
+    assert kept.shape == (2, 2, target.head_dim)
+    assert (kept.sum(-1) == case[1] * target.head_dim).all()
+
+
 @pytest.mark.parametrize("name", ["snapkv adaptive", "snapkv pyramid", "kvzip"])
 def test_lanes_that_keep_as_they_like(target: KeptTarget, name: str) -> None:
     """Not one by one, but in all they keep what the budget says."""
     prompt = [i * i % 97 for i in range(300)]
-    _, kept = target.kept_after(Ask(prompt, plan_of(name, 0.5), [1, 2, 3], foretells=True))
+    _, kept = target.kept_after(Ask(prompt, plan_of(name, 0.5, 300), [1, 2, 3], foretells=True))
     counts = kept.sum(-1)
     assert counts.min() < counts.max()
     assert counts.sum() == 2 * 2 * 150
 
 
 def test_plans_are_plans() -> None:
-    served = [name for name, method in METHODS.items() if method.policy in EVICTION]
-    assert {"h2o", "snapkv", "random"} <= set(served)
-    assert check({f"{name}:{budget}": plan_of(name, budget) for name in served for budget in BUDGETS}) == {}
+    cases = cases_of(list(METHODS), 64)
+    assert check({f"{name}:{budget}": plan_of(name, budget, 512) for name, budget in cases}) == {}
+    assert ("h2o", 0.25) in cases
+    assert ("think", 38 / 64) in cases
     assert all(method.note for method in METHODS.values())
 
 
@@ -82,7 +98,7 @@ for i, text in enumerate(job["texts"]):
     out[f"off/{i}/true"] = np.zeros(len(text) - 1, np.float32)
     for case in job["cases"]:
         key = f"{case['name']}/{i}"
-        size = int(len(job["prompts"][i]) * (1 - case["ratio"]))
+        size = int(len(job["prompts"][i]) * (1 - case["knobs"]["compression_ratio"]))
         kept = np.ones((2, 2, len(job["prompts"][i])), bool)
         kept[..., 4 : len(job["prompts"][i]) - size + 4] = False
         out |= {f"{key}/true": np.zeros(len(text) - 1, np.float32), f"{key}/kl": 0.5, f"{key}/agreement": 0.25,
