@@ -37,7 +37,11 @@ KNOBS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "holo_v": {"segments": st.integers(1, 40), "variance_weight": st.sampled_from([0.0, 0.09, 2.0])},
     "apet": {"basis": st.integers(1, 12)},
     "duet_vlm": {"contextual": st.sampled_from([0.0, 0.17, 0.95]), "width": st.integers(1, 5)},
-    "must_drop": {"window": st.integers(1, 4), "similarity": st.sampled_from([-1.0, 0.0, 0.1, 0.8])},
+    "must_drop": {
+        "window": st.integers(1, 4),
+        "similarity": st.sampled_from([-1.0, 0.0, 0.1, 0.8]),
+        "key_share": st.sampled_from([0.0, 0.08, 0.5, 1.0]),
+    },
     "flash_vlm": {"text_weight": st.sampled_from([0.0, 0.5, 1.0]), "diverse": st.sampled_from([0.0, 0.5, 1.0])},
     "id_pruner": {"relevance": st.sampled_from([0.0, 0.5, 1.0])},
     "stc": {"chunk": st.integers(1, 4)},
@@ -187,12 +191,16 @@ def test_ties_go_to_the_first() -> None:
 
 def test_many_tokens_are_compared_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     units = ranking.unit(drawn((50, 8), 3))
-    full = Likeness(units)
+    full = Likeness(units, 20)
     monkeypatch.setattr(ranking, "MOST_IN_FULL", 49)
     monkeypatch.setattr(ranking, "BLOCK", 16)
-    piecewise = Likeness(units)
-    assert spread(piecewise, torch.tensor([7, 9]), 20).tolist() == spread(full, torch.tensor([7, 9]), 20).tolist()
+    piecewise, few = Likeness(units, 20), Likeness(units, 3)
+    chosen = torch.arange(3, 30, 2)
+    assert (
+        spread(piecewise, chosen, 20).tolist() == spread(few, chosen, 20).tolist() == spread(full, chosen, 20).tolist()
+    )
     others = (units @ units.T).fill_diagonal_(-2).amax(1)
-    for like in (full, piecewise):
+    for like in (full, piecewise, few):
         torch.testing.assert_close(like.largest(), others)
         torch.testing.assert_close(like.of(3), units @ units[3])
+        torch.testing.assert_close(like.nearest(chosen), (units @ units[chosen].T).amax(1))

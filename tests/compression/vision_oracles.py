@@ -25,6 +25,8 @@ Rows = NDArray[np.float64]
 class Left:
     tokens: list[int]
     merged: dict[int, Rows] = field(default_factory=dict)
+    keys: list[int] | None = None
+    """Those that choices between layers are to spare"""
 
     def __post_init__(self) -> None:
         self.tokens = sorted(self.tokens)
@@ -36,6 +38,7 @@ def assert_left(image: Features, view: View, left: Left) -> None:
     assert [token for token in at if image.places[token, 0] >= 0] == left.tokens
     for token, row in left.merged.items():
         torch.testing.assert_close(view.embeddings[at[token]].double(), torch.from_numpy(row), rtol=1e-4, atol=1e-5)
+    assert (None if view.is_key is None else view.tokens[view.is_key].tolist()) == left.keys
     others = [token for token in at if token not in left.merged]
     assert torch.equal(view.embeddings[[at[token] for token in others]], image.embeddings[others])
 
@@ -313,15 +316,17 @@ def must_drop(case: Case) -> Left:
     for one in case.patches:
         crop, row, column = case.places[one]
         windows.setdefault((crop, row // case.params.window, column // case.params.window), []).append(one)
-    tokens, merged = [], {}
+    tokens, merged, attention = [], {}, {}
     for window in windows.values():
         likes = [cos(first[one], first[other]) for one in window for other in window if one != other]
         if likes and sum(likes) / len(likes) >= case.params.similarity:
             tokens.append(window[-1])
             merged[window[-1]] = np.mean([case.x[one] for one in window], axis=0)
+            attention[window[-1]] = sum(case.attention[one] for one in window) / len(window)
         else:
             tokens += window
-    return Left(tokens, merged)
+            attention |= {one: case.attention[one] for one in window}
+    return Left(tokens, merged, sorted(best(attention, math.ceil(case.params.key_share * len(tokens)))))
 
 
 ORACLES: dict[str, Callable[[Case], Left]] = {

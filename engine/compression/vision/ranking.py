@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import reduce
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from winnow.engine.compression.vision.features import Features
 
@@ -11,9 +14,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MOST_IN_FULL = 4096
-"""Tokens whose cosines are held all at once, which is faster; of more they are computed when they are asked for"""
-BLOCK = 1024
-"""Tokens of these at a time"""
+"""Tokens whose cosines are held all at once; of more they are computed when they are asked for"""
+WORTH_IT = 16
+"""The cosines of a 16th of the tokens to all, one token at a time, take as long as all cosines at once"""
+BLOCK = 512
+"""Tokens that are compared with all others at a time"""
 
 
 def top(scores: Tensor, count: int) -> Tensor:
@@ -42,28 +47,64 @@ def rest(total: int, chosen: Tensor) -> Tensor:
     return is_left.nonzero().squeeze(1)
 
 
+def likeness(units: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The cosines of tokens to all, some tokens at a time: the first of these, and [some, n] of the rows `units` [n, d]
+    of length one."""
+    for first in range(0, len(units), BLOCK):
+        yield first, units[first : first + BLOCK] @ units.T
+
+
 class Likeness:
     """Cosines of tokens to one another: rows `units` [n, d] of length one."""
 
-    def __init__(self, units: Tensor):
+    def __init__(self, units: Tensor, asked: int):
+        """asked: of how many tokens those to all others will be wanted, about"""
         self._units = units
-        self._full = units @ units.T if len(units) <= MOST_IN_FULL else None
+        is_full = len(units) <= min(MOST_IN_FULL, WORTH_IT * asked)
+        self._full = _products(units) if is_full else None
 
     def of(self, one: int) -> Tensor:
         """[n] of one token to all."""
         return self._units @ self._units[one] if self._full is None else self._full[one]
 
-    def largest(self) -> Tensor:
-        """[n] of each token to the one that is most like it, n > 1."""
+    def nearest(self, chosen: Tensor) -> Tensor:
+        """[n] of each token to the one of the chosen [m >= 1] int64 that is most like it."""
         import torch
 
-        found = []
-        for first in range(0, len(self._units), BLOCK):
+        blocks = (
+            self._units[some] @ self._units.T if self._full is None else self._full[some]
+            for some in chosen.split(BLOCK)
+        )
+        return reduce(torch.maximum, (block.amax(0) for block in blocks))
+
+    def largest(self) -> Tensor:
+        """[n] of each token to the one other that is most like it, n > 1."""
+        import torch
+
+        found = self._units.new_full((len(self._units),), -torch.inf)
+        for first in range(0, len(found), BLOCK):
             end = first + BLOCK
-            like = self._units[first:end] @ self._units.T if self._full is None else self._full[first:end].clone()
-            like.diagonal(first).fill_(-torch.inf)
-            found.append(like.amax(1))
-        return torch.cat(found)
+            # Pairs with tokens before these have been seen from the other side.
+            if self._full is None:
+                like = self._units[first:end] @ self._units[first:].T
+            else:
+                like = self._full[first:end, first:].clone()
+            like.fill_diagonal_(-torch.inf)
+            found[first:end] = torch.maximum(found[first:end], like.amax(1))
+            found[first:] = torch.maximum(found[first:], like.amax(0))
+        return found
+
+
+def _products(units: Tensor) -> Tensor:
+    """[n, n]; what is below the diagonal is copied from above."""
+    import torch
+
+    full = units.new_empty(len(units), len(units))
+    for first in range(0, len(units), BLOCK):
+        end = first + BLOCK
+        torch.mm(units[first:end], units[first:].T, out=full[first:end, first:])
+        full[end:, first:end] = full[first:end, end:].T
+    return full
 
 
 def spread(like: Likeness, chosen: Tensor, count: int, worth: Tensor | None = None, weight: float = 1.0) -> Tensor:
@@ -73,21 +114,38 @@ def spread(like: Likeness, chosen: Tensor, count: int, worth: Tensor | None = No
 
     Args
         chosen [m >= 1] int64
-        worth  [n] float32; zeros if None
+        worth  [n] float32; None: zeros, and the weight is 1
+        weight at least 0
     """
     import torch
 
-    nearest = torch.stack([like.of(int(one)) for one in chosen]).amax(0)
-    is_chosen = torch.zeros(len(nearest), dtype=torch.bool)
-    is_chosen[chosen] = True
+    def loss(cosines: Tensor) -> Tensor:
+        return cosines if worth is None else weight * cosines - worth
+
+    # The steps are many and small: in place, and by numpy, whose calls cost a fraction of torch's.
+    losses = loss(like.nearest(chosen)).index_fill_(0, chosen, torch.inf).numpy()
     picked = chosen.tolist()
     for _ in range(count):
-        scores = -weight * nearest if worth is None else worth - weight * nearest
-        one = int(scores.masked_fill(is_chosen, -torch.inf).argmax())
+        one = int(losses.argmin())
         picked.append(one)
-        is_chosen[one] = True
-        nearest = torch.maximum(nearest, like.of(one))
+        np.fmax(losses, loss(like.of(one)).numpy(), out=losses)
+        losses[one] = np.inf
     return torch.tensor(picked)
+
+
+def absorbed(values: Tensor, units: Tensor, targets: Tensor) -> Tensor:
+    """[t, d] means of the rows of values [n, d], each of which counts to the target that it is most like, and a target
+    to itself.
+
+    Args
+        units   [n, k] by which they are compared, of length one
+        targets [t] int64: which of the rows they are
+    """
+    import torch
+
+    group = (units @ units[targets].T).argmax(1)
+    group[targets] = torch.arange(len(targets))
+    return means(values, group, len(targets))
 
 
 def share(count: int, weights: Sequence[float], sizes: Sequence[int]) -> list[int]:
@@ -116,6 +174,13 @@ def share(count: int, weights: Sequence[float], sizes: Sequence[int]) -> list[in
     for index in sorted(quotas, key=lambda index: (int(quotas[index]) - quotas[index], index))[:left]:
         parts[index] += 1
     return parts
+
+
+def shared_out(image: Features, keep: int) -> Iterator[tuple[Tensor, int]]:
+    """The patches of each crop, as indices into `image.patches`, and its share of `keep`, by its size: 0 or more."""
+    members = crops(image)
+    sizes = [len(crop) for crop in members]
+    return zip(members, share(keep, sizes, sizes), strict=True)
 
 
 def crops(image: Features) -> list[Tensor]:

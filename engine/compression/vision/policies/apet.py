@@ -24,7 +24,7 @@ from winnow.engine.compression.policy import PolicyParams
 from winnow.engine.compression.vision.depths import Layers, at_depth
 from winnow.engine.compression.vision.features import Features, VisionSignal
 from winnow.engine.compression.vision.policy import ANY_KIND, Choice, LayerView, View, kept
-from winnow.engine.compression.vision.ranking import crops, means, rest, share, top, unit
+from winnow.engine.compression.vision.ranking import absorbed, rest, shared_out, top, unit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,9 +52,7 @@ class ApET:
         states = image.signals.hidden(-1)[patches]
         merged = image.embeddings[patches]
         chosen = []
-        members = crops(image)
-        sizes = [len(crop) for crop in members]
-        for crop, part in zip(members, share(keep, sizes, sizes), strict=True):
+        for crop, part in shared_out(image, keep):
             if part > 0:
                 places, condensed = _condensed(states[crop], merged[crop], part, params.basis)
                 merged[crop[places]] = condensed
@@ -87,9 +85,8 @@ def _condensed(x: Tensor, merged: Tensor, count: int, most: int) -> tuple[Tensor
     others = rest(len(x), chosen)
     condensed = merged[chosen]
     if len(worst) and len(others):
-        units = unit(x)
-        group = torch.cat(((units[others] @ units[worst].T).argmax(1), torch.arange(len(worst))))
-        condensed[len(basis) :] = means(merged[torch.cat((others, worst))], group, len(worst))
+        rows = torch.cat((worst, others))
+        condensed[len(basis) :] = absorbed(merged[rows], unit(x[rows]), torch.arange(len(worst)))
     return chosen, condensed
 
 
@@ -114,5 +111,6 @@ def approximation_errors(x: Tensor, basis: Tensor) -> Tensor:
 
     seeds = x[basis].double()
     gram = seeds @ seeds.T + 1e-5 * torch.eye(len(basis), dtype=torch.float64)
-    weights = torch.linalg.solve(gram, seeds @ x.double().T).T
-    return (x.double() - weights @ seeds).norm(dim=1).float()
+    # Where the ridge is lost beside tokens that are long and equal, nothing is raised: all tokens are in the basis.
+    weights = torch.linalg.solve_ex(gram, seeds @ x.double().T).result.T
+    return (x.double() - weights @ seeds).norm(dim=1).float().nan_to_num(0.0)

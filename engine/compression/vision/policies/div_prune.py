@@ -31,6 +31,7 @@ class DivPrune:
         pass
 
     def view(self, image: Features, keep: int, text: Tensor, seed: int, params: Params) -> View:
-        like = Likeness(unit(image.embeddings[image.patches]))
+        units = unit(image.embeddings[image.patches])
+        like = Likeness(units, len(units))
         loneliest = like.largest().argmin(keepdim=True)
         return kept(image, image.patches[spread(like, loneliest, keep - 1)])

@@ -26,7 +26,7 @@ from winnow.engine.compression.policy import PolicyParams
 from winnow.engine.compression.vision.depths import Layers, at_depth
 from winnow.engine.compression.vision.features import Features, VisionSignal
 from winnow.engine.compression.vision.policy import ANY_KIND, Choice, LayerView, View, kept
-from winnow.engine.compression.vision.ranking import means, top, unit
+from winnow.engine.compression.vision.ranking import absorbed, top, unit
 from winnow.engine.compression.vision.raters import relevant
 
 if TYPE_CHECKING:
@@ -62,12 +62,10 @@ class DuetVLM:
         merged = image.embeddings[patches]
         if anchors:
             others = others[: params.width * anchors]
-            is_anchor = torch.arange(anchors) * (len(others) // anchors)
-            keys = unit(image.signals.keys(-1)[patches])
-            group = (keys[others] @ keys[others[is_anchor]].T).argmax(1)
-            group[is_anchor] = torch.arange(anchors)
-            merged[others[is_anchor]] = means(merged[others], group, anchors)
-            chosen = torch.cat((chosen, others[is_anchor]))
+            targets = torch.arange(anchors) * (len(others) // anchors)
+            keys = unit(image.signals.keys(-1)[patches[others]])
+            merged[others[targets]] = absorbed(merged[others], keys, targets)
+            chosen = torch.cat((chosen, others[targets]))
         return kept(image, patches[chosen], merged[chosen])
 
     def layers(self, params: Params, depth: int) -> list[int]:

@@ -50,4 +50,4 @@ class FlashVLM:
         saliency = image.signals.attention(-1)[patches].clamp(min=1e-12).log()
         scores = params.text_weight * relevance + (1 - params.text_weight) * saliency
         best = keep - min(keep - 1, int(keep * params.diverse))
-        return kept(image, patches[spread(Likeness(units), top(scores, best), keep - best)])
+        return kept(image, patches[spread(Likeness(units, keep - best), top(scores, best), keep - best)])

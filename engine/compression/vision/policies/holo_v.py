@@ -22,7 +22,7 @@ from pydantic import Field
 from winnow.engine.compression.policy import PolicyParams
 from winnow.engine.compression.vision.features import Features, VisionSignal
 from winnow.engine.compression.vision.policy import ANY_KIND, View, kept
-from winnow.engine.compression.vision.ranking import share, top, unit
+from winnow.engine.compression.vision.ranking import likeness, share, top, unit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,9 +57,15 @@ class HoloV:
 
 def _spread(units: Tensor) -> Tensor:
     """[n] variance of each row's cosines to the others; zeros for less than two others."""
+    import torch
+
     others = len(units) - 1
     if others < 2:
         return units.new_zeros(len(units))
-    like = units @ units.T
-    like = like - (like.sum(1, keepdim=True) - like.diagonal()[:, None]) / others
-    return like.fill_diagonal_(0).square().sum(1) / others
+    parts = []
+    for first, like in likeness(units):
+        own = like.diagonal(first)
+        apart = like - (like.sum(1) - own)[:, None] / others
+        apart.diagonal(first).fill_(0)
+        parts.append(apart.square().sum(1) / others)
+    return torch.cat(parts)

@@ -40,6 +40,7 @@ class IDPruner:
         importance = image.signals.attention(-1)[patches]
         least, most = importance.aminmax()
         importance = (importance - least) / (most - least + 1e-6)
-        like, first = Likeness(unit(image.embeddings[patches])), importance.argmax(keepdim=True)
+        like = Likeness(unit(image.embeddings[patches]), keep)
         worth = params.relevance * importance
+        first = importance.argmax(keepdim=True)
         return kept(image, patches[spread(like, first, keep - 1, worth, 1 - params.relevance)])

@@ -43,7 +43,7 @@ class ToDRE:
         patches = image.patches
         units = unit(image.embeddings[patches])
         first = (units @ units.mean(0)).argmin(keepdim=True)
-        return kept(image, patches[spread(Likeness(units), first, keep - 1)])
+        return kept(image, patches[spread(Likeness(units, keep), first, keep - 1)])
 
     def layers(self, params: Params, depth: int) -> list[int]:
         return at_depth([24], depth, params.layers)

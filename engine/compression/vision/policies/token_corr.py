@@ -23,7 +23,7 @@ from winnow.engine.compression.hashing import uniform
 from winnow.engine.compression.policy import PolicyParams
 from winnow.engine.compression.vision.features import Features, VisionSignal
 from winnow.engine.compression.vision.policy import ANY_KIND, View, kept
-from winnow.engine.compression.vision.ranking import crops, share, top, unit
+from winnow.engine.compression.vision.ranking import crops, likeness, share, top, unit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,5 +66,8 @@ class TokenCorr:
 
 def _redundant(units: Tensor, params: TokenCorr.Params) -> int:
     """How many tokens of a crop say what others say."""
-    repeats = (units @ units.T).fill_diagonal_(-2).ge(params.similarity).sum(1)
-    return int((repeats > params.repeats * len(units)).sum())
+    redundant = 0
+    for first, like in likeness(units):
+        like.diagonal(first).fill_(-2)
+        redundant += int((like.ge(params.similarity).sum(1) > params.repeats * len(units)).sum())
+    return redundant

@@ -17,7 +17,7 @@ from pydantic import Field
 from winnow.engine.compression.policy import PolicyParams
 from winnow.engine.compression.vision.features import Features, VisionSignal
 from winnow.engine.compression.vision.policy import ANY_KIND, View, kept
-from winnow.engine.compression.vision.ranking import crops, share, unit
+from winnow.engine.compression.vision.ranking import shared_out, unit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,9 +43,7 @@ class VisPruner:
         attention = image.signals.attention(-1)[patches]
         units = unit(image.signals.hidden(-1)[patches])
         chosen = []
-        members = crops(image)
-        sizes = [len(crop) for crop in members]
-        for crop, part in zip(members, share(keep, sizes, sizes), strict=True):
+        for crop, part in shared_out(image, keep):
             order = attention[crop].sort(descending=True, stable=True).indices
             important = int(part * params.important)
             diverse = _distinct(units[crop], order[important:], part - important, params.step)

@@ -20,7 +20,7 @@ from pydantic import Field
 from winnow.engine.compression.policy import PolicyParams
 from winnow.engine.compression.vision.features import Features, VisionSignal
 from winnow.engine.compression.vision.policy import ANY_KIND, View, kept
-from winnow.engine.compression.vision.ranking import crops, means, rest, share, top, unit
+from winnow.engine.compression.vision.ranking import absorbed, rest, shared_out, top, unit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,19 +46,14 @@ class VisionZip:
         keys = unit(image.signals.keys(-1)[patches])
         merged = image.embeddings[patches]
         chosen = []
-        members = crops(image)
-        sizes = [len(crop) for crop in members]
-        for crop, part in zip(members, share(keep, sizes, sizes), strict=True):
+        for crop, part in shared_out(image, keep):
             contextual = round(part * params.contextual)
             dominant = top(attention[crop], part - contextual)
             others = crop[rest(len(crop), dominant)]
             chosen.append(crop[dominant])
             if contextual:
-                is_target = torch.arange(0, len(others), len(others) // contextual)[:contextual]
-                targets = others[is_target]
-                group = (keys[others] @ keys[targets].T).argmax(1)
-                group[is_target] = torch.arange(contextual)
-                merged[targets] = means(merged[others], group, contextual)
-                chosen.append(targets)
+                targets = torch.arange(contextual) * (len(others) // contextual)
+                merged[others[targets]] = absorbed(merged[others], keys[others], targets)
+                chosen.append(others[targets])
         index = torch.cat(chosen)
         return kept(image, patches[index], merged[index])
