@@ -23,6 +23,9 @@ from winnow.engine.picture_rows import Sight
 from winnow.engine.staging import ImageRows, Stages, Staging
 from winnow.kernels.host import to_device
 
+SCORES = 1 << 22
+"""Attention scores that are in memory at a time: raters are as many as the text behind an image is long"""
+
 
 @torch.inference_mode()  # what is handed on was made in it
 def rows_left(vision: Vision, staging: Staging, keys: Tensor | None) -> Ints:
@@ -127,11 +130,15 @@ def _attention(staging: Staging, image: ImageRows, keys: Tensor, places: Tensor)
     own = _there(staging.rater_places[its], keys)
     queries = staging.queries[_there(its, keys)].double().unflatten(1, (len(keys), -1))
     last = int(staging.rater_places[its[-1]])
-    later = torch.arange(last + 1, device=keys.device) > own[:, None]
+    rows = torch.arange(last + 1, device=keys.device)
     total = queries.new_zeros((len(own), len(places)))
+    at_once = max(1, SCORES // (queries.shape[2] * len(rows)))
     for head, lane in enumerate(keys[:, : last + 1].double()):
-        scores = torch.einsum("rgd,nd->grn", queries[:, head], lane) * keys.shape[-1] ** -0.5
-        total += scores.masked_fill(later, -torch.inf).softmax(-1)[..., places].sum(0)
+        for heard, asked, at in zip(
+            total.split(at_once), queries[:, head].split(at_once), own.split(at_once), strict=True
+        ):
+            scores = torch.einsum("rgd,nd->grn", asked, lane) * keys.shape[-1] ** -0.5
+            heard += scores.masked_fill_(rows > at[:, None], -torch.inf).softmax(-1)[..., places].sum(0)
     return (total / (len(keys) * queries.shape[2])).float()
 
 

@@ -41,6 +41,8 @@ class Scene:
     relevance: dict[int, float]
     """Text row behind the image in its turn -> how much the image's tokens are like it"""
     keys: tuple[int, ...]
+    params: Any
+    """The plan's `vision`"""
 
 
 Oracle = Callable[[Scene], Picked]
@@ -96,11 +98,11 @@ def duet_vlm(scene: Scene) -> Picked:
 
 
 def zipvl(scene: Scene) -> Picked:
-    mass = mean_row(scene, sorted(scene.attention)[-64:])
+    mass = mean_row(scene, sorted(scene.attention)[-scene.params.probes :])
     count, got = 0, 0.0
     for part in sorted(mass, reverse=True):
         count, got = count + 1, got + part
-        if got >= 0.975 * sum(mass):
+        if got >= scene.params.tau * sum(mass):
             break
     return Picked([scene.there[i] for i in highest(mass, min(count, scene.keep))])
 
@@ -110,7 +112,11 @@ def must_drop(scene: Scene) -> Picked:
     total = [sum(row[i] for row in scene.attention.values()) for i in range(len(scene.there))]
     single = [max(row[i] for row in scene.attention.values()) for i in range(len(scene.there))]
     is_key = [token in scene.keys for token in scene.there]
-    stays = [i for i in range(len(total)) if is_key[i] or total[i] >= 0.001 * sum(total) or single[i] >= 0.001]
+    stays = [
+        i
+        for i in range(len(total))
+        if is_key[i] or total[i] >= scene.params.total * sum(total) or single[i] >= scene.params.single
+    ]
     if not stays:
         stays = [max(range(len(total)), key=lambda i: total[i])]
     stays.sort(key=lambda i: (not is_key[i], -total[i]))
@@ -122,20 +128,19 @@ def sparse_vlm(scene: Scene) -> Picked:
     left = min(len(scene.there), max(1, round(scene.patches * (scene.keep / scene.patches) ** paper[scene.stage])))
     scores = mean_row(scene, salient(scene))
     ranking = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
-    clusters = 0
-    while min(math.ceil(int((len(scores) - left + clusters) * 0.3) / 10), left - 1) > clusters:
+    clusters, recycle, size = 0, scene.params.recycle, scene.params.cluster
+    while min(math.ceil(int((len(scores) - left + clusters) * recycle) / size), left - 1) > clusters:
         clusters += 1
     picked = [scene.there[i] for i in ranking[: left - clusters]]
     if not clusters:
         return Picked(sorted(picked))
-    pool = sorted(ranking[left - clusters :][: int((len(scores) - left + clusters) * 0.3)])
+    pool = sorted(ranking[left - clusters :][: int((len(scores) - left + clusters) * recycle)])
     states = [scene.hidden[scene.there[i]].double() for i in pool]
     far = [[float((x - y).norm()) / len(x) ** 0.5 for y in states] for x in states]
     density = [math.exp(-sum(d * d for d in sorted(row)[:clusters]) / clusters) for row in far]
     widest = max(max(row) for row in far)
-    apart = [
-        min([far[i][j] for j in range(len(pool)) if density[j] > density[i]], default=widest) for i in range(len(pool))
-    ]
+    order = sorted(range(len(pool)), key=lambda i: (-density[i], i))  # two that are nearest to each other are as dense
+    apart = [min([far[i][j] for j in order[: order.index(i)]], default=widest) for i in range(len(pool))]
     centres = highest([a * b for a, b in zip(apart, density, strict=True)], clusters)
     members: dict[int, list[int]] = {centre: [centre] for centre in centres}
     for i in range(len(pool)):
@@ -153,7 +158,7 @@ def apet(scene: Scene) -> Picked:
     left = min(len(states), max(1, round(scene.keep / 3)))
     mean = sum(states) / len(states)
     basis = [max(range(len(states)), key=lambda i: float((states[i] - mean).norm()))]
-    while len(basis) < min(10, max(1, left // 2)):
+    while len(basis) < min(scene.params.basis, max(1, left // 2)):
         others = [i for i in range(len(states)) if i not in basis]
         basis.append(max(others, key=lambda i: min(float((states[i] - states[b]).norm()) for b in basis)))
     seeds = torch.stack([states[b] for b in basis])
@@ -224,6 +229,7 @@ def run(
     keeps: Sequence[int],
     choices: dict[int, int],
     oracle: Oracle,
+    params: Any,
     hidden_from: Callable[[int, int, int], bool] = lambda layer, query, row: False,
     shown: dict[int, Tensor] | None = None,
     positions: Sequence[int] | Tensor | None = None,
@@ -246,7 +252,7 @@ def run(
         if layer in choices:
             gone: set[int] = set()
             for part, keep in zip(parts, keeps, strict=True):
-                scene = _scene(part, keep, choices[layer], rows, attention, x, embeddings, parts)
+                scene = _scene(part, keep, choices[layer], rows, attention, x, embeddings, parts, params)
                 if keep >= part.patches or not scene.there:
                     continue
                 picked = oracle(scene)
@@ -273,6 +279,7 @@ def _scene(
     x: Tensor,
     embeddings: Tensor,
     parts: Sequence[Part],
+    params: Any,
 ) -> Scene:
     images = {row for other in parts for row in range(other.first, other.last)}
     behind = [row for row in range(part.last, part.turn_end) if row not in images]
@@ -288,6 +295,7 @@ def _scene(
         hidden={token: x[i] for token, i in zip(there, at, strict=True)},
         relevance=dict(zip(behind, relevance_of(embeddings[part.rows], embeddings[behind]), strict=True)),
         keys=part.keys,
+        params=params,
     )
 
 

@@ -85,7 +85,7 @@ def check(
     vision = Plan.parse(plan).vision
     assert vision is not None
     keeps = [vision.tokens(part.patches) for part in parts]
-    args = (model, [*prompt, *seen.tokens[:-1]], len(prompt), parts, keeps, choices, ORACLES[name])
+    args = (model, [*prompt, *seen.tokens[:-1]], len(prompt), parts, keeps, choices, ORACLES[name], vision)
     dense = run(*args, shown=shown, positions=positions)
     held = [len(rows) for rows in dense.held]
     if name == "must_drop":  # tokens that are generated see only what is left in the end

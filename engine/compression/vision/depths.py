@@ -11,6 +11,8 @@ from typing import Any
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
+from winnow.engine.compression.vision.policy import LayerView
+
 PAPER_DEPTH = 32
 """Layers of LLaVA-1.5-7B's language model, whose layers papers name"""
 
@@ -55,11 +57,7 @@ def exponents(paper: Iterable[float], patches: float) -> list[float]:
     return [share / shares[-1] for share in shares]
 
 
-def evenly_falling(choices: int) -> list[float]:
-    """`exponents` of shares each of which is the same part of the one before."""
-    return [(choice + 1) / choices for choice in range(choices)]
-
-
-def left_after(patches: int, keep: int, exponent: float) -> int:
-    """Patch tokens that stay of an image of so many after a choice; `keep` in the end."""
-    return max(1, round(patches * (keep / patches) ** exponent))
+def left_after(view: LayerView, exponent: float) -> int:
+    """Patch tokens of which a choice is to leave a share of keep ** exponent: 1 in the end; where each of n choices
+    leaves the same share of what it finds, (i + 1) / n after choice i."""
+    return max(1, round(view.patches * (view.keep / view.patches) ** exponent))

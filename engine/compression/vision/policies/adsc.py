@@ -17,12 +17,12 @@ from typing import Annotated
 from pydantic import Field
 
 from winnow.engine.compression.policy import PolicyParams
-from winnow.engine.compression.vision.depths import Layers, at_depth, evenly_falling, left_after
+from winnow.engine.compression.vision.depths import Layers, at_depth, left_after
 from winnow.engine.compression.vision.features import VisionSignal
 from winnow.engine.compression.vision.policy import ANY_KIND, Choice, LayerView
 from winnow.engine.compression.vision.ranking import evenly
 
-DEPTHS = (8, 16, 24)
+PAPER = (8, 16, 24)
 
 
 class ADSC:
@@ -40,9 +40,8 @@ class ADSC:
         )
 
     def layers(self, params: Params, depth: int) -> list[int]:
-        return at_depth(DEPTHS, depth, params.layers)
+        return at_depth(PAPER, depth, params.layers)
 
     def choose(self, view: LayerView, params: Params) -> Choice:
-        falling = evenly_falling(len(DEPTHS if params.layers is None else params.layers))
-        left = left_after(view.patches, view.keep, falling[view.choice])
+        left = left_after(view, (view.choice + 1) / len(params.layers or PAPER))
         return Choice(evenly(len(view.tokens), min(left, len(view.tokens))).to(view.tokens.device))

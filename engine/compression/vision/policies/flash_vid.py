@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from winnow.engine.compression.policy import PolicyParams
+from winnow.engine.compression.vision.clustering import density_peaks
 from winnow.engine.compression.vision.features import Features, VisionSignal
 from winnow.engine.compression.vision.policy import VIDEOS, View, kept
 from winnow.engine.compression.vision.ranking import frames, means, share, top, unit
@@ -87,9 +88,9 @@ class FlashVID:
                 frame_of.argsort(stable=True).split(sizes), share(spare, sizes, sizes), strict=True
             ):
                 if clusters:
-                    centres, group = _clusters(trees[members], clusters)
+                    centres, condensed = density_peaks(trees[members], clusters, min(clusters, NEIGHBOURS))
                     chosen.append(at[part].flatten()[roots[members[centres]]])
-                    merged.append(means(trees[members], group, clusters))
+                    merged.append(condensed)
             first += length
         return kept(image, patches[torch.cat(chosen)], torch.cat(merged))
 
@@ -148,19 +149,3 @@ def _trees(x: Tensor, units: Tensor, is_free: Tensor, least: int, threshold: flo
     free = is_free.flatten().nonzero().squeeze(1)
     roots, group = root[free].unique(return_inverse=True)
     return roots, means(x.flatten(0, 1)[free], group, len(roots))
-
-
-def _clusters(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Centres [count] int64 of the tokens x [n, hidden], ascending, and which each token goes to [n]."""
-    import torch
-
-    if count == len(x):
-        return torch.arange(count), torch.arange(count)
-    distance = torch.cdist(x, x).fill_diagonal_(0) / math.sqrt(x.shape[1])
-    density = (-distance.sort(1).values[:, : min(count, NEIGHBOURS)].square().mean(1)).exp()
-    rank = density.sort(descending=True, stable=True).indices.argsort()
-    to_denser = distance.where(rank < rank[:, None], distance.max()).amin(1)
-    centres = top(to_denser * density, count)
-    group = distance[:, centres].argmin(1)
-    group[centres] = torch.arange(count)
-    return centres, group

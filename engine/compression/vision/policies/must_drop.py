@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from winnow.engine.compression.policy import PolicyParams
-from winnow.engine.compression.vision.depths import Layers, at_depth, evenly_falling, left_after
+from winnow.engine.compression.vision.depths import Layers, at_depth, left_after
 from winnow.engine.compression.vision.features import Features, VisionSignal
 from winnow.engine.compression.vision.policy import ANY_KIND, Choice, LayerView, View, kept
 from winnow.engine.compression.vision.ranking import means, top, unit
@@ -91,8 +91,7 @@ class MustDrop:
         return every(text)
 
     def choose(self, view: LayerView, params: Params) -> Choice:
-        falling = evenly_falling(len(PAPER if params.layers is None else params.layers))
-        most = left_after(view.patches, view.keep, falling[view.choice])
+        most = left_after(view, (view.choice + 1) / len(params.layers or PAPER))
         given = view.attention.double().sum(0)
         is_seen = (given >= params.total * given.sum()) | (view.attention.amax(0) >= params.single)
         stays = is_seen | view.is_key

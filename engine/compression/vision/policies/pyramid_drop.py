@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from winnow.engine.compression.policy import PolicyParams
-from winnow.engine.compression.vision.depths import Layers, at_depth, evenly_falling, left_after
+from winnow.engine.compression.vision.depths import Layers, at_depth, left_after
 from winnow.engine.compression.vision.features import VisionSignal
 from winnow.engine.compression.vision.policy import ANY_KIND, Choice, LayerView
 from winnow.engine.compression.vision.ranking import top
@@ -50,5 +50,5 @@ class PyramidDrop:
         return last(text)
 
     def choose(self, view: LayerView, params: Params) -> Choice:
-        falling = evenly_falling(len(PAPER if params.layers is None else params.layers))
-        return Choice(top(view.attention.mean(0), left_after(view.patches, view.keep, falling[view.choice])))
+        left = left_after(view, (view.choice + 1) / len(params.layers or PAPER))
+        return Choice(top(view.attention.mean(0), left))

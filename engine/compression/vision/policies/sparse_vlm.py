@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from winnow.engine.compression.policy import PolicyParams
+from winnow.engine.compression.vision.clustering import density_peaks
 from winnow.engine.compression.vision.depths import Layers, at_depth, exponents, left_after
 from winnow.engine.compression.vision.features import VisionSignal
 from winnow.engine.compression.vision.policy import ANY_KIND, Choice, LayerView
@@ -62,13 +63,13 @@ class SparseVLM:
         import torch
 
         scores, there = view.attention.mean(0), len(view.tokens)
-        left = min(left_after(view.patches, view.keep, SHARES[view.choice]), there)
+        left = min(left_after(view, SHARES[view.choice]), there)
         selected, pool, clusters = _shares(there, left, params)
         by_score = scores.sort(descending=True, stable=True).indices
         recycled = by_score[selected : selected + pool].sort().values
         if not clusters:
             return Choice(top(scores, left))
-        centres, merged = density_peaks(view.hidden[recycled], clusters)
+        centres, merged = density_peaks(view.hidden[recycled], clusters, clusters)
         rows = torch.cat((by_score[:selected], recycled[centres]))
         hidden = torch.cat((view.hidden[by_score[:selected]], merged))
         order = rows.sort().indices
@@ -85,29 +86,3 @@ def _shares(there: int, left: int, params: SparseVLM.Params) -> tuple[int, int, 
         if wanted <= clusters:
             return left - clusters, pool if clusters else 0, clusters
         clusters += 1
-
-
-def density_peaks(x: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
-    """Clusters of vectors (Du et al., 2016, "density peaks based on k nearest neighbours"; k is their number).
-
-        density  = exp(-mean of the squared distances to the k nearest, itself included)
-        score    = density * distance to the nearest that is denser, the largest distance of all for the densest
-
-    Args
-        x [n, width] float32, n >= clusters
-    Returns
-        centres [clusters] int64, ascending: those with the highest scores
-        means [clusters, width] float32, of the vectors that are nearest to each centre
-    """
-    import torch
-
-    wide = x.double()
-    distance = torch.cdist(wide, wide, compute_mode="donot_use_mm_for_euclid_dist") / x.shape[1] ** 0.5
-    density = (-(distance.sort(dim=1).values[:, :clusters] ** 2).mean(1)).exp()
-    is_denser = density[None, :] > density[:, None]
-    to_denser = distance.masked_fill(~is_denser, torch.inf).amin(1).clamp_max(float(distance.max()))
-    centres = top(to_denser * density, clusters)
-    nearest = distance[:, centres].argmin(1)
-    nearest[centres] = torch.arange(clusters, device=x.device)
-    sums = wide.new_zeros((clusters, x.shape[1])).index_add_(0, nearest, wide)
-    return centres, (sums / nearest.bincount(minlength=clusters)[:, None]).float()
