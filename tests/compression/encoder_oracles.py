@@ -104,58 +104,67 @@ def dy_mu(thresholds: list[float]) -> Reduce:
     return reduce
 
 
-def pi_to_me(
-    first: list[Token], tokens: list[Token], attention: Tensor, count: int, layer: int, layers: int
-) -> list[Token]:
-    margin = 0.9 - 0.9 * layer / layers
-    while len(tokens) > count:
-        drop = min(len(tokens) - count, len(tokens) // 2)
-        energy = []
-        for one in tokens:
-            near = [(1.0 if other is one else cosine(one["key"], other["key"])) - margin for other in tokens]
-            energy.append(sum(x if x >= 0 else math.exp(x) - 1 for x in near) / len(tokens))
-        much = [tokens[i] for i in best(energy)[: 2 * drop]]
-        sources, targets = much[::2], much[1::2]
-        mates = [nearest(source, targets)[1] for source in sources]
-        joined = [
-            join(t, [s for s, mate in zip(sources, mates, strict=True) if mate == j]) for j, t in enumerate(targets)
-        ]
-        by_place = {token["place"]: token for token in [*tokens, *joined]}
-        gone = {source["place"] for source in sources}
-        tokens = [by_place[token["place"]] for token in tokens if token["place"] not in gone]
-    return tokens
+def pi_to_me(margin: float, alpha: float) -> Reduce:
+    def reduce(
+        first: list[Token], tokens: list[Token], attention: Tensor, count: int, layer: int, layers: int
+    ) -> list[Token]:
+        bound = margin - margin * layer / layers
+        while len(tokens) > count:
+            drop = min(len(tokens) - count, len(tokens) // 2)
+            energy = []
+            for one in tokens:
+                near = [(1.0 if other is one else cosine(one["key"], other["key"])) - bound for other in tokens]
+                energy.append(sum(x if x >= 0 else alpha * (math.exp(x) - 1) for x in near) / len(tokens))
+            much = [tokens[i] for i in best(energy)[: 2 * drop]]
+            sources, targets = much[::2], much[1::2]
+            mates = [nearest(source, targets)[1] for source in sources]
+            joined = [
+                join(t, [s for s, mate in zip(sources, mates, strict=True) if mate == j]) for j, t in enumerate(targets)
+            ]
+            by_place = {token["place"]: token for token in [*tokens, *joined]}
+            gone = {source["place"] for source in sources}
+            tokens = [by_place[token["place"]] for token in tokens if token["place"] not in gone]
+        return tokens
+
+    return reduce
 
 
-def diff_rate(first: list[Token], tokens: list[Token], attention: Tensor, count: int, *_: int) -> list[Token]:
-    lead = len(first)
-    has_class = bool(first) and first[0]["is_class"]
-    rows = attention.mean(0)[:1] if has_class else attention.mean(0)
-    order = [tokens[i] for i in best(rows.mean(0)[lead:].tolist())]
-    merging = round(0.5 * (len(tokens) - count))
-    stay, sources = order[:count], order[count : count + merging]
-    mates = [nearest(source, stay, "x") for source in sources]
-    out = []
-    for j, target in enumerate(stay):
-        mine = [(s, similarity) for s, (similarity, mate) in zip(sources, mates, strict=True) if mate == j]
-        mean = sum((s["x"] for s, _ in mine), target["x"]) / (1 + len(mine))
-        out.append({**target, "x": mean, "size": target["size"] + sum(s["size"] * max(c, 0.0) for s, c in mine)})
-    return out
+def diff_rate(merge: float) -> Reduce:
+    def reduce(first: list[Token], tokens: list[Token], attention: Tensor, count: int, *_: int) -> list[Token]:
+        lead = len(first)
+        has_class = bool(first) and first[0]["is_class"]
+        rows = attention.mean(0)[:1] if has_class else attention.mean(0)
+        order = [tokens[i] for i in best(rows.mean(0)[lead:].tolist())]
+        merging = round(merge * (len(tokens) - count))
+        stay, sources = order[:count], order[count : count + merging]
+        mates = [nearest(source, stay, "x") for source in sources]
+        out = []
+        for j, target in enumerate(stay):
+            mine = [(s, similarity) for s, (similarity, mate) in zip(sources, mates, strict=True) if mate == j]
+            mean = sum((s["x"] for s, _ in mine), target["x"]) / (1 + len(mine))
+            out.append({**target, "x": mean, "size": target["size"] + sum(s["size"] * max(c, 0.0) for s, c in mine)})
+        return out
+
+    return reduce
 
 
-def zero_tprune(
-    first: list[Token], tokens: list[Token], attention: Tensor, count: int, layer: int, layers: int
-) -> list[Token]:
-    rounds = 30 if 4 * layer < layers else 1 if 4 * (layers - layer) <= layers else 5
-    lead, n = len(first), len(tokens)
-    order = best(ranks(attention, rounds)[lead:])
-    high, low = [tokens[i] for i in order[: (n + 1) // 2]], [tokens[i] for i in sorted(order[(n + 1) // 2 :])]
-    twins = best([nearest(one, high)[0] for one in low])[: min(round((n - count) / 2), n // 2)]
-    gone = {low[i]["place"] for i in twins}
-    left = [i for i, token in enumerate(tokens) if token["place"] not in gone]
-    nodes = [*range(lead), *(lead + i for i in left)]
-    among = attention[:, nodes][:, :, nodes]
-    rest = ranks(among / among.sum(-1, keepdim=True), rounds)[lead:]
-    return [tokens[left[i]] for i in sorted(best(rest)[:count])]
+def zero_tprune(similar: float) -> Reduce:
+    def reduce(
+        first: list[Token], tokens: list[Token], attention: Tensor, count: int, layer: int, layers: int
+    ) -> list[Token]:
+        rounds = 30 if 4 * layer < layers else 1 if 4 * (layers - layer) <= layers else 5
+        lead, n = len(first), len(tokens)
+        order = best(ranks(attention, rounds)[lead:])
+        high, low = [tokens[i] for i in order[: (n + 1) // 2]], [tokens[i] for i in sorted(order[(n + 1) // 2 :])]
+        twins = best([nearest(one, high)[0] for one in low])[: min(round(similar * (n - count)), n // 2)]
+        gone = {low[i]["place"] for i in twins}
+        left = [i for i, token in enumerate(tokens) if token["place"] not in gone]
+        nodes = [*range(lead), *(lead + i for i in left)]
+        among = attention[:, nodes][:, :, nodes]
+        rest = ranks(among / among.sum(-1, keepdim=True), rounds)[lead:]
+        return [tokens[left[i]] for i in sorted(best(rest)[:count])]
+
+    return reduce
 
 
 def ranks(attention: Tensor, rounds: int) -> list[float]:

@@ -22,13 +22,17 @@ from winnow.engine.models.vision.reduction import run_layers
 from . import encoder_oracles as oracles
 
 ENCODER = [name for name in VISION if isinstance(vision_policy(name), EncoderPolicy)]
-ORACLES: dict[str, tuple[dict[str, Any], oracles.Reduce]] = {
-    "to_me": ({}, oracles.to_me),
-    "pi_to_me": ({}, oracles.pi_to_me),
-    "diff_rate": ({}, oracles.diff_rate),
-    "dy_mu": ({"thresholds": [0.5, 0.8, 0.3]}, oracles.dy_mu([0.5, 0.8, 0.3])),
-    "zero_tprune": ({}, oracles.zero_tprune),
-}
+ORACLES: list[tuple[str, dict[str, Any], oracles.Reduce]] = [
+    ("to_me", {}, oracles.to_me),
+    ("pi_to_me", {}, oracles.pi_to_me(0.9, 1.0)),
+    ("pi_to_me", {"margin": 0.4, "alpha": 3.0}, oracles.pi_to_me(0.4, 3.0)),
+    ("diff_rate", {}, oracles.diff_rate(0.5)),
+    ("diff_rate", {"merge": 0.9}, oracles.diff_rate(0.9)),
+    ("dy_mu", {}, oracles.dy_mu([2.0])),  # no cosine is above
+    ("dy_mu", {"thresholds": [0.5, 0.8, 0.3]}, oracles.dy_mu([0.5, 0.8, 0.3])),
+    ("zero_tprune", {}, oracles.zero_tprune(0.5)),
+    ("zero_tprune", {"similar": 0.0}, oracles.zero_tprune(0.0)),
+]
 LAYERS = 5
 
 
@@ -90,8 +94,12 @@ def test_keeping_all_is_the_tower_itself(kind: str, has_class: bool, name: str) 
     assert torch.equal(states, layers[-3][0])
 
 
+def test_every_policy_has_an_oracle() -> None:
+    assert {name for name, _, _ in ORACLES} == set(ENCODER)
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("name", ENCODER)
+@pytest.mark.parametrize(("name", "knobs", "oracle"), ORACLES)
 @KINDS
 @pytest.mark.parametrize(
     ("keep", "layers", "blocks", "padding"),
@@ -107,9 +115,16 @@ def test_keeping_all_is_the_tower_itself(kind: str, has_class: bool, name: str) 
     ],
 )
 def test_equals_the_rule_of_the_paper(
-    kind: str, has_class: bool, name: str, keep: int, layers: int, blocks: int, padding: int
+    kind: str,
+    has_class: bool,
+    name: str,
+    knobs: dict[str, Any],
+    oracle: oracles.Reduce,
+    keep: int,
+    layers: int,
+    blocks: int,
+    padding: int,
 ) -> None:
-    knobs, oracle = ORACLES[name]
     vision = plan(name, keep, **knobs)
     stack = deepcopy(tower(kind).encoder.layers[:layers]).double()  # nearly equal merits are not decided by rounding
     x = embedded(kind, pixels(keep, blocks)).double()
@@ -120,7 +135,7 @@ def test_equals_the_rule_of_the_paper(
     expected, at = oracles.tower(stack, x, has_class, shown, counts, oracle)
     assert places.tolist() == at
     torch.testing.assert_close(states, expected, rtol=1e-5, atol=1e-4)
-    assert len(places) == keep or (name == "dy_mu" and len(places) < keep)
+    assert len(places) == keep or ("thresholds" in knobs and len(places) < keep)
 
 
 @pytest.mark.parametrize("name", ENCODER)

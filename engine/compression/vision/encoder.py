@@ -71,8 +71,10 @@ class Reduction:
 
     stay: Tensor
     """[m] int64: these, in the order in which the next layer has them"""
+    sources: Tensor
+    """[k] int64: these become part of another; what neither stays nor does that is dropped"""
     into: Tensor
-    """[n] int64: which of those that stay (0 ... m - 1) each becomes part of; -1: of none, it is dropped"""
+    """[k] int64: which of those that stay (0 ... m - 1)"""
     weights: Tensor | None = None
     """[n] float32, positive: of each in the mean; its size if None"""
     sizes: Tensor | None = None
@@ -83,23 +85,25 @@ class Reduction:
         """Of `count` tokens these stay, and each source [k] becomes part of its target [k], one that stays."""
         import torch
 
-        into = stay.new_full((count,), -1)
-        into[stay] = torch.arange(len(stay), device=stay.device)
-        into[sources] = into[targets]
-        return cls(stay, into)
+        place = stay.new_zeros(count)
+        place[stay] = torch.arange(len(stay), device=stay.device)
+        return cls(stay, sources, place[targets])
 
     def sums(self, values: Tensor) -> Tensor:
         """[m, ...] float32: values [n, ...] summed over the tokens that each is made of, in one order on any device."""
         import torch
 
-        order = torch.arange(len(self.stay), device=self.into.device)
+        own, taken = values[self.stay].float(), values[self.sources].float()
+        order = torch.arange(len(self.stay), device=self.stay.device)
         members = (self.into == order[:, None]).float()
-        return (members @ values.float().reshape(len(values), -1)).view(-1, *values.shape[1:])
+        return own + (members @ taken.reshape(-1, own[0].numel())).view(own.shape)
 
     def means(self, values: Tensor, weights: Tensor) -> Tensor:
         """[m, ...] means weighted by `weights` [n]; what takes nothing in keeps its value to the bit."""
         import torch
 
+        if not len(self.sources):
+            return values[self.stay]
         weights = weights.view(-1, *[1] * (values.dim() - 1))
         is_merged = self.sums(torch.ones_like(weights)) > 1
         means = self.sums(values * weights) / self.sums(weights)

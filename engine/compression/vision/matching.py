@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from winnow.engine.compression.vision.encoder import LayerTokens, Reduction
-from winnow.engine.compression.vision.ranking import top
+from winnow.engine.compression.vision.ranking import top, unit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,16 +49,14 @@ def dealt(tokens: LayerTokens) -> Pairs:
 
 def unit_keys(tokens: LayerTokens) -> Tensor:
     """[n, dim] float32: the mean over heads of each token's key, at unit length."""
-    from torch.nn.functional import normalize
-
-    return normalize(tokens.keys.float().mean(1), dim=-1)
+    return unit(tokens.keys.float().mean(1))
 
 
-def partners(unit: Tensor, sources: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def partners(units: Tensor, sources: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """For each source the most similar of the targets [s], the first of several, and their cosine [s].
 
     Args
-        unit [n, dim] vectors of unit length
+        units [n, dim] of length one
     """
-    similarity, best = (unit[sources] @ unit[targets].T).max(1)
+    similarity, best = (units[sources] @ units[targets].T).max(1)
     return targets[best], similarity

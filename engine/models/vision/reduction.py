@@ -76,6 +76,7 @@ class Run:
         lead = self.lead
         normed = layer.layer_norm1(self.states[None])
         bias = _bias(self._sizes, lead, normed.dtype)
+        keys = _heads(layer.self_attn, layer.self_attn.k_proj(normed))
         self.states = self.states + layer.self_attn(hidden_states=normed, attention_mask=bias)[0][0]
         return LayerTokens(
             layer=number,
@@ -83,10 +84,10 @@ class Run:
             lead=lead,
             has_class=self._has_class,
             states=self.states[lead:],
-            keys=_heads(layer.self_attn, layer.self_attn.k_proj(normed[:, lead:]))[0].transpose(0, 1),
+            keys=keys[0, :, lead:].transpose(0, 1),
             sizes=self._sizes,
             places=self.places,
-            attend=_Attention(layer.self_attn, normed, bias),
+            attend=_Attention(layer.self_attn, normed, keys, bias),
         )
 
     def go_on(self, layer: Any, left: LayerTokens) -> None:
@@ -127,13 +128,13 @@ def _reduced(policy: EncoderPolicy, tokens: LayerTokens, count: int, vision: Vis
 class _Attention:
     """The attention matrix of a layer, computed where a policy asks for it."""
 
-    def __init__(self, module: Any, normed: Tensor, bias: Tensor | None):
-        self._module, self._normed, self._bias = module, normed, bias
+    def __init__(self, module: Any, normed: Tensor, keys: Tensor, bias: Tensor | None):
+        self._module, self._normed, self._keys, self._bias = module, normed, keys, bias
 
     def __call__(self) -> Tensor:
         module = self._module
-        queries, keys = (_heads(module, project(self._normed)).float() for project in (module.q_proj, module.k_proj))
-        logits = queries @ keys.mT * module.scale
+        queries = _heads(module, module.q_proj(self._normed)).float()
+        logits = queries @ self._keys.float().mT * module.scale
         attention: Tensor = (logits if self._bias is None else logits + self._bias).softmax(-1)[0]
         return attention
 

@@ -13,6 +13,8 @@ below zero counts as zero: the reference would let it take size away.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pydantic import Field
 
 from winnow.engine.compression.policy import PolicyParams
@@ -20,6 +22,7 @@ from winnow.engine.compression.vision.encoder import LayerTokens, Reduction, lin
 from winnow.engine.compression.vision.features import VisionSignal
 from winnow.engine.compression.vision.matching import partners
 from winnow.engine.compression.vision.policy import IMAGES
+from winnow.engine.compression.vision.ranking import unit
 
 
 class DiffRate:
@@ -39,14 +42,13 @@ class DiffRate:
 
     def reduce(self, tokens: LayerTokens, count: int, params: Params) -> Reduction:
         import torch
-        from torch.nn.functional import normalize
 
         paid = tokens.attend().mean(0)
         importance = (paid[0] if tokens.has_class else paid.mean(0))[tokens.lead :]
         order = importance.sort(descending=True, stable=True).indices
         merging = round(params.merge * (len(tokens) - count))
         stay, sources = order[:count], order[count : count + merging]
-        into, similarity = partners(normalize(tokens.states.float(), dim=-1), sources, stay)
+        into, similarity = partners(unit(tokens.states.float()), sources, stay)
         sizes = tokens.sizes.index_copy(0, sources, tokens.sizes[sources] * similarity.clamp(min=0))
         merged = Reduction.merging(stay, sources, into, len(tokens))
-        return Reduction(merged.stay, merged.into, torch.ones_like(sizes), sizes)
+        return replace(merged, weights=torch.ones_like(sizes), sizes=sizes)

@@ -43,12 +43,12 @@ class PiToMe:
     def reduce(self, tokens: LayerTokens, count: int, params: Params) -> Reduction:
         from torch.nn.functional import elu
 
-        unit = unit_keys(tokens)
+        units = unit_keys(tokens)
         margin = params.margin * (1 - tokens.layer / tokens.layers)
-        similarity = (unit @ unit.T).fill_diagonal_(1)  # rounding is not to tell two tokens apart
+        similarity = (units @ units.T).fill_diagonal_(1)  # rounding is not to tell two tokens apart
         energy = elu(similarity - margin, params.alpha).mean(1)
         drop = min(len(tokens) - count, len(tokens) // 2)
         much = energy.sort(descending=True, stable=True).indices[: 2 * drop]
         sources, targets = much[::2], much[1::2]
-        into = partners(unit, sources, targets)[0] if drop else targets
+        into = partners(units, sources, targets)[0] if drop else targets
         return Reduction.merging(tokens.without(sources), sources, into, len(tokens))

@@ -8,7 +8,8 @@ the other half, and those that find the most similar one are dropped: what they 
 Then importance is found anew among what is left, and the least important are dropped.
 
 PageRank takes 30 rounds in the lowest quarter of the layers, where attention is spread, 5 in the middle and 1 in the
-uppermost quarter. A head counts if the variance of n * rank is in [0.01, 0.7]; all count where none does.
+uppermost quarter, or as many as it takes until ranks do not change. A head counts if the variance of n * rank is in
+[0.01, 0.7]; all count where none does.
 
 Where we depart: the paper searches, model by model, which layers prune and how much; here every layer loses the same
 number of tokens, of which `similar` is the share that the first stage drops. The paper does not say on what scale the
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 VARIANCE = 0.01, 0.7
 """Of n * rank in a head that counts"""
+CONVERGED = 1e-6
+"""Change of n * rank in a round after which further rounds would change nothing but the last digits"""
 
 
 class ZeroTPrune:
@@ -51,30 +54,34 @@ class ZeroTPrune:
         return linear_counts(layers, patches, keep)
 
     def reduce(self, tokens: LayerTokens, count: int, params: Params) -> Reduction:
-        import torch
-
         n, lead, rounds = len(tokens), tokens.lead, _rounds(tokens.layer, tokens.layers)
         attention = tokens.attend()
-        order = importance(attention, rounds)[lead:].sort(descending=True, stable=True).indices
+        is_there = attention.new_ones(lead + n)
+        order = importance(attention, is_there, rounds)[lead:].sort(descending=True, stable=True).indices
         low, high = order[(n + 1) // 2 :], order[: (n + 1) // 2]
         similarity = partners(unit_keys(tokens), low, high)[1]
         twins = low[top(similarity, min(round(params.similar * (n - count)), n // 2))]
         left = tokens.without(twins)
-        nodes = torch.cat((torch.arange(lead, device=left.device), left + lead))
-        among = attention[:, nodes][:, :, nodes]
-        among = among / among.sum(2, keepdim=True)
-        stay = left[top(importance(among, rounds)[lead:], count)]
+        is_there[lead + twins] = 0
+        stay = left[top(importance(attention, is_there, rounds)[lead + left], count)]
         return Reduction.merging(stay, stay[:0], stay[:0], n)
 
 
-def importance(attention: Tensor, rounds: int) -> Tensor:
-    """[n] float32 of the nodes of a graph, by attention [heads, n, n] whose rows sum to one."""
-    nodes = attention.shape[-1]
-    rank = attention.new_full((len(attention), 1, nodes), 1 / nodes)
+def importance(attention: Tensor, is_there: Tensor, rounds: int) -> Tensor:
+    """[n] float32 of the nodes of a graph, by attention [heads, n, n] from each node to those that are there.
+
+    Args
+        is_there [n] float32: 1, or 0 for nodes that are gone: the others' rows are scaled to sum to one without them
+    """
+    nodes = is_there.sum()
+    scale = is_there / (attention @ is_there).clamp(min=1e-12)
+    rank = (is_there / nodes).expand(len(attention), 1, -1)
     for _ in range(rounds):
-        rank = rank @ attention
+        before, rank = rank, (rank * scale[:, None]) @ attention * is_there
+        if bool((rank - before).abs().amax() * nodes <= CONVERGED):
+            break
     rank = rank.squeeze(1)
-    variance = (rank * nodes).var(1, correction=0)
+    variance = ((rank * nodes - 1).square() * is_there).sum(1) / nodes
     counts = (variance >= VARIANCE[0]) & (variance <= VARIANCE[1])
     return (rank[counts] if bool(counts.any()) else rank).square().mean(0).sqrt()
 
