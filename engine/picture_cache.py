@@ -1,5 +1,6 @@
 """What was made of pictures, remembered: of towers, features by picture; of policies, what is left by picture, policy
-and text. The least recently used goes where there is no room."""
+and text. So is all of a picture whose features, with what each layer of the tower has read, have no room. The least
+recently used goes first."""
 
 from __future__ import annotations
 
@@ -14,13 +15,17 @@ from winnow.engine.compression.vision.policy import View
 
 @dataclass(frozen=True)
 class Left:
-    """What a policy has left of a picture."""
+    """What a policy, if there is one, has left of a picture."""
 
     view: View
     total: int
     """Tokens that the picture has"""
     patches: Tensor | None = None
     """[P] int64, ascending: which of them stand for patches; None where a policy within the tower has left it"""
+
+    @property
+    def is_whole(self) -> bool:
+        return len(self.view.tokens) == self.total
 
     @property
     def nbytes(self) -> int:
@@ -33,6 +38,9 @@ class Album:
         self.held_bytes = 0
         self._most_bytes = most_bytes
         self._entries: OrderedDict[bytes, tuple[Features | Left, int]] = OrderedDict()
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._entries
 
     def features(self, key: bytes) -> Features | None:
         found = self._find(key)

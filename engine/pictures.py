@@ -145,18 +145,17 @@ class Pictures:
         picture, vision = waiting.request.pictures[len(waiting.looks)], waiting.vision
         features = self.album.features(picture.key)
         if features is not None and (vision is None or vision.tokens(len(features.patches)) >= len(features.patches)):
-            return self._looked(waiting, Left(whole(features), len(features.places), features.patches), None)
-        left = None if vision is None else self.album.left(digest_of(picture, vision))
-        return None if left is None else self._looked(waiting, left, vision)
+            return self._looked(waiting, Left(whole(features), len(features.places), features.patches))
+        left = self.album.left(digest_of(picture, vision))
+        return None if left is None else self._looked(waiting, left)
 
     def _see(self, waiting: Waiting) -> Look:
         began = time.perf_counter()
         picture, vision = waiting.request.pictures[len(waiting.looks)], waiting.vision
         left = self._left(picture, vision, len(waiting.places[len(waiting.looks)]))
-        is_whole = len(left.view.tokens) == left.total
-        if vision is not None and not is_whole:
+        if picture.key not in self.album or not left.is_whole:
             self.album.keep(digest_of(picture, vision), left)
-        look = self._looked(waiting, left, None if is_whole else vision)
+        look = self._looked(waiting, left)
         self.counters.seconds += time.perf_counter() - began
         return look
 
@@ -177,7 +176,7 @@ class Pictures:
         """[t, hidden] float32, in host memory."""
         return self._embed(torch.tensor(text, dtype=torch.int32, device=self._device)).float().cpu()
 
-    def _looked(self, waiting: Waiting, left: Left, vision: Vision | None) -> Look:
+    def _looked(self, waiting: Waiting, left: Left) -> Look:
         """RequestError where the prompt has another number of placeholders than the picture has tokens."""
         number = len(waiting.looks)
         picture, places = waiting.request.pictures[number], waiting.places[number]
@@ -185,7 +184,8 @@ class Pictures:
             raise RequestError(
                 "pictures", f"pictures: the prompt has {len(places)} placeholders for one that is {left.total} tokens"
             )
-        return Look(digest_of(picture, vision), places, left.view, picture.turn_end, left.patches)
+        digest = digest_of(picture, None if left.is_whole else waiting.vision)
+        return Look(digest, places, left.view, picture.turn_end, left.patches)
 
     def _sequence(self, waiting: Waiting) -> Sequence:
         request, looks = waiting.request, waiting.looks

@@ -71,6 +71,29 @@ def test_what_has_no_room_is_seen_again(tiny: Decoder) -> None:
         assert bench.engine.stats.image_cache_bytes <= gib * 2**30
 
 
+def test_where_a_tower_s_layers_have_no_room_what_is_read_of_a_picture_is_remembered(
+    tiny: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In turns, so that each finds its own; another policy needs the layers, and all of them are made again."""
+    monkeypatch.setattr("tests.compression.images.FakeSignals.nbytes", 1 << 30)
+    eyes, plans = TinyEyes(), [{}, PRUNED, {"vision": UNIFORM | {"keep": 99}}]
+    bench = Bench(tiny, eyes=eyes, image_cache_gib=0.001, prefix_caching=False)
+    wanted = [bench.alone(TWO[0], 4, plan, pictures=TWO[1]) for plan in plans]
+    assert eyes.encoded == 6
+    for plan, seen in zip(plans, wanted, strict=True):
+        assert_same(bench.alone(TWO[0], 4, plan, pictures=TWO[1]), seen)
+    assert eyes.encoded == 6
+    assert 0 < bench.engine.stats.image_cache_bytes < 1 << 20
+
+
+def test_a_picture_from_which_a_policy_in_the_tower_takes_nothing_is_remembered(tiny: Decoder) -> None:
+    eyes, plan = TinyEyes(), {"vision": {"policy": "to_me", "keep": 99}}
+    bench = Bench(tiny, eyes=eyes)
+    wanted = bench.alone(TWO[0], 4, plan, pictures=TWO[1])
+    assert_same(bench.alone(TWO[0], 4, plan, pictures=TWO[1]), wanted)
+    assert eyes.encoded == 2
+
+
 @pytest.mark.parametrize("plan", [{}, PRUNED, {"vision": UNIFORM | {"keep": 11, "positions": "contiguous"}}])
 @pytest.mark.parametrize("axes", [False, True])
 def test_a_second_turn_begins_with_what_the_first_has_read(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,6 +96,14 @@ def test_features(model: Model, size: tuple[int, int]) -> None:
         assert columns > rows or size != (20, 90)
         assert rows > columns or size != (130, 60)
     assert (features.crop_grid is not None) is (model.family in ("llava_next", "llava_onevision"))
+
+
+def test_pixels_are_not_remembered(model: Model) -> None:
+    features, _, read = model.see(50, 70)
+    pixels = weakref.ref(read["pixel_values"])
+    del read
+    assert features.signals.attention(-1).shape == (len(features.places),)
+    assert pixels() is None
 
 
 def to_tokens(model: Model, x: Tensor, read: dict[str, np.ndarray], mark: float = 0.0) -> Tensor:

@@ -43,7 +43,7 @@ class _Grid:
 
 
 class QwenTower:
-    """`eyes.Eyes`"""
+    """`tower_protocol.Eyes`"""
 
     def __init__(self, config: Any, parts: Any):
         """

@@ -25,7 +25,7 @@ from winnow.engine.tower_protocol import Inputs
 
 
 class CropTower(ABC):
-    """`eyes.Eyes` whose ViT sees crops of one size, each on its own: CLIP's, SigLIP's and Idefics3's."""
+    """`tower_protocol.Eyes` whose ViT sees crops of one size, each on its own: CLIP's, SigLIP's and Idefics3's."""
 
     crop: tuple[int, int, int]
     """Channels, height and width of a crop"""
@@ -66,7 +66,7 @@ class CropTower(ABC):
 
     @abstractmethod
     def reduced(self, inputs: Inputs, vision: Vision) -> View:
-        """See `eyes.Eyes`."""
+        """See `tower_protocol.Eyes`."""
 
     @abstractmethod
     def to_tokens(self, x: Tensor, inputs: Inputs) -> Tensor:
@@ -90,6 +90,8 @@ class CropTower(ABC):
         for layer in self.stack:
             states.append(layer(states[-1], None))
         crops, rows = states[0].shape[:2]
+        # Without its pixels, which would be remembered as long as the rest.
+        layout = {name: x[:0].copy() if name.startswith("pixel_values") else x for name, x in inputs.items()}
         return Features(
             embeddings=self.join(self.project(states), inputs).float().cpu(),
             places=self.places(crops, inputs),
@@ -97,7 +99,7 @@ class CropTower(ABC):
             signals=TowerSignals(
                 states=[state.cpu() for state in states],
                 attends=self.attends,
-                to_tokens=lambda x: self.to_tokens(x.unflatten(0, (crops, rows)), inputs),
+                to_tokens=lambda x: self.to_tokens(x.unflatten(0, (crops, rows)), layout),
                 has_class=self.has_class,
                 matrix_rows=rows,
             ),
