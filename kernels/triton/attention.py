@@ -6,29 +6,59 @@ with many (chunks) have a program for each block of rows, which goes through the
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 import triton
+from numpy.typing import NDArray
 from torch import Tensor
 
 from winnow.kernels.kv import LaneBatch, PagedKV
 from winnow.kernels.layout import PageFormat
 from winnow.kernels.triton.attend import CODES, FLOATS, GATHER, OPEN, REST, SEALED, attend
 from winnow.kernels.triton.codes import halves
-from winnow.kernels.triton.config import LEAST_TOKENS, SPLITS, Tile, attend_tile
+from winnow.kernels.triton.config import LEAST_TOKENS, LSE_REGISTERS, SPLITS, Tile, attend_registers, attend_tile
 from winnow.kernels.triton.device import architecture, upload
 from winnow.kernels.triton.merge import merge
 from winnow.kernels.triton.step import DeviceBatch, device_batch
 from winnow.kernels.triton.tiles import padded
 from winnow.kernels.triton.votes import add_votes
 
-CODE_REGISTERS = 128
-"""A thread's in decode over pages of codes: four blocks of threads then share a multiprocessor's, and hide each other's
-waits. Blackwell's code spills at that"""
 HAS_FP8 = 89
 """The first architecture that converts fp8 by itself"""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """How a step's rows are shared out among programs; kept as `DeviceBatch.work`."""
+
+    has_few: bool
+    """Whether sequences have rows that go through decode"""
+    has_many: bool
+    """And through chunks"""
+    many: NDArray[np.int32]
+    """[B] rows of those, 0 for the others"""
+    found: dict[int, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, cu_rows: Tensor, few: int) -> Work:
+        """Sequences with no more than `few` rows go through decode."""
+        counts = np.diff(cu_rows.numpy())
+        is_many = counts > few
+        return cls(bool(((counts > 0) & ~is_many).any()), bool(is_many.any()), np.where(is_many, counts, 0))
+
+    def blocks(self, rows: int) -> Tensor:
+        """Of chunks, on the device, [n, 2] int32: b and first row of each block of `rows` rows."""
+        if rows not in self.found:
+            many = -(-self.many // rows)
+            b = np.repeat(np.arange(len(many)), many)
+            first = np.arange(len(b)) - (many.cumsum() - many)[b]
+            # Those that see most begin first, and those that see least fill what the others leave.
+            blocks = np.stack([b, first * rows], 1)[::-1].astype(np.int32)
+            self.found[rows] = upload(torch.from_numpy(blocks))
+        return self.found[rows]
 
 
 def attention(q: Tensor, batch: LaneBatch, kv: PagedKV, layer: int, scale: float, window: int) -> Tensor:
@@ -40,16 +70,15 @@ def attention(q: Tensor, batch: LaneBatch, kv: PagedKV, layer: int, scale: float
     native, q, group = device_batch(batch, kv, layer), q.contiguous(), q.shape[1] // heads
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:2], dtype=torch.float32) if "mass" in native.sides else None
-    decode, chunk = (attend_tile(is_decode, group, dim, q.dtype == torch.float32) for is_decode in (True, False))
-    few, rows = decode.M // group, chunk.M // group
-    if (few, rows) not in native.work:  # once a step, for all layers
-        native.work[few, rows] = _work(batch.cu_rows, few, rows)
-    has_few, blocks = native.work[few, rows]
-    shared = _arguments(native, kv, layer, scale, window, group)
-    if has_few:
-        _decode(q, out, lse, native, kv, decode, min(native.most_rows, few), shared)
-    if blocks is not None:
-        _chunks(q, out, lse, native, kv, chunk, blocks, shared)
+    tile = attend_tile(True, group, dim, q.dtype == torch.float32, kv.layout.compute)
+    few = tile.M // group
+    if few not in native.work:  # once a step, for all layers
+        native.work[few] = Work.of(batch.cu_rows, few)
+    work, shared = native.work[few], _arguments(native, kv, layer, scale, window, group)
+    if work.has_few:
+        _decode(q, out, lse, native, kv, tile, min(native.most_rows, few), shared)
+    if work.has_many:
+        _chunks(q, out, lse, native, kv, work, shared)
     if lse is not None:
         add_votes(q, lse, batch, kv, layer, scale, window)
     return out.flatten(1)
@@ -86,7 +115,7 @@ def _decode(
             slots_of_row=slots_of_row,
             IS_DECODE=True,
             SPLITS=SPLITS,
-            **_of_part(native, kv, part, fmt, tile, q.dtype == torch.float32),
+            **_of_part(native, kv, part, fmt, tile, q.dtype == torch.float32, True, shared),
             **shared,
         )
     merge[(native.size * most_rows, q.shape[1])](
@@ -102,6 +131,7 @@ def _decode(
         HEADS=q.shape[1],
         ROWS=tile.M // shared["GROUP"],
         SPLITS=SPLITS,
+        maxnreg=None if lse is None else LSE_REGISTERS,
     )
 
 
@@ -111,10 +141,10 @@ def _chunks(
     lse: Tensor | None,
     native: DeviceBatch,
     kv: PagedKV,
-    tile: Tile,
-    blocks: Tensor,
+    work: Work,
     shared: dict[str, Any],
 ) -> None:
+    is_f32 = q.dtype == torch.float32
     parts = _parts(native, kv.layout.compute)
     before = before_lse = None
     if len(parts) > 1:
@@ -122,6 +152,8 @@ def _chunks(
         before_lse = q.new_empty(q.shape[:2], dtype=torch.float32)
     for part, fmt in parts:
         is_last = part == int(OPEN)
+        tile = attend_tile(False, shared["GROUP"], q.shape[2], is_f32, fmt)
+        blocks = work.blocks(tile.M // shared["GROUP"])
         attend[(len(blocks), kv.table.shape[2])](
             q,
             out if is_last else before,
@@ -134,24 +166,9 @@ def _chunks(
             slots_of_row=1,
             IS_DECODE=False,
             SPLITS=1,
-            **_of_part(native, kv, part, fmt, tile, q.dtype == torch.float32),
+            **_of_part(native, kv, part, fmt, tile, is_f32, False, shared),
             **shared,
         )
-
-
-def _work(cu_rows: Tensor, few: int, rows: int) -> tuple[bool, Tensor | None]:
-    """Whether sequences have rows, but no more than `few`; and of those that have more, on the device, [n, 2] int32: b
-    and first row of each block of `rows` rows. None if there are none."""
-    counts = np.diff(cu_rows.numpy())
-    has_few = bool(((counts > 0) & (counts <= few)).any())
-    many = np.where(counts > few, -(-counts // rows), 0)
-    if not many.any():
-        return has_few, None
-    b = np.repeat(np.arange(len(counts)), many)
-    first = np.arange(len(b)) - (many.cumsum() - many)[b]
-    # Those that see most begin first, and those that see least fill what the others leave.
-    blocks = np.stack([b, first * rows], 1)[::-1].astype(np.int32)
-    return has_few, upload(torch.from_numpy(blocks))
 
 
 def _parts(native: DeviceBatch, compute: PageFormat) -> list[tuple[int, PageFormat]]:
@@ -160,7 +177,16 @@ def _parts(native: DeviceBatch, compute: PageFormat) -> list[tuple[int, PageForm
     return [*sealed, *((int(REST), fmt) for fmt in sorted(native.rest_formats)), (int(OPEN), compute)]
 
 
-def _of_part(native: DeviceBatch, kv: PagedKV, part: int, fmt: PageFormat, tile: Tile, is_f32: bool) -> dict[str, Any]:
+def _of_part(
+    native: DeviceBatch,
+    kv: PagedKV,
+    part: int,
+    fmt: PageFormat,
+    tile: Tile,
+    is_f32: bool,
+    is_decode: bool,
+    shared: dict[str, Any],
+) -> dict[str, Any]:
     capacity, slots, has_fp8 = kv.layout.capacity(fmt), tile.N, architecture() >= HAS_FP8
     path, tokens = GATHER, slots
     if not fmt.is_quantized:
@@ -185,8 +211,10 @@ def _of_part(native: DeviceBatch, kv: PagedKV, part: int, fmt: PageFormat, tile:
         "num_warps": tile.num_warps,
         # Fused or not, by what else a variant computes: a row's bits would depend on what its batch mates have.
         "enable_fp_fusion": False,
+        "maxnreg": attend_registers(
+            is_decode, path == CODES, kv.layout.head_dim, is_f32, fmt, shared["WINDOWED"], shared["choices"] is not None
+        ),
         # A page of codes takes long enough to compute with that one more on its way is enough.
-        "maxnreg": CODE_REGISTERS if path == CODES and tile.M < 64 and architecture() < 100 else None,
         "num_stages": min(tile.num_stages, 2) if path == CODES else tile.num_stages,
     }
 

@@ -11,6 +11,7 @@ from winnow.kernels.kv import LaneBatch, PagedKV
 from winnow.kernels.reading import ReadMode
 from winnow.kernels.triton import reading_bytes, reading_choice, reading_scores, reading_spans, reading_votes
 from winnow.kernels.triton.columns import pages_of
+from winnow.kernels.triton.config import PAGE_SCORE_REGISTERS, TOKEN_SCORE_REGISTERS
 from winnow.kernels.triton.readers import Readers, readers_of
 from winnow.kernels.triton.step import device_batch
 
@@ -87,10 +88,12 @@ def _choose(
     scored = {**rows, **known, "q": q, "scores": readers.scores, "units": readers.units, "scale": scale, "GROUP": group}
     if any(is_by_bounds for _, is_by_bounds in modes):
         reading_spans.bound_pages[(columns, heads, readers.count)](**given, **known, CHANNELS=16)
-        reading_scores.score_pages[by_row](**scored, PAGES=PAGES)
+        reading_scores.score_pages[by_row](**scored, PAGES=PAGES, maxnreg=PAGE_SCORE_REGISTERS)
     if not all(is_by_bounds for _, is_by_bounds in modes):
         queries = max(16, triton.next_power_of_2(group))
-        reading_scores.score_tokens[by_row](**scored, sources=readers.sources, QUERIES=queries)
+        reading_scores.score_tokens[by_row](
+            **scored, sources=readers.sources, QUERIES=queries, maxnreg=TOKEN_SCORE_REGISTERS
+        )
     voted = {**rows, "sources": readers.sources, "units": readers.units, "heads": heads, "BLOCK": CANDIDATES}
     reading_votes.normalise[(q_heads, readers.rows)](**voted, scores=readers.scores, norms=readers.norms, GROUP=group)
     reading_votes.cast_votes[by_row](

@@ -91,8 +91,8 @@ class DeviceBatch:
     """So does votes.py"""
     readers: Any = None
     """And reading.py"""
-    work: dict[tuple[int, int], tuple[bool, Tensor | None]] = field(default_factory=dict)
-    """And attention.py: which of its kernels run and on which rows, by the sizes of their tiles"""
+    work: dict[int, Any] = field(default_factory=dict)
+    """And attention.py, by the most rows of a sequence that go through decode"""
     tokens: Tensor | None = None
     """[T]: what the rows read, where it was brought along"""
     no_side: tuple[Tensor, Tensor] | None = None

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,6 +21,7 @@ from torch import Tensor
 from winnow.kernels.kv import LaneBatch, PagedKV
 from winnow.kernels.triton.ballots import HELD, ballot_of, key_tile, of_lane, queries, vote_logits
 from winnow.kernels.triton.columns import LANE, column_at, columns_of, pages_of, table_row
+from winnow.kernels.triton.config import VOTE_REGISTERS
 from winnow.kernels.triton.step import device_batch
 from winnow.kernels.triton.tiles import padded
 from winnow.kernels.vote import FAINT
@@ -31,7 +33,8 @@ SPLITS = 8
 COLUMNS = 64
 """The most programs that share the pages of a lane in `_count`"""
 TILE = 4096
-"""Numbers of keys that a program holds at a time"""
+"""Numbers of keys that a program holds at a time; of f32 a quarter, as products without tensor cores need registers for
+what they multiply"""
 
 _FAINT = tl.constexpr(FAINT)
 
@@ -55,6 +58,7 @@ def add_votes(q: Tensor, lse: Tensor, batch: LaneBatch, kv: PagedKV, layer: int,
     heads, width = kv.table.shape[2:]
     group = q.shape[1] // heads
     block = max(BLOCK, triton.next_power_of_2(group))
+    tile = TILE // 4 if q.dtype == torch.float32 else TILE
     given: dict[str, Any] = {
         "q": q,
         "cu_rows": native.cu_rows,
@@ -70,8 +74,9 @@ def add_votes(q: Tensor, lse: Tensor, batch: LaneBatch, kv: PagedKV, layer: int,
         "window": window,
         "GROUP": group,
         "BLOCK": block,
-        "TOKENS": max(16, TILE // triton.next_power_of_2(kv.layout.head_dim)),
+        "TOKENS": max(16, tile // triton.next_power_of_2(kv.layout.head_dim)),
         "SPLITS": SPLITS,
+        "maxnreg": VOTE_REGISTERS,
         **pages_of(native, kv),
     }
     own = lse

@@ -11,6 +11,7 @@ from torch import Tensor
 from winnow.kernels.dispatch import Backend
 from winnow.kernels.layout import PageFormat, PageLayout
 from winnow.kernels.reading import ReadMode, ReadRule, ReadState
+from winnow.kernels.triton.config import attend_tile
 
 from ..build import Held, State, assert_same_bits, build, one_sequence, randn
 
@@ -66,6 +67,19 @@ def test_head_shapes(triton: Backend, reference: Backend, group: int, dim: int) 
         Held((20,), rows=20, fmt=INT8, sealed=(1,)),
     ]
     _assert_parity(triton, reference, build(PageLayout(dim, BF16), held, kv_heads=1, seed=dim), group)
+
+
+def test_parts_of_a_chunk_in_blocks_of_their_own(
+    triton: Backend, reference: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("winnow.kernels.triton.config.architecture", lambda: 80)
+    assert [attend_tile(False, 1, 80, False, fmt).M for fmt in (INT4, BF16)] == [32, 64]
+    held = [
+        Held((90, 70), rows=70, fmt=INT4, sealed=(1, 0), rest=(0, 1), rest_fmt=INT2),
+        Held((40,), rows=33, fmt=INT8, sealed=(1,)),
+        Held((5,), fmt=INT4, sealed=(1,)),
+    ]
+    _assert_parity(triton, reference, build(PageLayout(80, BF16), held), group=1)
 
 
 @pytest.mark.parametrize("window", [1, 70])
