@@ -10,6 +10,7 @@ import numpy as np
 from winnow.engine.facts import Totals
 from winnow.engine.messages import Output, Rejected, Shortened
 from winnow.engine.prefix_cache import PrefixCache
+from winnow.engine.probe import Probe
 from winnow.engine.sampler import Draw
 from winnow.engine.sampling import SamplingTable
 from winnow.engine.scheduler import ScheduledBatch, Scheduler
@@ -48,7 +49,7 @@ class Answers:
         taken, self._untold = self._untold, []
         return taken
 
-    def commit(self, batch: ScheduledBatch, draws: dict[Sequence, Draw]) -> None:
+    def commit(self, draws: dict[Sequence, Draw]) -> None:
         """Appends the sampled tokens, ends what is over, and says so."""
         slots = [seq.slot for seq, draw in draws.items() for _ in draw.tokens if seq.is_running]
         tokens = [token for seq, draw in draws.items() for token in draw.tokens if seq.is_running]
@@ -56,9 +57,6 @@ class Answers:
         for seq, draw in draws.items():
             if seq.is_running:  # not preempted, nor lost with another choice of its request
                 self._commit(seq, draw)
-        for seq in batch.seqs:
-            if seq.is_running and not seq.remaining:
-                self._answer_probe(seq)
 
     def _commit(self, seq: Sequence, draw: Draw) -> None:
         if draw.is_bad:
@@ -72,11 +70,14 @@ class Answers:
         reason = _finish_reason(seq)
         self._untold.append(self.end(seq, output, reason) if reason else output)
 
-    def _answer_probe(self, seq: Sequence) -> None:
-        """Says what was found out by a sequence that has been read, and ends it."""
-        if seq.probe is None:
-            return
-        answers = self._shortener.close(seq.request_id, seq.probe)
+    def answer_probes(self, batch: ScheduledBatch) -> None:
+        """Says what was found out by sequences that have been read, and ends them."""
+        for seq in batch.seqs:
+            if seq.probe is not None and seq.is_running and not seq.remaining:
+                self._answer_probe(seq, seq.probe)
+
+    def _answer_probe(self, seq: Sequence, probe: Probe) -> None:
+        answers = self._shortener.close(seq.request_id, probe)
         if self._cache is not None and any(isinstance(answer, Rejected) for answer in answers):
             self._cache.drop(seq.block_keys)
         self._scheduler.remove(seq)
@@ -84,6 +85,7 @@ class Answers:
 
     def end(self, seq: Sequence, output: Output, reason: str) -> Output:
         """The choice's last output, with what it held; its pages are given back."""
+        self._scheduler.withdraw(seq)  # behind its last token it has nothing to read
         last = msgspec.structs.replace(
             output,
             finish_reason=reason,

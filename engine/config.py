@@ -19,6 +19,7 @@ ON_CUDA: dict[str, Any] = {
     "max_seqs": 256,
     "max_step_tokens": 2048,
     "page_tokens": 32,
+    "async_scheduling": True,
 }
 """Defaults that differ from those of the CPU, which the fields below have"""
 
@@ -64,6 +65,10 @@ class EngineSettings(BaseModel):
     page_tokens: int = Field(16, ge=16, le=256, multiple_of=16, description="tokens of a page in the compute format")
     prefix_caching: bool = Field(True, description="reuse the pages of equal prompt prefixes")
     cuda_graphs: bool = Field(True, description="on a GPU, replay recorded steps of generated tokens")
+    async_scheduling: bool = Field(
+        False,
+        description="plan and launch a step before the last one's tokens have been read; the default on a GPU",
+    )
     batch_invariant: bool = Field(
         False, description="on a GPU, give a row the same bits whatever shares its step, at some cost in speed"
     )

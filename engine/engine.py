@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from winnow.engine.answers import Answers, StepOutput
 from winnow.engine.calibration.bases import bases_of
@@ -40,6 +40,7 @@ from winnow.engine.runner import Runner
 from winnow.engine.sampler import Sampler
 from winnow.engine.sampling import SamplingTable
 from winnow.engine.scheduler import Scheduler
+from winnow.engine.sequence import Sequence
 from winnow.engine.shortener import Shortener
 from winnow.engine.speculation.method import Tools
 from winnow.engine.speculation.speculator import Speculator
@@ -101,7 +102,7 @@ class Engine:
             self.table,
             settings.max_step_tokens,
             self.side,
-            squeeze=self.pressure.relieve,
+            squeeze=self._make_way,
             propose=self.speculator.propose,
         )
         self.graphs: Graphs | None = None
@@ -129,7 +130,8 @@ class Engine:
             self.speculator,
             self.answers,
         )
-        self.drawing = Drawing(self.scheduler, self.table, sampler, self.totals)
+        is_async = bool(settings.async_scheduling) and ranks.size == 1
+        self.drawing = Drawing(self.scheduler, self.table, sampler, self.totals, self.answers, is_async)
 
     # The step --------------------------------------------------------------------------------------------------------
 
@@ -144,11 +146,14 @@ class Engine:
         try:
             batch = self.scheduler.schedule()  # who runs, with which tokens, guesses and pages
             if not batch.seqs:
+                self.drawing.settle()
                 return self.answers.take()
-            logits = self.runner.run(batch)  # one pass of the model; keys and values go to pages
+            logits = self.runner.run(batch, self.drawing.unread_ids)  # one pass of the model; K and V go to pages
+            self.drawing.settle()  # what the last step drew is read now, if it was not before
             said = self.progress.note(batch, logits)  # wrong guesses leave them, plans that are due are carried out
-            said |= self.drawing.draw(batch, logits, said)  # a token for each who has read all it knows
-            self.answers.commit(batch, said)  # tokens join the texts; who is done ends, and is told
+            self.drawing.draw(batch, logits, said)  # a token for each who has read all it knows
+            self.answers.commit(said)  # tokens join the texts; who is done ends, and is told
+            self.answers.answer_probes(batch)
         except Exception:
             if self.arena.ranks.size > 1:
                 raise  # the others may have got further, and nobody could tell
@@ -159,11 +164,16 @@ class Engine:
 
     def _give_up(self) -> None:
         """Ends everybody who may have had a part in a step that failed; whoever only waits is not among them."""
+        self.drawing.forget()
         suspects = self.scheduler.running[:] or list(self.scheduler.waiting)[:1]
         log.exception("a step failed; %d sequences are given up", len(suspects))
         for seq in suspects:
             self.answers.lose(seq.request_id, "the engine failed on this batch")
         self.check_integrity()
+
+    def _make_way(self, seqs: Iterable[Sequence]) -> bool:
+        """When pages run out: lets those go who have said their last, or compresses one of these further."""
+        return self.drawing.settle() or self.pressure.relieve(seqs)
 
     # Requests --------------------------------------------------------------------------------------------------------
 

@@ -69,5 +69,6 @@ def forced_outputs(spans: Sequence[Span], logits: Tensor, observe: Observer | No
             if observe is not None:
                 observe(span.seq.request_id, mine)
             logprobs = token_logprobs(mine, span.tokens, np.full(len(mine), span.seq.sampling.logprobs))
-        outputs.append(Output(span.seq.request_id, span.seq.index, span.tokens.tolist(), logprobs))
+        if span.seq.is_running:  # and not lost with another choice of its request
+            outputs.append(Output(span.seq.request_id, span.seq.index, span.tokens.tolist(), logprobs))
     return outputs

@@ -45,6 +45,16 @@ class Kind(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceTokens:
+    """Tokens of a step that nobody but the device knows yet."""
+
+    rows: Tensor
+    """[n] int64 of the step"""
+    tokens: Tensor
+    """[n] int32"""
+
+
+@dataclass(frozen=True, slots=True)
 class Recorded:
     step: DeviceBatch
     """What it reads"""
@@ -82,9 +92,10 @@ class Graphs:
             self._record(Kind(rows, frozenset(), frozenset(), ()))
         log.info("recorded %d steps in %.1f s", len(self._recorded), time.monotonic() - began)
 
-    def run(self, tokens: Tensor, batch: LaneBatch) -> Tensor | None:
+    def run(self, tokens: Tensor, batch: LaneBatch, unread: DeviceTokens | None = None) -> Tensor | None:
         """[B, vocab] float32 logits after a step of one row for each sequence, valid until the next one; None, and only
-        `batch` brought to the device, where there is no graph for it. `tokens` [B] int32 are in host memory."""
+        `batch` brought to the device, where there is no graph for it. `tokens` [B] int32 are in host memory; those that
+        are `unread` mean nothing."""
         host, kv = self._step.host_step(batch, self._kv), self._kv
         host.parts["tokens"] = tokens
         recorded = self._find(host)
@@ -92,6 +103,9 @@ class Graphs:
             batch.native = self._step.bring(host, kv)
             return None
         self._step.bring_into(recorded.step, self._step.padded(host, recorded.step.size, kv), kv)
+        if unread is not None:
+            assert recorded.step.tokens is not None
+            recorded.step.tokens[unread.rows] = unread.tokens
         recorded.replay()
         return self._logits[: len(tokens)]
 

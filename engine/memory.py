@@ -17,7 +17,7 @@ from winnow.engine.config import EngineSettings
 from winnow.engine.errors import ModelError
 from winnow.engine.messages import SamplingParams
 from winnow.engine.models.decoder import Decoder
-from winnow.engine.sampler import Sampler
+from winnow.engine.sampler import Drawn, Sampler
 from winnow.engine.sampling import SamplingTable
 from winnow.kernels.dispatch import Backend
 from winnow.kernels.kv import LaneBatch, PagedKV
@@ -34,9 +34,10 @@ def arena_pages(settings: EngineSettings, model: Decoder, layout: PageLayout, op
     if device.type != "cuda":
         raise ModelError("kv_memory_gib must be given where there is no GPU's memory to divide")
     longest = min(settings.max_model_len or model.config.max_position, model.config.max_position)
-    peak = _peak_bytes(model, layout, device, settings.max_step_tokens, settings.max_seqs, longest)
+    steps = 1 + settings.async_scheduling
+    peak = _peak_bytes(model, layout, device, settings.max_step_tokens, settings.max_seqs, longest, steps)
     if settings.cuda_graphs:  # what their steps take is kept for them
-        peak += _peak_bytes(model, layout, device, settings.max_seqs, settings.max_seqs, 1)
+        peak += _peak_bytes(model, layout, device, settings.max_seqs, settings.max_seqs, 1, steps)
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     room = model.ranks.least(int(settings.memory_utilization * total) - (total - free) - peak)
@@ -51,9 +52,11 @@ def arena_pages(settings: EngineSettings, model: Decoder, layout: PageLayout, op
 
 
 @torch.inference_mode()
-def _peak_bytes(model: Decoder, layout: PageLayout, device: torch.device, rows: int, most: int, longest: int) -> int:
+def _peak_bytes(
+    model: Decoder, layout: PageLayout, device: torch.device, rows: int, most: int, longest: int, steps: int
+) -> int:
     """Bytes that a step of `rows` tokens takes at its peak, beside what is there, with its sampling; `most`
-    sequences, of up to `longest` tokens."""
+    sequences, of up to `longest` tokens. What is drawn in one of `steps` is there until the next one has drawn."""
     config = model.config
     count = max(min(rows, most), -(-rows // longest))
     counts = np.full(count, rows // count, np.int32)
@@ -79,7 +82,11 @@ def _peak_bytes(model: Decoder, layout: PageLayout, device: torch.device, rows: 
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     wanted = torch.from_numpy(bounds[1:].astype(np.int64) - 1)[:sampled].to(device)
-    logits = model.forward(torch.zeros(rows, dtype=torch.int32, device=device), lanes, kv, wanted)
-    Sampler().sample(logits, table.batch(np.arange(sampled)))
+    drawn: Drawn | None = None
+    for _ in range(steps):
+        logits = model.forward(torch.zeros(rows, dtype=torch.int32, device=device), lanes, kv, wanted)
+        drawn = Sampler().launch(logits, table.batch(np.arange(sampled)))
+    assert drawn is not None
+    drawn.read()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before

@@ -47,14 +47,15 @@ class Progress:
         """After a step's rows have been computed. Returns what those say whose guesses were verified."""
         self._answers.tell(forced_outputs(batch.forced, logits[len(logits) - len(batch.more_rows) :], self.on_forced))
         said = self._speculator.verify(batch, logits)
-        for seq, count in zip(batch.seqs, batch.counts.tolist(), strict=True):
+        members = [(seq, count) for seq, count in zip(batch.seqs, batch.counts.tolist(), strict=True) if seq.under_way]
+        for seq, count in members:
             before = seq.computed
             seq.advance(count)
             intact = seq.timeline.intact_tokens
             if before < intact <= seq.computed and self._cache is not None and seq.stages is None:
                 self._cache.publish(seq.block_keys[: intact // self._cache.block_tokens], seq.slot)
-        end_parts(batch.seqs, self._arena)
-        for seq in batch.seqs:
+        end_parts([seq for seq, _ in members], self._arena)
+        for seq, _ in members:
             try:
                 self._carry_out(seq)
             except Exception:  # one plan's failure is its own request's

@@ -10,11 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from winnow.engine.graphs import Graphs
+from winnow.engine.graphs import DeviceTokens, Graphs
 from winnow.engine.models.decoder import Watch
 from winnow.engine.pages import Ints, PageArena
 from winnow.engine.probe import Probe
 from winnow.engine.scheduler import ScheduledBatch
+from winnow.engine.sequence import KNOWN
 from winnow.kernels.host import to_device
 from winnow.kernels.kv import LaneBatch, PagedKV
 
@@ -65,8 +66,11 @@ class Runner:
         return to_device(torch.from_numpy(host), self._arena.kv.device)
 
     @torch.inference_mode()
-    def run(self, batch: ScheduledBatch) -> Tensor:
+    def run(self, batch: ScheduledBatch, unread_ids: Tensor | None = None) -> Tensor:
         """K and V of the step's tokens go to pages.
+
+        Args:
+            unread_ids: the tokens whose rows there are `Sequence.unread`
 
         Returns:
             [R, vocab] float32 logits after the last known token of each sequence and after each guess behind it,
@@ -75,7 +79,7 @@ class Runner:
         """
         stages = [None if seq.staging is None else seq.staging.layers for seq in batch.seqs]
         if not any(stages):
-            return self._whole(batch)
+            return self._whole(batch, unread_ids)
         ends, sizes = batch.counts.cumsum(), batch.drafts + 1
         owner = np.searchsorted(ends, batch.more_rows, side="right")
         logits: Tensor | None = None
@@ -85,7 +89,7 @@ class Runner:
             more = np.flatnonzero(np.isin(owner, members))
             moved = part.counts.cumsum() - ends[members]
             part.more_rows = batch.more_rows[more] + moved[np.searchsorted(members, owner[more])]
-            made = self._whole(part) if layers is None else self._stage(part, layers)
+            made = self._whole(part, unread_ids) if layers is None else self._stage(part, layers)
             if made is None:
                 continue
             if logits is None:
@@ -95,7 +99,7 @@ class Runner:
             logits[self._there(np.concatenate((own, more + sizes.sum())))] = made
         return torch.zeros(len(batch.seqs), 1, device=self._arena.kv.device) if logits is None else logits
 
-    def _whole(self, batch: ScheduledBatch) -> Tensor:
+    def _whole(self, batch: ScheduledBatch, unread_ids: Tensor | None) -> Tensor:
         """[R, vocab] logits after chunks that pass through all layers."""
         counts, wanted = batch.counts, batch.drafts + 1
         ends = counts.cumsum(dtype=np.int32)
@@ -108,14 +112,15 @@ class Runner:
         lanes = _lanes(batch, starts, positions)
         looks = _looks(batch, starts, lanes.cu_rows.numpy())
         scene = self._scene(batch, lanes, step_rows + np.repeat(starts - ends + counts, counts))
+        unread = self._unread(batch, ends, unread_ids)
         is_decode = len(tokens) == len(batch.seqs) and not len(batch.more_rows)
         if self._graphs is not None and is_decode and not looks and scene is None and lanes.rope is None:
-            logits = self._graphs.run(torch.from_numpy(tokens), lanes)
+            logits = self._graphs.run(torch.from_numpy(tokens), lanes, unread)
             if logits is not None:
                 return logits
         own = np.arange(wanted.sum()) + np.repeat(ends - wanted - batch.logit_rows, wanted)
         rows = self._there(np.concatenate((own, batch.more_rows)))
-        x = self._embed(tokens, scene)
+        x = self._embed(tokens, scene, unread)
         if looks:
             return self._probe(x, lanes, rows, looks)
         return self._model.logits(self._model.through(x, self._layers, lanes, self._arena.kv, rows))
@@ -175,9 +180,20 @@ class Runner:
         places = np.concatenate(at) if at else np.zeros(0, np.int64)
         return Scene(places, torch.cat(parts)) if len(places) else None
 
-    def _embed(self, tokens: Ints, scene: Scene | None) -> Tensor:
+    def _unread(self, batch: ScheduledBatch, ends: Ints, ids: Tensor | None) -> DeviceTokens | None:
+        """What sequences read that end before rows `ends` [B] of the step and whose token nobody has read yet."""
+        drawn_at = np.array([seq.unread for seq in batch.seqs], np.int64)
+        if ids is None or not (is_unread := drawn_at != KNOWN).any():
+            return None
+        rows, sources = self._there(np.stack((ends - 1, drawn_at))[:, is_unread]).unbind()
+        return DeviceTokens(rows, ids[sources].int())
+
+    def _embed(self, tokens: Ints, scene: Scene | None, unread: DeviceTokens | None = None) -> Tensor:
         """[T, hidden size]: what the first layer reads."""
-        x = self._model.embed(self._there(tokens))
+        there = self._there(tokens)
+        if unread is not None:
+            there[unread.rows] = unread.tokens
+        x = self._model.embed(there)
         if scene is not None:
             x[self._there(scene.rows)] = to_device(scene.embeddings, x.device).to(x.dtype)
         return x

@@ -11,6 +11,7 @@ Where we depart from vLLM:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,8 +23,8 @@ from torch import Tensor
 
 from winnow.engine.messages import TokenLogprob
 from winnow.engine.ranks import ALONE, Ranks
-from winnow.engine.sampling import GREEDY_BELOW, Edits, SamplingBatch
-from winnow.kernels.host import to_device
+from winnow.engine.sampling import Edits, SamplingBatch
+from winnow.kernels.host import to_device, to_host
 
 BLOCK = 128
 """Probabilities are summed in blocks of this many first; the draw then looks into one block only."""
@@ -62,6 +63,8 @@ class Sampled:
     """Rows whose logits are NaN or infinite; their token means nothing"""
     logprobs: dict[int, TokenLogprob]
     """By row, for the rows that asked"""
+    late: NDArray[np.bool_]
+    """Rows whose token was not known before the host looked at it: `Drawn.ids` does not have it"""
 
     def draw(self, first: int, count: int = 1, guessed: int = 0, accepted: int = 0) -> Draw:
         """Of some neighbouring rows, the tokens of one sequence."""
@@ -71,6 +74,40 @@ class Sampled:
         return Draw(self.tokens[first:end].tolist(), is_bad, logprobs or None, guessed, accepted)
 
 
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """Tokens that are being drawn, where the logits are, and on their way to the host."""
+
+    ids: Tensor
+    """[R] int64: the tokens, for the next step to read there. Of a row that is bad or late, any token"""
+    batch: SamplingBatch
+    ranks: Ranks
+    said: Callable[[], Tensor]
+    """[R] the same in host memory: BAD, UNSETTLED or the token"""
+    probabilities: Tensor | None
+    """Of the rows that are drawn from them, if some may be unsettled: [rows, vocab up to whole blocks], in units"""
+    logprobs: Logprobs | None
+    """Of the rows that ask for them, in order"""
+
+    @torch.inference_mode()
+    def read(self) -> Sampled:
+        """Waits for what came out, and for nothing that was launched later; but if a row is late, for all."""
+        batch, said = self.batch, self.said().numpy().copy()
+        late = said == UNSETTLED
+        if self.probabilities is not None and late.any():
+            place = np.flatnonzero(late[batch.drawn])
+            some = self.probabilities[_there(self.probabilities.device, place)]
+            said[late] = _draw_from_all(some, np.flatnonzero(late), batch).cpu().numpy()
+        said = self.ranks.same(said)
+        bad = said == BAD
+        said[bad] = 0
+        if self.logprobs is None:
+            return Sampled(said, bad, {}, late)
+        asked = batch.asked
+        entries = zip(asked.tolist(), self.logprobs.read(said[asked], late[asked]), strict=True)
+        return Sampled(said, bad, {row: entry for row, entry in entries if not bad[row]}, late)
+
+
 class Sampler:
     """Stateless: whatever a choice carries from step to step is in `SamplingTable`."""
 
@@ -78,12 +115,13 @@ class Sampler:
         self._few = few
         self._ranks = ranks
 
-    @torch.inference_mode()
     def sample(self, logits: Tensor, batch: SamplingBatch) -> Sampled:
-        """One token for each row of logits [R, vocab] float32, which are left as they are.
+        """One token for each row of logits [R, vocab] float32, which are left as they are."""
+        return self.launch(logits, batch).read()
 
-        All is done where the logits are; what is waited for is one small copy of what came out.
-        """
+    @torch.inference_mode()
+    def launch(self, logits: Tensor, batch: SamplingBatch) -> Drawn:
+        """The same, under way when this returns: all is done where the logits are, and nothing is waited for."""
         there = partial(_there, logits.device)
         peak, tokens = logits.max(dim=1)
         is_fine, edited = peak.isfinite(), None
@@ -93,28 +131,23 @@ class Sampler:
             peak[rows], tokens[rows] = edited.max(dim=1)
             is_fine &= peak.isfinite()
 
-        drawn = np.flatnonzero(batch.temperature >= GREEDY_BELOW)
-        probabilities = logits
+        drawn, probabilities = batch.drawn, None
         if len(drawn):
             probabilities = _softmax(logits, edited, peak, drawn, batch)
             tokens[there(drawn)] = self._draw(probabilities, drawn, batch)
-        said = torch.where(is_fine, tokens, BAD).cpu().numpy()
-        pending = np.flatnonzero(said[drawn] == UNSETTLED)
-        if len(pending):
-            said[drawn[pending]] = _draw_from_all(probabilities[there(pending)], drawn[pending], batch).cpu().numpy()
-        said = self._ranks.same(said)
-        bad = said == BAD
-        said[bad] = 0
-        asked = np.flatnonzero((batch.logprobs >= 0) & ~bad)
-        if not len(asked):
-            return Sampled(said, bad, {})
-        logprobs = token_logprobs(logits[there(asked)], said[asked], batch.logprobs[asked])
-        return Sampled(said, bad, dict(zip(asked.tolist(), logprobs, strict=True)))
+            if not batch.is_filtered[drawn].any():
+                probabilities = None
+        said = torch.where(is_fine, tokens, BAD)
+        ids, logprobs = said.clamp_min(0), None
+        if len(asked := batch.asked):
+            rows = there(asked)
+            logprobs = Logprobs.launch(logits[rows], ids[rows], batch.logprobs[asked])
+        return Drawn(ids, batch, self._ranks, to_host(said), probabilities, logprobs)
 
     def _draw(self, probabilities: Tensor, rows: NDArray[np.int64], batch: SamplingBatch) -> Tensor:
         """[R] tokens, UNSETTLED where all of a row's probabilities must be sorted to know."""
         there = partial(_there, probabilities.device)
-        filtered = np.flatnonzero((batch.top_p[rows] < 1) | (batch.top_k[rows] > 0) | (batch.min_p[rows] > 0))
+        filtered = np.flatnonzero(batch.is_filtered[rows])
         if not len(filtered):
             return _invert(probabilities.long(), there(batch.uniform[rows]))
         tokens = torch.full((len(rows),), UNSETTLED, device=probabilities.device)
@@ -261,31 +294,58 @@ def _likeliest_first(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     return values, ids.gather(1, order)
 
 
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Logprobs that are being computed, and on their way to the host."""
+
+    raw: Tensor
+    """[R, vocab] logits"""
+    count: NDArray[np.int64]
+    """[R] how many of the likeliest tokens are asked for"""
+    table: Callable[[], Tensor]
+    """[R, 3 + 2 * most] float64, in which all is exact: whether the likeliest are settled, logprob and rank of the
+    token, the likeliest tokens, and their logprobs"""
+
+    @classmethod
+    def launch(cls, raw: Tensor, tokens: Tensor, count: NDArray[np.int64]) -> Logprobs:
+        """Of one token [R] for each row of raw logits, and of the `count` likeliest ones. Waits for nothing."""
+        count = np.minimum(count, raw.shape[1])
+        return cls(raw, count, to_host(_logprob_table(raw, tokens, int(count.max()), FEW)))
+
+    def read(self, tokens: NDArray[np.integer], late: NDArray[np.bool_]) -> list[TokenLogprob]:
+        """Waits for them. `tokens` [R] are others than those of `launch` where they are `late`."""
+        table = self.table().numpy().copy()
+        again = np.flatnonzero(late | (table[:, 0] == 0))
+        if len(again):
+            there = partial(_there, self.raw.device)
+            some, own = self.raw[there(again)], there(tokens[again].astype(np.int64))
+            table[again] = _logprob_table(some, own, int(self.count.max()), some.shape[1]).cpu().numpy()
+        most = int(self.count.max())
+        return [
+            TokenLogprob(
+                row[1], int(row[2]), list(zip(map(int, row[3 : 3 + n]), row[3 + most : 3 + most + n], strict=True))
+            )
+            for row, n in zip(table.tolist(), self.count.tolist(), strict=True)
+        ]
+
+
 @torch.inference_mode()
 def token_logprobs(logits: Tensor, tokens: NDArray[np.integer], count: NDArray[np.int64]) -> list[TokenLogprob]:
     """Logprob and rank of one token for each row of raw logits [R, vocab], and the `count` [R] likeliest ones."""
-    every = torch.log_softmax(logits, dim=1)
-    chosen = _there(logits.device, tokens.astype(np.int64)).unsqueeze(1)
-    rank = (logits > logits.gather(1, chosen)).sum(dim=1, keepdim=True) + 1
-    wanted = np.minimum(count, logits.shape[1]).tolist()
-    parts = [every.gather(1, chosen), rank]
-    if most := max(wanted):
-        likeliest = _likeliest(logits, most)
+    there = _there(logits.device, tokens.astype(np.int64))
+    return Logprobs.launch(logits, there, count).read(tokens, np.zeros(len(tokens), bool))
+
+
+def _logprob_table(raw: Tensor, tokens: Tensor, most: int, more: int) -> Tensor:
+    """`Logprobs.table`. The `most` likeliest tokens of a row, of equal ones those with the lower ids, are settled if so
+    many `more` are looked at that all equals of the last one are among them."""
+    every, chosen = torch.log_softmax(raw, dim=1), tokens.unsqueeze(1)
+    rank = (raw > raw.gather(1, chosen)).sum(dim=1, keepdim=True) + 1
+    parts = [torch.ones_like(rank), every.gather(1, chosen), rank]
+    if most:
+        few = min(most + more, raw.shape[1])
+        values, ids = _likeliest_first(*raw.topk(few, dim=1))
+        likeliest = ids[:, :most]
+        parts[0] = (raw >= values[:, most - 1 : most]).sum(dim=1, keepdim=True) <= few
         parts += [likeliest, every.gather(1, likeliest)]
-    rows = torch.cat([part.double() for part in parts], dim=1).tolist()  # one copy; all are exact in float64
-    return [
-        TokenLogprob(
-            row[0], int(row[1]), list(zip(map(int, row[2 : 2 + n]), row[2 + most : 2 + most + n], strict=True))
-        )
-        for row, n in zip(rows, wanted, strict=True)
-    ]
-
-
-def _likeliest(raw: Tensor, count: int) -> Tensor:
-    """[R, count] ids of the largest logits, descending; equal ones by id."""
-    values, ids = _likeliest_first(*raw.topk(count, dim=1))
-    # topk takes any of several equal last ones; sort those rows as a whole.
-    tied = ((raw >= values[:, -1:]).sum(dim=1) > count).nonzero()[:, 0]
-    if len(tied):
-        ids[tied] = torch.sort(raw[tied], dim=1, descending=True, stable=True).indices[:, :count]
-    return ids
+    return torch.cat([part.double() for part in parts], dim=1)

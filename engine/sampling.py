@@ -62,6 +62,21 @@ class SamplingBatch:
         return len(self.temperature)
 
     @property
+    def drawn(self) -> NDArray[np.int64]:
+        """Rows whose token is drawn; the others' is the likeliest."""
+        return np.flatnonzero(self.temperature >= GREEDY_BELOW)
+
+    @property
+    def is_filtered(self) -> NDArray[np.bool_]:
+        """[R] whether top_p, top_k or min_p leave tokens out."""
+        return (self.top_p < 1) | (self.top_k > 0) | (self.min_p > 0)
+
+    @property
+    def asked(self) -> NDArray[np.int64]:
+        """Rows that are to have logprobs."""
+        return np.flatnonzero(self.logprobs >= 0)
+
+    @property
     def uniform(self) -> NDArray[np.float64]:
         """[R] in [0, 1): a hash of each row's seed and step, so that nothing else decides what is drawn."""
         key = _mix(self.seed + np.uint64(GAMMA))

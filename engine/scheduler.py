@@ -42,7 +42,7 @@ class ScheduledBatch:
     @property
     def is_speculative(self) -> NDArray[np.bool_]:
         """[B] sequences whose rows are verified: guesses, or a last token that a guess may learn from."""
-        return np.array([seq.speculation is not None and seq.is_decoding for seq in self.seqs], bool)
+        return np.array([seq.speculation is not None and seq.is_decoding and seq.under_way > 0 for seq in self.seqs])
 
     @property
     def logit_rows(self) -> NDArray[np.int64]:
@@ -85,7 +85,8 @@ class Scheduler:
         """
         Args
             side: has room made for what sequences note of the tokens that they are about to compute
-            squeeze: compresses one of these sequences further; false if that frees no page
+            squeeze: finds out who of the sequences is over, or compresses one of these further; false if neither is
+                to be done
             propose: guesses what sequences will say next
         """
         self._arena = arena
@@ -131,6 +132,7 @@ class Scheduler:
         self._arena.extend(slots, growth)
         for seq, count in chosen:
             self._side.prepare(seq, count)
+            seq.under_way = count
         drafts = np.array([seq.drafted for seq, _ in chosen], np.int32)
         batch = ScheduledBatch([seq for seq, _ in chosen], counts, drafts)
         batch.forced = forced_spans(batch)
@@ -144,7 +146,7 @@ class Scheduler:
         chosen = []
         for is_decode in (True, False):
             for seq in self.running:
-                if (seq.remaining == 1) is is_decode and left > 0:
+                if seq.remaining and (seq.remaining == 1) is is_decode and left > 0:
                     # Guesses have what nobody's known tokens need.
                     seq.drafted = min(seq.drafted, max(0, unclaimed))
                     unclaimed -= seq.drafted
@@ -176,6 +178,8 @@ class Scheduler:
             self._start(seq)
             hit_tokens, found = seq.computed, seq.has_question and seq.computed == seq.document_tokens
             room = self._make_room(outstanding + self._outstanding(seq))
+            if not seq.is_running:  # another choice of its request is lost, and it with that
+                return
             if room is None:
                 self._stop(seq)
                 return
@@ -317,6 +321,13 @@ class Scheduler:
             image_tokens=image_tokens,
             image_tokens_kept=kept,
         )
+
+    def withdraw(self, seq: Sequence) -> None:
+        """Takes a sequence out of the step that is under way, if it is in it: its rows leave its lanes."""
+        if seq.under_way:
+            self._arena.truncate(np.array([seq.slot], np.int32), np.array([seq.under_way], np.int32))
+            self._side.truncated(seq, seq.rows_read)
+            seq.under_way = 0
 
     def preempt(self, seq: Sequence) -> None:
         """Takes a running sequence's pages; it is the next to be admitted again."""

@@ -19,6 +19,7 @@ from winnow.engine.staging import Stages, Staging
 from winnow.kernels.layout import PageLayout
 
 NO_SLOT = -1
+KNOWN = -1
 
 
 @dataclass(eq=False)
@@ -60,6 +61,11 @@ class Sequence:
     stages: Stages | None = None
     """For plans that act amid the prefill"""
     slot: int = NO_SLOT
+    unread: int = KNOWN
+    """Its row in what the last step has drawn, while nobody has read which token is there: one more than `length`
+    says"""
+    under_way: int = 0
+    """Tokens that the step under way reads: lanes count them already, and `computed` does not"""
     computed: int = 0
     staging: Staging | None = None
     """While the prompt is read in stages; `computed` is 0 until it is over"""
@@ -97,7 +103,10 @@ class Sequence:
 
     @property
     def remaining(self) -> int:
-        """Known tokens that have not been computed; of a recital's part, where it is in one."""
+        """Tokens that have not been computed; of a recital's part, where it is in one. One that is still unread counts
+        if there may be another one behind it."""
+        if self.unread != KNOWN:
+            return int(self.generated + 1 < self.sampling.max_tokens)
         return self.length - self.computed if self.reciting is None else self.reciting.left
 
     @property
@@ -140,6 +149,7 @@ class Sequence:
 
     def advance(self, count: int) -> None:
         """Notes that a chunk was computed."""
+        self.under_way = 0
         if self.reciting is not None:
             self.reciting.done += count
         elif self.staging is not None:
@@ -205,6 +215,12 @@ class Sequence:
         return self.is_running and self.remaining == 1 and self.sampled > 0 and self.reciting is None
 
     @property
+    def can_read_ahead(self) -> bool:
+        """Whether nothing is left behind when its next row is taken out of its lanes again: it does not vote, and does
+        not choose what it reads."""
+        return self.plan.read is None and self.computed < self.vote_start
+
+    @property
     def first_needed(self) -> int:
         """The first position whose row must be computed, whatever the prefix cache has."""
         timeline = self.timeline
@@ -254,7 +270,7 @@ class Sequence:
     def restart(self) -> None:
         """Forgets what was computed; the tokens stay."""
         self.relax()
-        self.slot = NO_SLOT
+        self.slot, self.unread, self.under_way = NO_SLOT, KNOWN, 0
         self.computed = self.positions_known = self.turned_back = self.drafted = 0
         self.staging = None if self.stages is None else Staging.begin(self.stages, self.prompt_tokens)
         self.distilled = None
@@ -271,7 +287,7 @@ class Sequence:
             self.recital.skip()
 
     def append(self, draw: Draw) -> None:
-        count = len(draw.tokens)
+        count, self.unread = len(draw.tokens), KNOWN
         self.tokens[self.length : self.length + count] = draw.tokens
         self.length += count
         self.accepted_tokens += draw.accepted

@@ -215,7 +215,7 @@ class _Pretending:
         self._arena = arena
         self._logits = logits
 
-    def run(self, batch: ScheduledBatch) -> Tensor:
+    def run(self, batch: ScheduledBatch, unread_ids: Tensor | None = None) -> Tensor:
         arena = self._arena
         slots, column = batch.slots, np.arange(arena.table.shape[-1])
         full, end = (arena.sealed[slots] + arena.rest[slots])[..., None], arena.columns[slots][..., None]

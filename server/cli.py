@@ -66,6 +66,9 @@ def serve(
     page_tokens: Annotated[int | None, typer.Option(help="Tokens of a page in the compute format.")] = None,
     prefix_caching: Annotated[bool | None, typer.Option(help="Reuse pages of equal prompt prefixes.")] = None,
     cuda_graphs: Annotated[bool | None, typer.Option(help="Replay recorded steps on a GPU.")] = None,
+    async_scheduling: Annotated[
+        bool | None, typer.Option(help="Plan and launch a step before the last one's tokens have been read.")
+    ] = None,
     batch_invariant: Annotated[
         bool | None, typer.Option(help="Give a row the same bits whatever shares its step on a GPU.")
     ] = None,

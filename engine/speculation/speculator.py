@@ -30,7 +30,7 @@ from winnow.engine.compression.side_state import SideState
 from winnow.engine.pages import Ints, PageArena
 from winnow.engine.sampler import Draw, Sampled
 from winnow.engine.scheduler import ScheduledBatch
-from winnow.engine.sequence import Sequence
+from winnow.engine.sequence import KNOWN, Sequence
 from winnow.engine.speculation.method import Drafter, Tools
 from winnow.engine.speculation.registry import drafter_class
 from winnow.kernels.host import to_device
@@ -68,8 +68,9 @@ class Speculator:
         self.counters = SpeculationCounters()
 
     def propose(self, running: list[Sequence]) -> None:
-        """Writes guesses behind the texts of those that asked for them and have but one token to read."""
-        eager = [seq for seq in running if seq.speculation is not None and seq.is_decoding]
+        """Writes guesses behind the texts of those that asked for them and have but one token to read, which must be
+        known."""
+        eager = [seq for seq in running if seq.speculation is not None and seq.is_decoding and seq.unread == KNOWN]
         for method, group in _by_method(eager):
             most = [_room(seq) for seq in group]
             for seq, draft in zip(group, self._drafter(method).propose(group, most), strict=True):

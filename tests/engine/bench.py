@@ -198,8 +198,8 @@ class Bench:
     def _watch_logits(self) -> None:
         run = self.engine.runner.run
 
-        def watched(batch: ScheduledBatch) -> Tensor:
-            logits = run(batch)
+        def watched(batch: ScheduledBatch, unread_ids: Tensor | None = None) -> Tensor:
+            logits = run(batch, unread_ids)
             self.batches.append([])
             parts = (part.tolist() for part in (batch.counts, batch.logit_rows, batch.drafts))
             for seq, count, first, drafts in zip(batch.seqs, *parts, strict=True):
@@ -211,7 +211,15 @@ class Bench:
                     self._rows.append((choice, seq.prompt_tokens, computed, guess, rows))
             return logits
 
+        withdraw = self.engine.scheduler.withdraw
+
+        def without(seq: EngineSequence) -> None:
+            if seq.under_way:  # what it read does not count
+                self._rows = [row for row in self._rows if row[0] != (seq.request_id, seq.index)]
+            withdraw(seq)
+
         self.engine.runner.run = watched  # type: ignore[method-assign]
+        self.engine.scheduler.withdraw = without  # type: ignore[method-assign]
 
     def _note_logits(self) -> None:
         """Of the rows behind a guess those count whose guess was said."""

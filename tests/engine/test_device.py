@@ -1,4 +1,5 @@
-"""Everything that compresses runs where the pages are: on a device whose memory is not the host's, to the same bits."""
+"""Everything that compresses runs where the pages are: on a device whose memory is not the host's, to the same bits. As
+on a GPU, tokens are read one step late there."""
 
 from __future__ import annotations
 
@@ -36,7 +37,14 @@ def benches(tiny: Decoder, there: Decoder, **settings: Any) -> tuple[Bench, Benc
     settings = {"max_step_tokens": 64} | settings
     return (
         Bench(tiny, draft=first_layers(tiny), **settings),
-        Bench(there, ops=THERE, profiles=profiles_of(tiny), draft=first_layers(there), **settings),
+        Bench(
+            there,
+            ops=THERE,
+            profiles=profiles_of(tiny),
+            draft=first_layers(there),
+            async_scheduling=True,
+            **settings,
+        ),
     )
 
 
@@ -54,8 +62,8 @@ def test_plans(tiny: Decoder, there: Decoder, name: str) -> None:
 
 @pytest.mark.parametrize("name", KV)
 def test_steps_between_events_ask_nothing_of_the_device(there: Decoder, tiny: Decoder, name: str) -> None:
-    """But for the sampled tokens, for whose copy the sampler waits when all else is under way."""
-    engine = Bench(there, ops=THERE, profiles=profiles_of(tiny), draft=first_layers(there), max_step_tokens=64).engine
+    """Nor for the sampled tokens, whose copy is under way."""
+    engine = benches(tiny, there)[1].engine
     del engine.runner.run  # which copies logits for the bench
     compress, events = engine.compressor.compress, []
 
@@ -73,7 +81,7 @@ def test_steps_between_events_ask_nothing_of_the_device(there: Decoder, tiny: De
         with waiting() as names:
             outputs = engine.step()
             if is_decoding and len(events) == had and isinstance(outputs[0], Output) and not outputs[0].finish_reason:
-                assert names == ["to"]
+                assert not names
                 calm += 1
     assert calm > 10
 

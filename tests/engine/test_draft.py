@@ -34,9 +34,9 @@ def watch(bench: Bench) -> list[list[int]]:
     runner, passes = bench.engine.draft.engine.runner, []
     run = runner.run
 
-    def watched(batch: ScheduledBatch) -> Any:
+    def watched(batch: ScheduledBatch, *unread: Any) -> Any:
         passes.append(batch.counts.tolist())
-        return run(batch)
+        return run(batch, *unread)
 
     runner.run = watched  # type: ignore[method-assign]
     bench.engine.draft._runner = runner

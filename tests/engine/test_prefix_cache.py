@@ -172,11 +172,11 @@ def test_shared_pages_are_never_written(tiny: Decoder, prefix_caching: bool, n: 
         pages = np.flatnonzero(arena.refs > 1)
         return {int(page): hashlib.blake2b(arena.kv.data[page].numpy().tobytes()).digest() for page in pages}
 
-    def guarded(writes: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        def watched(argument: Any) -> Any:
+    def guarded(writes: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*arguments: Any) -> Any:
             nonlocal compared
             before = digests()
-            result = writes(argument)
+            result = writes(*arguments)
             after = digests()
             both = before.keys() & after.keys()
             assert [page for page in both if before[page] != after[page]] == []

@@ -186,7 +186,7 @@ def test_a_draft_model_that_fails_loses_the_request(tiny: Decoder, monkeypatch: 
     wanted = Bench(tiny).alone(prompt_of(50), NEW)
     assert bench.engine.draft is not None
 
-    def fail(batch: object) -> Any:
+    def fail(*_: object) -> Any:
         raise RuntimeError("broken")
 
     monkeypatch.setattr(bench.engine.draft.engine.runner, "run", fail)
