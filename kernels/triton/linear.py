@@ -96,6 +96,8 @@ def linear(x: Tensor, w: PackedWeight, out: Tensor | None = None, accumulate: bo
     if out is None:
         if accumulate:
             raise ValueError("accumulate needs an out to add to")
+        if len(x) and not _is_batch_invariant and _multiplies_fp8(w):
+            return _fp8_product(x, w)
         out = x.new_empty(len(x), w.rows)
     if out.shape != (len(x), w.rows) or out.dtype not in (x.dtype, torch.float32):
         raise ValueError(f"out must be {x.dtype} {[len(x), w.rows]} or float32, not {out.dtype} {list(out.shape)}")
