@@ -107,7 +107,7 @@ def main(
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of batch-1 measurements.")] = None,
     method: Annotated[
         list[str] | None,
-        typer.Option(help="Of the scenario 'methods', written as for `winnow eval`; formats and reads if unset."),
+        typer.Option(help="Of the scenario 'methods', as for `winnow eval`; all but those with a draft if unset."),
     ] = None,
     peer: Annotated[
         list[str] | None, typer.Option(help=f"NAME=URL of another server; its API key in {PEER_KEY}. Repeatable.")

@@ -55,14 +55,20 @@ _OPTIONS = {
 
 
 def default_plans(budgets: Iterable[float] = BUDGETS) -> list[str]:
-    """Every policy of eviction, of reading and of prompts at these budgets, the formats, the merging of what was
-    evicted, and some of these together."""
+    """Every method of `kv` and every policy of prompts at these budgets, and some of these together."""
+    budgets = tuple(budgets)
+    return [*kv_plans(budgets), *COMPOSED, *(f"{policy}:{budget}" for policy in PROMPT for budget in budgets)]
+
+
+def kv_plans(budgets: Iterable[float]) -> list[str]:
+    """The formats, every policy of eviction and of reading at these budgets, mixes, and the merging of what was
+    evicted."""
+    budgets = tuple(budgets)
     evictions = [f"{policy}:{budget}" for policy in EVICTION for budget in budgets]
     merges = [f"{MERGED}:merge={method}" for method in MERGE]
     reads = [f"{policy}:tokens={budget}" for policy in READ for budget in budgets]
     mixes = [f"{MERGED}+{name}" if _needs_eviction(name) else name for name in MIX]
-    prompts = [f"{policy}:{budget}" for policy in PROMPT for budget in budgets]
-    return [*FORMATS, *evictions, *reads, *mixes, *merges, *COMPOSED, *prompts]
+    return [*FORMATS, *evictions, *reads, *mixes, *merges]
 
 
 def default_vision_plans(keeps: Iterable[float] = KEEPS) -> list[str]:

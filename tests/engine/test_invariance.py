@@ -11,7 +11,7 @@ import pytest
 
 from winnow.engine.compression.part import FORMATS
 from winnow.engine.compression.plan import Plan
-from winnow.engine.compression.registry import MERGE, READ, read_policy
+from winnow.engine.compression.registry import MERGE, MIX, READ, read_policy
 from winnow.engine.models.decoder import Decoder
 
 from ..compression.knobs import taken
@@ -153,6 +153,10 @@ def requests(request: pytest.FixtureRequest, tiny: Decoder) -> list[Request]:
     bench = Bench(tiny, max_step_tokens=1024, prefix_caching=False)
     prompts = [prompt_of(96, 1) + prompt_of(90 + 29 * i % 150, i + 2) for i in range(len(plans))]
     return [Request(prompt, plan, bench.alone(prompt, NEW, plan)) for prompt, plan in zip(prompts, plans, strict=True)]
+
+
+def test_every_mix_is_among_them() -> None:
+    assert {plan["mix"]["policy"] for plan in MIXED} == set(MIX)
 
 
 def submit_all(bench: Bench, requests: list[Request], **sampling: Any) -> None:
