@@ -12,8 +12,9 @@ NATIVE := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h kernels/cpu/CMakeLists.tx
 serve: install  ## start the server on 127.0.0.1:8000 with the default model and, beside it, the one that sees images
 	$(BIN)/winnow serve --vision-model mosaic $(ARGS)
 
+# Files in their order: the other one, by their numbers of tests, leaves the few long tests for the end.
 test: install-dev  ## run all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-vllm: install-dev build/vllm/.installed  ## the server with vLLM as its engine, on a CPU
 	WINNOW_VLLM_PYTHON=build/vllm/bin/python $(BIN)/python -m pytest tests/contract/test_vllm.py $(ARGS)

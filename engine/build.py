@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -14,9 +15,10 @@ from winnow.engine.errors import ModelError
 from winnow.engine.models.decoder import Decoder
 from winnow.engine.models.loader import load_model, resolve_model
 from winnow.engine.models.tokenizer import load_tokenizer
-from winnow.engine.models.vision.build import load_eyes
+from winnow.engine.models.vision.names import vision_type
 from winnow.engine.ranks import ALONE, Ranks
 from winnow.engine.steps import Steps
+from winnow.engine.tower_protocol import Eyes
 from winnow.kernels.dispatch import Backend, backend
 
 WARM_UP_S = 60.0
@@ -31,7 +33,7 @@ def build_engine(settings: EngineSettings, ranks: Ranks = ALONE) -> Engine:
     model = load_model(settings.model, ops, settings.weights, ranks)
     draft = _draft_engine(settings, ops, model)
     path = resolve_model(settings.model)
-    eyes = load_eyes(path, ops.device(), torch.bfloat16 if settings.device == "cuda" else torch.float32)
+    eyes = _eyes(path, ops.device(), torch.bfloat16 if settings.device == "cuda" else torch.float32)
     engine = Engine(settings, model, ops, settings.model, load_profiles(path), load_frontier(path), draft, eyes)
     if settings.device == "cuda" and settings.threads is None:
         torch.set_num_threads(1)  # what is left to do here is too small to be shared out
@@ -39,6 +41,16 @@ def build_engine(settings: EngineSettings, ranks: Ranks = ALONE) -> Engine:
         if each is not None and each.graphs is not None:
             each.graphs.warm_up(WARM_UP_S)
     return engine
+
+
+def _eyes(path: Path, device: torch.device, dtype: torch.dtype) -> Eyes | None:
+    """The model's vision tower. Towers are built of transformers' modules, and importing those takes longer than all
+    other imports of this process together: where there is no tower they are left alone."""
+    if vision_type(path) is None:
+        return None
+    from winnow.engine.models.vision.build import load_eyes
+
+    return load_eyes(path, device, dtype)
 
 
 def _draft_engine(settings: EngineSettings, ops: Backend, target: Decoder) -> Engine | None:

@@ -47,8 +47,19 @@ class Access:
 class Launch:
     kernel: str
     given: list[Range]
+    """What it may touch"""
     accesses: list[Access] = field(default_factory=list)
     has_atomics: bool = False
+
+    def __post_init__(self) -> None:
+        first, behind = np.array(sorted(self.given), np.int64).reshape(-1, 2).T
+        self._first = first
+        self._behind = np.maximum.accumulate(np.append(0, behind))
+        """[ranges + 1]: where the memory ends of which so many ranges' beginnings lie before an address"""
+
+    def may_touch(self, addresses: np.ndarray, size: int) -> np.ndarray:
+        """[n] bool: of numbers of so many bytes, which lie in one of the ranges."""
+        return addresses + size <= self._behind[np.searchsorted(self._first, addresses, side="right")]
 
     def check_order(self) -> None:
         """AssertionError where one program touches what another one writes."""
@@ -112,7 +123,10 @@ def watching(remember: bool = True) -> Iterator[Watch]:
 
     def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal is_launching
-        watch.launches.append(Launch(self.fn.__name__, [_extent(part) for part in _tensors((*args, *kwargs.values()))]))
+        for span in [span for span, storage in _addressed.items() if storage.expired()]:
+            del _addressed[span]
+        given = [_extent(part) for part in _tensors((*args, *kwargs.values()))]
+        watch.launches.append(Launch(self.fn.__name__, [*given, *_addressed]))
         is_launching = True
         try:
             result = call(self, *args, **kwargs)
@@ -134,9 +148,7 @@ def watching(remember: bool = True) -> Iterator[Watch]:
         addresses = np.atleast_1d(pointers.data[active]).astype(np.int64).ravel()
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         now = watch.launches[-1]
-        inside = np.zeros(addresses.shape, dtype=bool)
-        for first, behind in (*now.given, *(span for span, storage in _addressed.items() if not storage.expired())):
-            inside |= (addresses >= first) & (addresses + size <= behind)
+        inside = now.may_touch(addresses, size)
         verb = "writes" if writes else "reads"
         assert inside.all(), (
             f"{now.kernel}: program {self.grid_idx} {verb} {int((~inside).sum())} numbers out of bounds"

@@ -9,7 +9,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from triton import knobs
+from triton.runtime.errors import InterpreterError
 
 from winnow.kernels.dispatch import Backend, backend
 from winnow.kernels.layout import VECTOR, PageFormat, PageLayout
@@ -44,6 +47,28 @@ RAGGED = [
 def ops() -> Backend:
     """The backend itself, on the memory that is watched."""
     return backend("triton")
+
+
+@triton.jit
+def _copy(x: tl.tensor, y: tl.tensor, shift: tl.tensor, SIZE: tl.constexpr) -> None:
+    at = shift + tl.arange(0, SIZE)
+    tl.store(y + tl.arange(0, SIZE), tl.load(x + at))
+
+
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_an_access_out_of_bounds_fails(shift: int) -> None:
+    memory = torch.zeros(5, 16)
+    with pytest.raises(InterpreterError, match="reads 1 numbers out of bounds"):
+        _copy[(1,)](memory[1], memory[3], shift, SIZE=16)
+    memory[2].data_ptr()  # somebody asks for an address, and may keep it
+    if shift == 1:
+        _copy[(1,)](memory[1], memory[3], shift, SIZE=16)
+
+
+def test_programs_that_write_the_same_fail() -> None:
+    x, y = torch.zeros(2, 16)
+    with pytest.raises(AssertionError, match="two programs write the same 64 bytes"):
+        _copy[(2,)](x, y, 0, SIZE=16)
 
 
 @pytest.mark.parametrize("fmt", ASKED, ids=lambda fmt: fmt.label)
