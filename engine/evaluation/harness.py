@@ -134,8 +134,11 @@ class Harness:
                 new = self._scenes.fresh(seed)
                 ask = Ask([], self._plans[name], image=new.image, question=new.questions[0].text)
                 began = time.perf_counter()
-                self._target.ask([ask])
-                self._result.add(*cell, seconds=time.perf_counter() - began)
+                (said,) = self._target.ask([ask])
+                if isinstance(said, RequestError):
+                    self._result.refused[name] = said.message
+                else:
+                    self._result.add(*cell, seconds=time.perf_counter() - began)
             save()
 
     def compare_weights(self, exact: Target, scope: Scope, say: Callable[[str], None]) -> None:

@@ -65,6 +65,13 @@ class Answer:
     """Of these, how many the language model read"""
 
 
+def goes_by_marks(plan: dict[str, Any]) -> str | None:
+    """What a plan says that a server does not take with images, since it goes by marked text; None if nothing."""
+    if "prompt" in plan:
+        return "compression.prompt"
+    return "compression.kv.scope" if plan.get("kv", {}).get("scope") is not None else None
+
+
 class Target(Protocol):
     """A model that can be asked."""
 
@@ -127,8 +134,11 @@ class EngineTarget:
     def _prompts(self, asks: Sequence[Ask]) -> list[list[int] | RequestError]:
         """What the model reads, before any of it is submitted."""
         known: dict[str, list[int] | RequestError] = {}
-        prompts = []
+        prompts: list[list[int] | RequestError] = []
         for ask in asks:
+            if ask.image is not None and (marks := goes_by_marks(ask.plan)) is not None:
+                prompts.append(RequestError(marks, f"{marks}: not for prompts with images or videos"))
+                continue
             key = json.dumps([ask.plan.get("prompt"), ask.context, ask.question])
             if "prompt" in ask.plan and key not in known:
                 try:

@@ -165,6 +165,16 @@ def test_pictures_that_are_timed_are_new_to_all() -> None:
     assert len({ask.question for ask in target.asked}) == len(target.asked) == 2 * 3
 
 
+def test_refusals_are_not_timed() -> None:
+    """Though nothing else was asked."""
+    target, plans = Scripted(), {OFF: {}, "vision:refused:0.5": PLANS["vision:refused:0.5"]}
+    timed = Result("unit", {}, plans)
+    Harness(target, "", plans, timed, Plain()).time_prefills(3, lambda _: None, lambda: None)
+    assert timed.refused == {"vision:refused:0.5": "there is no such grid"}
+    assert [cell.plan for cell in timed.values] == [OFF]
+    assert len(target.asked) == 3 + 1
+
+
 def test_an_answer_is_right_or_wrong() -> None:
     question = Question("colour", "Which?", "light blue")
     assert [question.score(said) for said in ("light blue", " Light  blue.\n", "blue", "light blue red", "")] == [
@@ -271,6 +281,9 @@ def test_the_engine_is_asked(llava: Path) -> None:
     assert whole == all_kept
     assert (whole.image_tokens, whole.image_kept, part.image_tokens, part.image_kept) == (16, 16, 16, 2)
     assert part.held < whole.held == whole.uncompressed == part.uncompressed
+    for plan in ({"prompt": {"policy": "selective", "keep": 0.5}}, {"kv": {"format": "int4", "scope": "document"}}):
+        (refused,) = target.ask([replace(ask, plan=plan)])
+        assert isinstance(refused, RequestError) and "not for prompts with images" in refused.message
 
 
 def test_the_command(llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
