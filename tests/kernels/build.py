@@ -188,10 +188,10 @@ def fill_lane(state: State, lane: tuple[int, int, int], rng: torch.Generator) ->
             kv.data[pages[sealed : sealed + int(count)], : raw.shape[1]] = raw
         sealed, full = sealed + int(count), tokens.stop
     k_view, v_view = float_views(kv.data, layout, layout.compute)
-    for i in range(full, kept):
-        page, place = int(pages[sealed + (i - full) // layout.page_tokens]), (i - full) % layout.page_tokens
-        k_view[page, :, place] = as_float(keys[i], layout.compute)
-        v_view[page, place] = as_float(values[i], layout.compute)
+    at = torch.arange(kept - full)
+    page, place = pages[sealed + at // layout.page_tokens], at % layout.page_tokens
+    k_view[page, :, place] = as_float(keys[full:], layout.compute)
+    v_view[page, place] = as_float(values[full:], layout.compute)
 
 
 def gapped_positions(kv: PagedKV, slot: int, rows: int, seen: int, rng: torch.Generator) -> Tensor:

@@ -127,10 +127,10 @@ def draft() -> Decoder:
 
 
 @cache
-def answers(prompt: int, plan: int, temperature: float) -> Answers:
-    """The longest answers of a request's choices; a request for fewer tokens is answered with their beginning."""
+def answers(prompt: int, plan: int, temperature: float, tokens: int = MOST_NEW) -> Answers:
+    """Of a request's choices, so many tokens each; a request for fewer is answered with their beginning."""
     bench = Bench(model(), prefix_caching=False, draft=draft(), eyes=TinyEyes())
     more: dict[str, Any] = {"document": document_of(prompt, plan), "n": MOST_CHOICES, "temperature": temperature}
-    bench.submit("a", PROMPTS[prompt], MOST_NEW, plan_of(prompt, plan), pictures=PICTURES.get(prompt, ()), **more)
+    bench.submit("a", PROMPTS[prompt], tokens, plan_of(prompt, plan), pictures=PICTURES.get(prompt, ()), **more)
     bench.run()
     return [tuple(bench.seen["a", index].tokens) for index in range(MOST_CHOICES)]
