@@ -20,7 +20,7 @@ from ..models.reference import default_reference, likeliest_after
 from .bench import Bench
 from .texts import tokens_of_text
 
-LENGTHS = [5, 6, 8, 11, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 97, 128, 200, 300, 450, 3000]
+LENGTHS = [5, 6, 8, 11, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 97, 128, 200, 300, 450, 1300]
 NEW = 6
 
 PLANS: list[dict[str, Any]] = [

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from functools import cache
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from winnow.engine.models.loader import resolve_model
@@ -30,9 +32,13 @@ def default_reference() -> LlamaForCausalLM:
         tie_word_embeddings=True,
         eos_token_id=2,
     )
-    model = LlamaForCausalLM(config).eval()
-    with pytest.MonkeyPatch.context() as patch:  # transformers asks for this table once per module: six seconds
+    with no_init_weights():
+        model = LlamaForCausalLM(config).eval()
+    with pytest.MonkeyPatch.context() as patch:
+        # transformers asks for this table once per module: six seconds. The library cuts the file into a million
+        # pieces, each of which numpy tells that it is of a mapped file: two seconds.
         patch.setattr(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map))
+        patch.setattr(np, "memmap", lambda path, mode: np.fromfile(path, np.uint8))
         path = str(resolve_model("default"))
         tensors = load_gguf_checkpoint(path, return_tensors=True, model_to_load=model)["tensors"]
     model.load_state_dict(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]})
