@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from openai import OpenAI
@@ -15,11 +16,17 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An XLM-RoBERTa for token classification, as LLMLingua-2 is published, with random weights."""
+    return random_classifier("xlm-roberta", tmp_path_factory.mktemp("classifier"))
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory, classifier: Path) -> Iterator[Serving]:
     folder = tmp_path_factory.mktemp("server")
     options = ["--kv-memory-gib", "1"]
     options += ["--embedding-model", str(random_sentence_encoder(folder / "sentences"))]
-    options += ["--llmlingua2-model", str(random_classifier("bert", folder / "classifier"))]
+    options += ["--llmlingua2-model", str(classifier)]
     with serving(folder, *options) as running:
         yield running
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+import torch
 from openai import OpenAI
+from transformers import AutoModelForTokenClassification, PreTrainedTokenizerFast
 
 from winnow.engine.compression.registry import PROMPT
 
+from ..prompt.encoders import LONGEST
 from .test_openai_client import MODEL, compression_of
 
 DOCUMENT = (
@@ -70,6 +74,47 @@ def test_each_policy(client: OpenAI, whole: tuple[str, int], policy: str) -> Non
     chunks = list(ask(client, policy, stream=True))
     assert "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices) == text
     assert compression_of(chunks[-1].usage)["prompt"] == report
+
+
+def worth(classifier: Path, words: list[str]) -> list[float]:
+    """What a checkpoint thinks of each word of a text: the mean over its tokens, read LONGEST - 2 at a time."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(classifier)
+    model = AutoModelForTokenClassification.from_pretrained(classifier).eval()
+    coded = tokenizer(" ".join(words), add_special_tokens=False, return_offsets_mapping=True)
+    votes: list[list[float]] = [[] for _ in words]
+    for start in range(0, len(coded.input_ids), LONGEST - 2):
+        chunk = slice(start, start + LONGEST - 2)
+        framed = torch.tensor([[tokenizer.cls_token_id, *coded.input_ids[chunk], tokenizer.sep_token_id]])
+        with torch.no_grad():
+            preserve = model(input_ids=framed).logits[0, 1:-1].double().softmax(-1)[:, 1].tolist()
+        for (_, end), vote in zip(coded.offset_mapping[chunk], preserve, strict=True):
+            votes[" ".join(words)[:end].count(" ")].append(vote)  # a space goes with the word behind it
+    return [sum(vote) / len(vote) for vote in votes]
+
+
+def test_the_words_of_a_checkpoint(client: OpenAI, classifier: Path) -> None:
+    """What is left of a document is what the operator's LLMLingua-2 ranks highest, and the question."""
+    names = ("lighthouse", "code", "lamp", "harbour", "keeper", "village", "visitor", "cliff", "school", "weather")
+    words = [f"{name}{suffix}" for name in names for suffix in ("", "s", "like", "room")]
+    question = "\n\nWhat was that about?"
+    answer = client.completions.create(
+        model=MODEL,
+        prompt=" ".join(words) + question,
+        max_tokens=1,
+        temperature=0,
+        echo=True,
+        extra_body={"context": [" ".join(words)], "compression": {"prompt": {"policy": "llmlingua2", "keep": 0.5}}},
+    )
+    document, asked, _ = answer.choices[0].text.partition(question)
+    assert asked, "the question is read as it is"
+    left = [words.index(word) for word in document.split()]
+    scores = worth(classifier, words)
+    ranked = sorted(range(len(words)), key=lambda i: -scores[i])
+    assert left == sorted(ranked[: len(left)])
+    assert scores[ranked[len(left) - 1]] - scores[ranked[len(left)]] > 1e-5, "choose another text"
+    report = compression_of(answer.usage)["prompt"]
+    assert 0 < report["context_after"] <= report["context_before"] // 2
+    assert len(words) > len(left) > len(words) // 4
 
 
 def test_what_keeps_everything_is_no_plan(client: OpenAI, whole: tuple[str, int]) -> None:
