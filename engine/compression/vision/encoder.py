@@ -35,8 +35,8 @@ class LayerTokens:
     """[n] float32: how many patches each stands for"""
     places: Tensor
     """[n] int64: the patch at whose place each stands"""
-    attend: Callable[[], Tensor]
-    """[heads, lead + m, lead + m] float32: the attention of this layer, which had m patch tokens; rows are queries"""
+    attend: Callable[[slice], Tensor]
+    """rows -> [heads, rows, lead + m] float32: what some queries pay in this layer, which had m patch tokens"""
 
     def __len__(self) -> int:
         return len(self.states)

@@ -126,14 +126,14 @@ def _reduced(policy: EncoderPolicy, tokens: LayerTokens, count: int, vision: Vis
 
 
 class _Attention:
-    """The attention matrix of a layer, computed where a policy asks for it."""
+    """Rows of a layer's attention matrix, computed where a policy asks for them."""
 
     def __init__(self, module: Any, normed: Tensor, keys: Tensor, bias: Tensor | None):
         self._module, self._normed, self._keys, self._bias = module, normed, keys, bias
 
-    def __call__(self) -> Tensor:
+    def __call__(self, rows: slice) -> Tensor:
         module = self._module
-        queries = _heads(module, module.q_proj(self._normed)).float()
+        queries = _heads(module, module.q_proj(self._normed[:, rows])).float()
         logits = queries @ self._keys.float().mT * module.scale
         attention: Tensor = (logits if self._bias is None else logits + self._bias).softmax(-1)[0]
         return attention

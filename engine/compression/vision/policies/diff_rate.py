@@ -43,8 +43,8 @@ class DiffRate:
     def reduce(self, tokens: LayerTokens, count: int, params: Params) -> Reduction:
         import torch
 
-        paid = tokens.attend().mean(0)
-        importance = (paid[0] if tokens.has_class else paid.mean(0))[tokens.lead :]
+        raters = slice(1) if tokens.has_class else slice(None)
+        importance = tokens.attend(raters).mean((0, 1))[tokens.lead :]
         order = importance.sort(descending=True, stable=True).indices
         merging = round(params.merge * (len(tokens) - count))
         stay, sources = order[:count], order[count : count + merging]

@@ -60,6 +60,7 @@ def _distinct(units: Tensor, left: Tensor, count: int, step: int) -> Tensor:
     like = units @ units.T
     while len(left) > count:
         first, second = left[::2], left[1::2]
-        duplicates = like[first[:, None], second].amax(1).sort(descending=True, stable=True).indices
+        nearest = like.index_select(0, first).index_select(1, second).amax(1)
+        duplicates = nearest.sort(descending=True, stable=True).indices
         left = torch.cat((first[duplicates[min(step, len(left) - count) :]], second))
     return left

@@ -55,7 +55,7 @@ class ZeroTPrune:
 
     def reduce(self, tokens: LayerTokens, count: int, params: Params) -> Reduction:
         n, lead, rounds = len(tokens), tokens.lead, _rounds(tokens.layer, tokens.layers)
-        attention = tokens.attend()
+        attention = tokens.attend(slice(None))
         is_there = attention.new_ones(lead + n)
         order = importance(attention, is_there, rounds)[lead:].sort(descending=True, stable=True).indices
         low, high = order[(n + 1) // 2 :], order[: (n + 1) // 2]
