@@ -31,8 +31,9 @@ def model() -> LlavaForConditionalGeneration:
 
 
 def test_it_answers_about_mosaics_of_test_images(model: LlavaForConditionalGeneration, bank: Bank) -> None:
+    """The first of the 560 mosaics of the model card, where 95.1 % of open questions are answered."""
     score = evaluate(model, bank, 50)
-    assert score["open"] >= 0.7 and score["cell colour"] >= 0.8, score
+    assert score["open"] >= 0.92 and score["cell colour"] >= 0.95, score
 
 
 def test_without_the_image_it_is_near_chance(model: LlavaForConditionalGeneration, bank: Bank) -> None:
@@ -56,7 +57,7 @@ def test_it_generates_what_was_counted_as_right(model: LlavaForConditionalGenera
         made = model.generate(input_ids=ids["input_ids"], pixel_values=pixels, max_new_tokens=6, do_sample=False)
         answer = tokenizer.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
         right += answer == asked[0].answer
-    assert right >= 7
+    assert right >= 9
 
 
 def test_it_is_small() -> None:

@@ -156,7 +156,8 @@ def _described(
     In any order, which is not learnt. Here what is looked for stands right before what is to be said: from questions
     alone, whose words say it in many ways, models came late to find a cell of nine.
     """
-    tokens, cells = [ASSISTANT], [None]
+    tokens = [ASSISTANT]
+    cells: list[tuple[int, ...] | None] = [None]
     once = [place for place, kind in enumerate(scene.cells) if kind >= 0 and scene.cells.count(kind) == 1]
     places = list(range(len(scene.cells))) if is_place_told else once
     for place in choices.sample(places, len(places)):
