@@ -216,9 +216,9 @@ class Sequence:
 
     @property
     def can_read_ahead(self) -> bool:
-        """Whether nothing is left behind when its next row is taken out of its lanes again: it does not vote, and does
-        not choose what it reads."""
-        return self.plan.read is None and self.computed < self.vote_start
+        """Whether its token may be read one step late: its next row leaves nothing behind when it is taken out of its
+        lanes again, since it does not vote and does not choose what it reads, and nobody guesses from the token."""
+        return self.plan.read is None and self.computed < self.vote_start and self.speculation is None
 
     @property
     def first_needed(self) -> int:
