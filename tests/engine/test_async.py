@@ -197,7 +197,7 @@ def test_bad_logits(tiny: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
                 logits[[seq.request_id for seq in batch.seqs].index("bad")] = torch.nan
             return logits
 
-        each.engine.runner.run = spoiled  # type: ignore[method-assign]
+        monkeypatch.setattr(each.engine.runner, "run", spoiled)
         each.run(each.engine.check_integrity)
     assert bench.seen["bad", 0].rejected == wanted.seen["bad", 0].rejected is not None
     assert {choice: seen.tokens for choice, seen in bench.seen.items()} == {
@@ -232,7 +232,7 @@ def test_a_step_is_launched_before_tokens_are_read(
         order.append("run")
         return run(*arguments)
 
-    bench.engine.runner.run = watched_run  # type: ignore[method-assign]
+    monkeypatch.setattr(bench.engine.runner, "run", watched_run)
     assert len(bench.alone(prompt_of(50), 4, {"kv": kv}).tokens) == 4
     # Nothing is read ahead of the last token: lengths are known.
     assert order == (["run", *["run", "read"] * 3, "read"] if is_late else ["run", "read"] * 4)
