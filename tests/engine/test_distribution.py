@@ -13,6 +13,7 @@ import pytest
 from transformers import PreTrainedModel
 
 from winnow.engine.models.decoder import Decoder
+from winnow.engine.speculation.registry import METHODS
 
 from ..models.checkpoints import logits_of, prompt_of, random_model
 from .bench import Bench
@@ -21,19 +22,27 @@ from .drafts import first_layers
 PROMPT = prompt_of(12, 4)
 TOP_K, TEMPERATURE, LENGTH = 3, 1.6, 4
 CHOICES, REQUESTS = 64, 25
+FEW = [3, 17, 40, 77, 121]
+"""Tokens of answers in which something can be looked up: whatever was said stands in the prompt, too"""
+REPEATING = [*PROMPT, *(FEW[token % len(FEW)] for token in prompt_of(24, 5))]
+GUESSES: dict[str, dict[str, Any]] = {
+    "": {},
+    **{method: {"method": method, "tokens": 3} for method in METHODS},
+    "prompt_lookup": {"method": "prompt_lookup", "tokens": 3, "ngram_max": 2, "ngram_min": 1},
+}
 
 Answers = dict[tuple[int, ...], float]
 
 
-def foretold(model: PreTrainedModel, temperature: float) -> Answers:
-    """The probability of each answer: of each token the likeliest `TOP_K` count."""
+def foretold(model: PreTrainedModel, temperature: float, prompt: list[int], known: list[int]) -> Answers:
+    """The probability of each answer: of each token the likeliest `TOP_K` of those that are known count."""
     answers: Answers = {(): 1.0}
     for _ in range(LENGTH):
         longer: Answers = {}
         for said, share in answers.items():
-            scores, tokens = (logits_of(model, [*PROMPT, *said])[-1] / temperature).topk(TOP_K)
-            for token, part in zip(tokens.tolist(), scores.double().softmax(0).tolist(), strict=True):
-                longer[*said, token] = share * part
+            scores, places = (logits_of(model, [*prompt, *said])[-1][known] / temperature).topk(TOP_K)
+            for place, part in zip(places.tolist(), scores.double().softmax(0).tolist(), strict=True):
+                longer[*said, known[place]] = share * part
         answers = longer
     return answers
 
@@ -50,13 +59,15 @@ def surprise(counts: Counter[tuple[int, ...]], shares: Answers) -> float:
     return float(((chi / (len(cells) - 1)) ** (1 / 3) - (1 - spread)) / spread**0.5)
 
 
-@pytest.mark.parametrize("method", ["", "draft", "token_recycling"])
+@pytest.mark.parametrize("method", GUESSES)
 def test_answers_are_distributed_as_the_model_says(tiny: Decoder, method: str) -> None:
     bench = Bench(tiny, draft=first_layers(tiny))
-    speculative: dict[str, Any] = {"method": method, "tokens": 3} if method else {}
+    prompt, known = (REPEATING, FEW) if method == "prompt_lookup" else (PROMPT, list(range(tiny.config.vocab_size)))
     sampling: dict[str, Any] = {"temperature": TEMPERATURE, "top_k": TOP_K, "n": CHOICES}
+    if known == FEW:
+        sampling["logit_bias"] = dict.fromkeys(FEW, 100.0)
     for seed in range(REQUESTS):
-        bench.submit(str(seed), PROMPT, LENGTH, speculative=speculative, **sampling | {"seed": seed})
+        bench.submit(str(seed), prompt, LENGTH, speculative=GUESSES[method], **sampling | {"seed": seed})
     counts = Counter(tuple(seen.tokens) for seen in bench.run().values())
     assert sum(counts.values()) == CHOICES * REQUESTS
     if method:
@@ -64,11 +75,11 @@ def test_answers_are_distributed_as_the_model_says(tiny: Decoder, method: str) -
         assert stats.accepted_tokens_total > 200
         assert stats.draft_tokens_total - stats.accepted_tokens_total > 200
     model = random_model("llama", max_position_embeddings=1024)
-    shares = foretold(model, TEMPERATURE)
+    shares = foretold(model, TEMPERATURE, prompt, known)
     assert len(set(counts)) > 30
     assert abs(surprise(counts, shares)) < 3
     # A little off, and it would show.
-    assert surprise(counts, foretold(model, 0.8 * TEMPERATURE)) > 3
+    assert surprise(counts, foretold(model, 0.8 * TEMPERATURE, prompt, known)) > 3
 
 
 def test_the_surprise_of_what_is_even() -> None:
