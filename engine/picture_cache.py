@@ -1,6 +1,11 @@
 """What was made of pictures, remembered: of towers, features by picture; of policies, what is left by picture, policy
 and text. So is all of a picture whose features, with what each layer of the tower has read, have no room. The least
-recently used goes first."""
+recently used goes first.
+
+A request's `cache_salt` has no part in the keys of what was made of pictures alone, as it has none in vLLM's encoder
+cache: they are hashes of all pixels, so that an entry's being there tells who has the very picture that somebody sent
+it, and nothing of what was said. What a policy left by the text of a message is known by the salt too, as prefixes are.
+"""
 
 from __future__ import annotations
 

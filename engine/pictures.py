@@ -146,7 +146,7 @@ class Pictures:
         features = self.album.features(picture.key)
         if features is not None and (vision is None or vision.tokens(len(features.patches)) >= len(features.patches)):
             return self._looked(waiting, Left(whole(features), len(features.places), features.patches))
-        left = self.album.left(digest_of(picture, vision))
+        left = self.album.left(digest_of(picture, vision, waiting.request.cache_salt))
         return None if left is None else self._looked(waiting, left)
 
     def _see(self, waiting: Waiting) -> Look:
@@ -154,7 +154,7 @@ class Pictures:
         picture, vision = waiting.request.pictures[len(waiting.looks)], waiting.vision
         left = self._left(picture, vision, len(waiting.places[len(waiting.looks)]))
         if picture.key not in self.album or not left.is_whole:
-            self.album.keep(digest_of(picture, vision), left)
+            self.album.keep(digest_of(picture, vision, waiting.request.cache_salt), left)
         look = self._looked(waiting, left)
         self.counters.seconds += time.perf_counter() - began
         return look
@@ -184,7 +184,7 @@ class Pictures:
             raise RequestError(
                 "pictures", f"pictures: the prompt has {len(places)} placeholders for one that is {left.total} tokens"
             )
-        digest = digest_of(picture, None if left.is_whole else waiting.vision)
+        digest = digest_of(picture, None if left.is_whole else waiting.vision, waiting.request.cache_salt)
         return Look(digest, places, left.view, picture.turn_end, left.patches)
 
     def _sequence(self, waiting: Waiting) -> Sequence:
@@ -196,12 +196,13 @@ class Pictures:
         return self._begin(msgspec.structs.replace(request, prompt=read.tolist(), pictures=[]), sight)
 
 
-def digest_of(picture: Picture, vision: Vision | None) -> bytes:
-    """16 bytes that stand for what is left of a picture under a policy."""
+def digest_of(picture: Picture, vision: Vision | None, salt: str) -> bytes:
+    """16 bytes that stand for what is left of a picture under a policy; the salt counts where text has a part in it."""
     digest = blake2b(picture.key, digest_size=KEY_BYTES, person=b"picture")
     if vision is not None:
         digest.update(vision.fingerprint.encode())
         if vision.reads_text:
+            digest.update(blake2b(salt.encode(), digest_size=KEY_BYTES).digest())
             digest.update(np.array(picture.text, np.int32).tobytes())
     return digest.digest()
 
@@ -231,13 +232,7 @@ def places_of(request: Submit, eyes: Eyes) -> list[Indices]:
 
 def check_pictures(request: Submit, plan: Plan, speculation: Speculation | None, eyes: Eyes) -> None:
     """PlanNotSupported for what does not go with pictures, or does with those of other kinds."""
-    kinds = {picture.kind for picture in request.pictures}
-    if plan.prunes is not None and (others := kinds - plan.prunes.kinds):
-        path, named = "compression.vision.policy", " and ".join(f"{kind}s" for kind in sorted(plan.prunes.kinds))
-        raise PlanNotSupported(path, f"{path}: '{plan.prunes.policy}' prunes {named}, and there are {others.pop()}s")
-    if plan.evict is not None and (plan.evict.recital_chunk or plan.evict.looks_ahead):
-        path, does = "compression.kv.evict.policy", "repeat" if plan.evict.recital_chunk else "read ahead of"
-        raise PlanNotSupported(path, f"{path}: '{plan.evict.policy}' has a model {does} the prompt: not with pictures")
+    plan.check_pictures({picture.kind for picture in request.pictures})
     if request.document:
         raise PlanNotSupported("compression.kv.scope", "compression.kv.scope: a document cannot have pictures")
     if speculation is not None and drafter_class(speculation.method).needs_draft:

@@ -108,28 +108,22 @@ class Generation:
     async def _read(self, index: int, plan: Plan, flight: Flight, info: EngineInfo) -> ReadPrompt:
         prompt = self.prompts[index]
         if prompt.pictured is not None:
-            self._check_images(plan)
+            self._check_images(plan, prompt, info)
             pictured = await prompt.pictured(info, flight)
-            self._check_kinds(pictured.pictures, plan)
             return ReadPrompt(pictured.tokens, pictures=pictured.pictures)
         read = await self._read_text(index, plan, flight, info)
         check_unmarked(read.tokens, info.sees, self.prompt_param)
         return read
 
-    def _check_images(self, plan: Plan) -> None:
-        """Refuses what goes by marked text, of which the tokens are not known where images are among it. The server's
-        own plan does without."""
+    def _check_images(self, plan: Plan, prompt: PromptSource, info: EngineInfo) -> None:
+        """Refuses what does not go with images, before any is read. What goes by marked text, of which the tokens are
+        not known where images are among it, the server's own plan does without."""
+        plan.check_pictures(prompt.kinds & info.sees.keys())
         if self.request.compression is None:
             return
         for path, is_asked in (("compression.prompt", plan.shortens), ("compression.kv.scope", plan.kv.scope)):
             if is_asked is not None:
                 raise PlanNotSupported(path, f"{path}: not for prompts with images or videos")
-
-    @staticmethod
-    def _check_kinds(pictures: list[Picture], plan: Plan) -> None:
-        if plan.prunes is not None and (other := {one.kind for one in pictures} - plan.prunes.kinds):
-            path = "compression.vision.policy"
-            raise PlanNotSupported(path, f"{path}: '{plan.prunes.policy}' is not for {other.pop()}s")
 
     async def _read_text(self, index: int, plan: Plan, flight: Flight, info: EngineInfo) -> ReadPrompt:
         prompt, request = self.prompts[index], self.request

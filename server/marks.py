@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import count, pairwise
 from typing import TYPE_CHECKING
 
+from winnow.engine.compression.vision.policy import Kind
 from winnow.engine.errors import RequestError
 from winnow.engine.messages import ContextPart, EngineInfo
 from winnow.server.admission import Flight
@@ -57,6 +58,8 @@ class PromptSource:
     is_marked: bool
     pictured: Callable[[EngineInfo, Flight], Awaitable[PicturedPrompt]] | None = None
     """Instead of all that, of a prompt with images or videos"""
+    kinds: frozenset[Kind] = frozenset()
+    """Which of the two"""
 
 
 def marked_chat(tokenizer: Tokenizer, chat: ChatPrompt) -> MarkedPrompt:

@@ -35,6 +35,7 @@ from winnow.engine.compression.prompt.plan import AnyPrompt, Prompt, prompt_mode
 from winnow.engine.compression.read import AnyRead, Read, read_model
 from winnow.engine.compression.registry import EVICTION, MERGE, MIX, PROMPT, READ, eviction_policy
 from winnow.engine.compression.vision.plan import AnyVision, Vision, check_vision, vision_model
+from winnow.engine.compression.vision.policy import Kind
 from winnow.engine.compression.vision.registry import VISION
 from winnow.engine.config import NO_DRAFT
 from winnow.engine.errors import PlanNotSupported, RequestError
@@ -249,6 +250,20 @@ class Plan(Part):
         if self.evict is not None and self.evict.looks_ahead and not has_draft:
             path = "compression.kv.evict.policy"
             raise PlanNotSupported(path, f"{path}: '{self.evict.policy}' {NO_DRAFT}")
+
+    def check_pictures(self, kinds: Collection[Kind]) -> None:
+        """PlanNotSupported where the plan's methods do not go with prompts that have images or videos: `kinds`."""
+        if not kinds:
+            return
+        instead = 'ask for another plan; "compression": {} is none'
+        if self.prunes is not None and (others := sorted(set(kinds) - self.prunes.kinds)):
+            path, named = "compression.vision.policy", " and ".join(f"{kind}s" for kind in sorted(self.prunes.kinds))
+            why = f"'{self.prunes.policy}' prunes {named}, and there are {others[0]}s"
+            raise PlanNotSupported(path, f"{path}: {why}; {instead}")
+        if self.evict is not None and (self.evict.recital_chunk or self.evict.looks_ahead):
+            path, does = "compression.kv.evict.policy", "repeat" if self.evict.recital_chunk else "read ahead of"
+            why = f"'{self.evict.policy}' has a model {does} the prompt, and there are {sorted(kinds)[0]}s in it"
+            raise PlanNotSupported(path, f"{path}: {why}; {instead}")
 
     def budget_tokens(self, seen: int) -> int:
         """Tokens that a lane keeps of `seen`, before layers and heads share them out; at least 1."""

@@ -38,6 +38,7 @@ async def chat_completions(
         marked=lambda: marked_chat(service.tokenizer, body),
         is_marked=any(message.has_context for message in body.messages),
         pictured=partial(pictured_chat, service, body) if body.media else None,
+        kinds=frozenset(part.kind for *_, part in body.media),
     )
     generation = Generation(service, body, [prompt], "messages")
     return await respond(request, generation, ChatAnswer(name, service.tokenizer, body.logprobs_asked))

@@ -58,6 +58,21 @@ def test_a_picture_is_encoded_once_and_pruned_once_by_each_policy(tiny: Decoder)
     assert stats.image_cache_bytes > 2 * 36 * tiny.config.hidden_size * 4
 
 
+def test_what_is_left_by_the_text_is_known_by_the_salt(tiny: Decoder) -> None:
+    """What was made of pictures alone is found under any."""
+    eyes, (prompt, pictures) = TinyEyes(), TWO
+    bench = Bench(tiny, eyes=eyes)
+    for policy, hits in (("uniform", [0, 2, 2, 2]), ("flash_vlm", [0, 2, 0, 2])):
+        plan, found = {"vision": {"policy": policy, "keep": 11}}, []
+        for salt in ("", "", "mine", "mine"):
+            before = bench.engine.stats.image_hits_total
+            seen = bench.alone(prompt, 2, plan, salt=salt, pictures=pictures)
+            found.append(bench.engine.stats.image_hits_total - before)
+            assert_same(seen, Bench(tiny, eyes=TinyEyes()).alone(prompt, 2, plan, pictures=pictures))
+        assert found == hits
+    assert eyes.encoded == 2
+
+
 def test_what_has_no_room_is_seen_again(tiny: Decoder) -> None:
     """Room for what was made of one picture, and of none."""
     prompt, pictures = TWO

@@ -131,7 +131,7 @@ async def test_models_that_do_not_see(
 
 async def test_plans_that_go_by_marked_text(seeing: Any, engine: FakeEngine, processor: Processor) -> None:
     marked = {"type": "text", "text": "a long document", "context": True}
-    scope = {"kv": {"evict": {"policy": "kvzip", "budget": 0.5}, "scope": "document"}}
+    scope = {"kv": {"evict": {"policy": "knorm", "budget": 0.5}, "scope": "document"}}
     for plan, param in (
         ({"prompt": {"policy": "selective", "keep": 0.5}}, "compression.prompt"),
         (scope, "compression.kv.scope"),
@@ -142,6 +142,30 @@ async def test_plans_that_go_by_marked_text(seeing: Any, engine: FakeEngine, pro
         async with seeing(compression=plan) as http:  # the server's own plan does what it can
             assert (await submitted(http, engine, ask(marked, image_part()))).pictures
         processor.seen.clear()
+
+
+async def test_plans_that_images_do_not_go_with(seeing: Any, engine: FakeEngine, processor: Processor) -> None:
+    """Asked for or the server's own, they are refused before an image is read, and it is said what to do."""
+    kvzip = {"kv": {"evict": {"policy": "kvzip", "budget": 0.5}}}
+    spec_kv = {"kv": {"evict": {"policy": "spec_kv", "budget": 0.5}}}
+    evs = {"vision": {"policy": "evs", "keep": 0.5}}
+    for plan, param, why in (
+        (kvzip, "compression.kv.evict.policy", "'kvzip' has a model repeat the prompt, and there are images in it"),
+        (spec_kv, "compression.kv.evict.policy", "'spec_kv' has a model read ahead of the prompt"),
+        (evs, "compression.vision.policy", "'evs' prunes videos, and there are images"),
+    ):
+        for own, asked in (({}, {"compression": plan}), ({"compression": plan}, {})):
+            async with seeing(**own) as http:
+                assert engine.info is not None
+                engine.info = msgspec.structs.replace(engine.info, draft_max_len=1024)
+                error = error_of(await http.post(CHAT, json=ask(image_part(), **asked)))
+                assert (error["param"], processor.seen) == (param, [])
+                assert why in error["message"]
+                assert error["message"].endswith('; ask for another plan; "compression": {} is none')
+                assert (await http.post(CHAT, json={"messages": HELLO} | asked)).status_code == 200
+                none = await submitted(http, engine, ask(image_part(), compression={}))
+                assert none.pictures and none.plan == {}
+            processor.seen.clear()
 
 
 async def test_limits(seeing: Any, engine: FakeEngine, processor: Processor) -> None:
