@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,6 +36,7 @@ from winnow.engine.evaluation.harness import PROTOCOLS, TEXT
 from winnow.engine.evaluation.plans import BLIND, FORMATS, MERGED, OFF
 from winnow.engine.evaluation.result import Result, write_text
 from winnow.engine.evaluation.vision import keeps, losses, seen
+from winnow.engine.speculation.speculation import check_combination, parse_speculation
 from winnow.kernels.formats import PageFormat
 
 BUDGETS = (0.5, 0.25)
@@ -86,7 +87,7 @@ def methods(result: Result, images: Result | None = None) -> str:
         "read / with the question in it, of what the uncompressed model finds in the same contexts. Everything goes "
         "with everything, in one request as in one batch, but for what the last columns name: that gets a 400. "
         "(`int4` stands for formats of codes, `gear` for those that are opened before they are read, `quest` for "
-        "`kv.read`, documents for `kv.scope`.)",
+        "`kv.read`, documents for `kv.scope`, pressure for `on_pressure`, guesses for `speculative`.)",
         *_table("Eviction: `kv.evict`, frees pages", (*HEAD, WITHOUT), _evictions(result)),
         *_table("Merging what was evicted: `kv.evict.merge`", (*HEAD[:3], f"with {MERGED}"), _merges(result)),
         *_table(
@@ -106,7 +107,7 @@ def _evictions(result: Result) -> Iterator[tuple[str, ...]]:
     for name in EVICTION:
         policy = eviction_policy(name)
         cells = (_measured(result, f"{name}:{budget}") for budget in BUDGETS)
-        without = _refused({"evict": {"policy": name, "budget": 0.5}}, OF_EVICTION | OF_LANES)
+        without = _goes_not_with({"evict": {"policy": name, "budget": 0.5}}, OF_EVICTION | OF_LANES)
         answers = _answers(result, f"{name}:{BUDGETS[0]}")
         yield f"`{name}`", _first_line(policy), _signals(policy), *cells, answers, without
 
@@ -123,7 +124,7 @@ def _reads(result: Result) -> Iterator[tuple[str, ...]]:
         read = result.mean(plan, "read", "text")
         share = "not measured" if read is None else f"{read.value:.0%} of the bytes"
         formats = {part: OF_LANES[part] for part in ("int4", "gear")}
-        without = _refused({"read": {"policy": name, "tokens": 64}}, {"eviction": {"evict": EVICTS}} | formats)
+        without = _goes_not_with({"read": {"policy": name, "tokens": 64}}, {"eviction": {"evict": EVICTS}} | formats)
         cells = _measured(result, plan), share, _answers(result, plan)
         yield f"`{name}`", _first_line(read_policy(name)), *cells, without
 
@@ -132,17 +133,17 @@ def _formats(result: Result) -> Iterator[tuple[str, ...]]:
     for name in FORMATS:
         compact = {"compact positions": {"evict": EVICTS | {"budget": 64, "positions": "compact"}}}
         others = {part: OF_LANES[part] for part in ("quest", "documents")}
-        without = _refused({"format": name}, {"eviction": {"evict": EVICTS}} | compact | others)
+        without = _goes_not_with({"format": name}, {"eviction": {"evict": EVICTS}} | compact | others)
         yield f"`{name}`", PageFormat.parse(name).what, _measured(result, name), _answers(result, name), without
 
 
 def _mixes(result: Result) -> Iterator[tuple[str, ...]]:
     for name in MIX:
-        needs_eviction = _refused({"mix": {"policy": name}}, {"alone": {}}) == "alone"
+        needs_eviction = bool(_refused({"mix": {"policy": name}}, {"alone": {}}))
         plan = f"{MERGED}+{name}" if needs_eviction else name
         base = {"mix": {"policy": name}} | ({"evict": EVICTS} if needs_eviction else {})
         others = {part: OF_LANES[part] for part in ("int4", "quest", "documents")}
-        without = _refused(base, ({} if needs_eviction else {"eviction": {"evict": EVICTS}}) | others)
+        without = _goes_not_with(base, ({} if needs_eviction else {"eviction": {"evict": EVICTS}}) | others)
         cells = f"{plan}: {_measured(result, plan)}", _answers(result, plan)
         yield f"`{name}`", _first_line(mix_method(name)), *cells, without
 
@@ -181,7 +182,7 @@ def _visions(result: Result | None, kept: list[float | int]) -> Iterator[tuple[s
         defaults = {knob: model.model_fields[knob].default for knob in own}
         knobs = ", ".join(knob if value is None else f"{knob} {value}" for knob, value in defaults.items())
         kinds = ", ".join(f"{kind}s" for kind in sorted(policy.kinds))
-        without = _refused({}, OF_IMAGES, vision={"policy": name, "keep": 0.5})
+        without = ", ".join(_refused({}, OF_IMAGES, vision={"policy": name, "keep": 0.5}))
         cells = [", ".join(stages_of(policy)), sees + ", text" * policy.reads_text, kinds, knobs, _source(policy)]
         if result is not None:
             cells += [_right_answers(result, f"vision:{name}:{keep}") for keep in kept]
@@ -219,7 +220,23 @@ def _answers(result: Result, plan: str) -> str:
     return f"{' / '.join(shares)} of {exact:.0%}{few}"
 
 
-def _refused(kv: dict[str, Any], parts: dict[str, dict[str, Any]], **others: Any) -> str:
+def _goes_not_with(kv: dict[str, Any], parts: dict[str, dict[str, Any]]) -> str:
+    """Which of the parts, and what else of a request, a plan of this `kv` cannot have besides."""
+    plan, refused = Plan.parse({"kv": kv}), _refused(kv, parts)
+    beside: dict[str, Callable[[], object]] = {
+        "pressure": lambda: Plan.parse({"kv": kv, "on_pressure": {"evict": EVICTS}}),
+        "images": lambda: plan.check_pictures({"image"}),
+        "guesses": lambda: check_combination(parse_speculation({"method": "prompt_lookup"}), plan),
+    }
+    for label, check in beside.items():
+        try:
+            check()
+        except RequestError:
+            refused.append(label)
+    return ", ".join(refused)
+
+
+def _refused(kv: dict[str, Any], parts: dict[str, dict[str, Any]], **others: Any) -> list[str]:
     """Which of the parts a plan of this `kv`, and of these others beside it, cannot have besides."""
     refused = []
     for label, part in parts.items():
@@ -228,7 +245,7 @@ def _refused(kv: dict[str, Any], parts: dict[str, dict[str, Any]], **others: Any
             Plan.parse({"kv": kv | both, **others})
         except RequestError:
             refused.append(label)
-    return ", ".join(refused)
+    return refused
 
 
 def _signals(method: Any) -> str:

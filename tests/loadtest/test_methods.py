@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import methods
 
 from winnow.engine.compression.registry import EVICTION, MERGE, MIX, PROMPT, READ
@@ -28,6 +31,13 @@ def test_the_table_of_methods() -> None:
     row = next(line for line in page.splitlines() if line.startswith("| `snapkv` |"))
     assert "| attention | 90%, 0.2 nats, 55% held | not measured | 25% / 75% of 100%, in qa alone |" in row
     assert row.endswith("| compact positions, documents |")
+    for name, without in (
+        ("kvzip", "adaptive heads, pyramid layers, decode, compact positions, images"),
+        ("quest", "gear, pressure"),
+        ("token_select", "eviction, gear, pressure, guesses"),
+        ("mini_cache", "eviction, int4, quest, pressure"),
+    ):
+        assert next(line for line in page.splitlines() if line.startswith(f"| `{name}` |")).endswith(f"| {without} |")
     assert f"| `int4` | {PageFormat.INT4.what} | not measured | 50% / - of 100%, in qa alone |  |" in page
     assert "| 80%, 0.5 nats, 52% held | not measured | not measured |" in page
     assert "needs a profile" in page
@@ -40,6 +50,16 @@ def test_the_table_of_methods() -> None:
     assert "keeps 50 %" not in page
     widths = {line.count("|") for line in page.splitlines() if line.startswith("| `") and "not measured" in line}
     assert widths <= {4, 5, 6, 7, 8}
+
+
+def test_the_committed_page_is_made_of_the_committed_results() -> None:
+    folder = Path(methods.__file__).parent
+    result, images = (
+        Result.from_dict(json.loads((folder / "results" / f"{name}.json").read_text("utf-8")))
+        for name in ("smollm2-135m-eval", "mosaic-vision")
+    )
+    page = folder.parent / "engine" / "compression" / "METHODS.md"
+    assert page.read_text("utf-8") == methods.methods(result, images), "make methods"
 
 
 def test_what_was_measured_of_images() -> None:
