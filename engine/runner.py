@@ -33,8 +33,8 @@ class Model(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """What a probe sees of a step."""
+class Probed:
+    """Rows of a step that a probe sees."""
 
     probe: Probe
     slot: int
@@ -110,19 +110,19 @@ class Runner:
         chunks = zip(batch.seqs, counts.tolist(), strict=True)
         tokens = np.concatenate([seq.next_tokens(count) for seq, count in chunks])
         lanes = _lanes(batch, starts, positions)
-        looks = _looks(batch, starts, lanes.cu_rows.numpy())
+        probed = _probed(batch, starts, lanes.cu_rows.numpy())
         scene = self._scene(batch, lanes, step_rows + np.repeat(starts - ends + counts, counts))
         unread = self._unread(batch, ends, unread_ids)
         is_decode = len(tokens) == len(batch.seqs) and not len(batch.more_rows)
-        if self._graphs is not None and is_decode and not looks and scene is None and lanes.rope is None:
+        if self._graphs is not None and is_decode and not probed and scene is None and lanes.rope is None:
             logits = self._graphs.run(torch.from_numpy(tokens), lanes, unread)
             if logits is not None:
                 return logits
         own = np.arange(wanted.sum()) + np.repeat(ends - wanted - batch.logit_rows, wanted)
         rows = self._there(np.concatenate((own, batch.more_rows)))
         x = self._embed(tokens, scene, unread)
-        if looks:
-            return self._probe(x, lanes, rows, looks)
+        if probed:
+            return self._probe(x, lanes, rows, probed)
         return self._model.logits(self._model.through(x, self._layers, lanes, self._arena.kv, rows))
 
     def _stage(self, batch: ScheduledBatch, layers: range) -> Tensor | None:
@@ -198,19 +198,19 @@ class Runner:
             x[self._there(scene.rows)] = to_device(scene.embeddings, x.device).to(x.dtype)
         return x
 
-    def _probe(self, x: Tensor, lanes: LaneBatch, rows: Tensor, looks: list[Look]) -> Tensor:
+    def _probe(self, x: Tensor, lanes: LaneBatch, rows: Tensor, probed: list[Probed]) -> Tensor:
         """The same, and shows probes what they ask for."""
 
         def watch(layer: int, queries: Tensor) -> None:
-            for look in looks:
-                look.probe.see_queries(layer, look.slot, look.position, queries[look.rows])
+            for part in probed:
+                part.probe.see_queries(layer, part.slot, part.position, queries[part.rows])
 
-        asking = [look for look in looks if look.probe.wants_logits]
-        wanted = [torch.arange(look.rows.start, look.rows.stop, device=rows.device) for look in asking]
+        asking = [part for part in probed if part.probe.wants_logits]
+        wanted = [torch.arange(part.rows.start, part.rows.stop, device=rows.device) for part in asking]
         hidden = self._model.through(x, self._layers, lanes, self._arena.kv, torch.cat([rows, *wanted]), watch)
         own, *seen = hidden.split([len(rows), *map(len, wanted)])
-        for look, part in zip(asking, seen, strict=True):
-            look.probe.see_hidden(look.position, part, self._model.logits)
+        for part, its in zip(asking, seen, strict=True):
+            part.probe.see_hidden(part.position, its, self._model.logits)
         return self._model.logits(own)
 
 
@@ -227,10 +227,10 @@ def _lanes(batch: ScheduledBatch, starts: Ints, positions: Ints) -> LaneBatch:
     )
 
 
-def _looks(batch: ScheduledBatch, starts: Ints, cu_rows: Ints) -> list[Look]:
-    looks = []
+def _probed(batch: ScheduledBatch, starts: Ints, cu_rows: Ints) -> list[Probed]:
+    probed = []
     for seq, start, first, last in zip(batch.seqs, starts.tolist(), cu_rows[:-1], cu_rows[1:], strict=True):
         if seq.probe is not None and start + last - first > seq.probe.first_row:
             skipped = max(0, seq.probe.first_row - start)
-            looks.append(Look(seq.probe, seq.slot, start + skipped, slice(int(first) + skipped, int(last))))
-    return looks
+            probed.append(Probed(seq.probe, seq.slot, start + skipped, slice(int(first) + skipped, int(last))))
+    return probed

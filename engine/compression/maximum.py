@@ -7,7 +7,7 @@ from pydantic import Field
 from winnow.engine.compression.budget import Budget
 from winnow.engine.compression.part import FormatName, Part
 from winnow.engine.compression.plan import Plan
-from winnow.engine.compression.policy import SetsBudgets
+from winnow.engine.compression.policy import Reciting, SetsBudgets
 from winnow.engine.compression.registry import eviction_policy
 from winnow.engine.errors import RequestError
 from winnow.kernels.layout import PageFormat
@@ -33,7 +33,9 @@ class Maximum(Part):
                 path = f"{at}.kv.mix"
                 raise RequestError(path, f"{path} evicts nothing, and this server has a largest eviction budget")
             evict = plan.kv.evict
-            if evict is not None and isinstance(eviction_policy(evict.policy), SetsBudgets):
+            policy = None if evict is None else eviction_policy(evict.policy)
+            # Lanes of a policy that recites share the budget out among them; in all they keep no more.
+            if evict is not None and isinstance(policy, SetsBudgets) and not isinstance(policy, Reciting):
                 path = f"{at}.kv.evict.policy"
                 raise RequestError(path, f"{path} '{evict.policy}' keeps all of some heads, which this server forbids")
             if evict is None or type(evict.budget) is not type(self.budget) or evict.budget > self.budget:

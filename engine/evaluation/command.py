@@ -35,7 +35,7 @@ from winnow.engine.evaluation.server import ServerTarget
 from winnow.engine.evaluation.tables import show
 from winnow.engine.evaluation.targets import EngineTarget, Target
 from winnow.engine.evaluation.tasks import TASKS
-from winnow.engine.evaluation.text import PromptBook, corpus, digest
+from winnow.engine.evaluation.text import SOURCE, PromptBook, corpus, digest
 from winnow.engine.evaluation.vision_page import show_vision, vision_page
 from winnow.engine.models.files import DEFAULT, MOSAIC
 
@@ -112,6 +112,7 @@ def run_plans(options: Options, console: Console) -> list[Path]:
     if scope.text_prompts:
         about["text_new"] = scope.text_new
     result = _begun(options, about, plans)
+    result.facts["text_of"] = SOURCE
 
     def save() -> None:
         result.write(options.out)
@@ -199,7 +200,7 @@ def run_parity(options: Options, python: Path, console: Console) -> list[Path]:
         raise EvalError(f"--kvpress: {python} is no Python; `make parity` sets one up")
     text = corpus()
     threads = options.threads or len(os.sched_getaffinity(0))
-    about = facts() | {"model": options.model, "weights": "f32", "text": digest(text)}
+    about = facts() | {"model": options.model, "weights": "f32", "text": digest(text), "text_of": SOURCE}
     about |= {"prompts": options.text_prompts, "context": options.text_context, "new": options.text_new}
     with TemporaryDirectory(prefix="winnow-weights-") as folder, _progress(console) as progress:
         bar = progress.add_task("the model's weights", total=None)

@@ -32,6 +32,11 @@ PACKAGES = (
     "tokenizers",
     "jinja2",
 )
+SOURCE = (
+    "Python's language reference (PSF License 2), and the readmes, notices and licences that come with the packages "
+    f"{', '.join(PACKAGES)} (MIT, BSD and Apache 2.0)"
+)
+"""As results name it"""
 _TEXT = re.compile(r"LICEN[SC]E|NOTICE|COPYING|METADATA|README|\.md$")
 _LINK = re.compile(r"\[([^\]]*)\]\(https?://[^)]*\)")
 _BLANK = re.compile(r"\n\s*\n")

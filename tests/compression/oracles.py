@@ -118,7 +118,7 @@ def budget_of(policy: str, d: Dense, layer: int, head: int, budget: int) -> int:
     return d.tokens if policy == "razor_attention" and retrieves(d, layer, head) else budget
 
 
-def lagkv(d: Dense, layer: int, head: int, lag: int = 8) -> Tensor:
+def lagkv(d: Dense, layer: int, head: int, lag: int = 8, is_ranked: bool = True) -> Tensor:
     scores = 1 + torch.arange(d.tokens, dtype=torch.float64)
     for start in range(SINKS, d.tokens - 2 * lag + 1, lag):
         spread = torch.zeros(lag, dtype=torch.float64)
@@ -128,11 +128,19 @@ def lagkv(d: Dense, layer: int, head: int, lag: int = 8) -> Tensor:
             deviation = torch.stack([((tokens[start + i] - low) / (high - low)).std() for i in range(lag)])
             spread += deviation.softmax(0) / 2
         for place, token in enumerate(sorted(range(lag), key=lambda i: float(spread[i]))):
-            scores[start + token] = place / lag
+            scores[start + token] = place / lag if is_ranked else spread[token]
     return scores
 
 
-def expected_attention(d: Dense, layer: int, head: int, future: int = 512) -> Tensor:
+def expected_attention(
+    d: Dense,
+    layer: int,
+    head: int,
+    future: int = 512,
+    use_covariance: bool = True,
+    use_values: bool = True,
+    epsilon: float = 0.0,
+) -> Tensor:
     keys, dim = d.keys[layer, head].double(), d.keys.shape[-1]
     half, positions = dim // 2, torch.arange(d.tokens, d.tokens + future).double()
     turn = torch.zeros(dim, dim, dtype=torch.float64)
@@ -145,9 +153,10 @@ def expected_attention(d: Dense, layer: int, head: int, future: int = 512) -> Te
     for member in range(head * d.q_per_kv, (head + 1) * d.q_per_kv):
         queries = d.queries[layer, member, SINKS:].double()
         mean, covariance = turn @ queries.mean(0), turn @ torch.cov(queries.T, correction=0) @ turn.T
-        logits = torch.stack([k @ mean / dim**0.5 + k @ covariance @ k / (2 * dim) for k in keys[SINKS:]])
+        spread = covariance if use_covariance else torch.zeros_like(covariance)
+        logits = torch.stack([k @ mean / dim**0.5 + k @ spread @ k / (2 * dim) for k in keys[SINKS:]])
         scores[SINKS:] += logits.softmax(0) / d.q_per_kv
-    return scores * d.values[layer, head].double().norm(dim=-1)
+    return (scores + epsilon) * d.values[layer, head].double().norm(dim=-1) if use_values else scores
 
 
 def lacache(d: Dense, layer: int, head: int) -> Tensor:

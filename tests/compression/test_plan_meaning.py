@@ -204,6 +204,8 @@ def test_resolve() -> None:
     [
         ({"budget": 0.5}, evict(), None),
         ({"budget": 0.5}, evict(budget=0.51), "evict.budget"),
+        ({"budget": 0.5}, evict(policy="kvzip"), None),
+        ({"budget": 0.5}, evict(policy="kvzip", budget=0.51), "evict.budget"),
         ({"budget": 0.5}, {}, "evict.budget"),  # no compression at all
         ({"budget": 0.5}, {"kv": {"format": "int4"}}, "evict.budget"),
         ({"budget": 0.5}, evict(budget=1), "evict.budget"),  # cannot be compared
@@ -227,6 +229,12 @@ def test_maximum(maximum: dict[str, Any], data: dict[str, Any], param: str | Non
         Plan.resolve(data, {}, maximum=limit)
     assert caught.value.param == f"compression.kv.{param}"
     assert str(next(iter(maximum.values()))) in caught.value.message
+
+
+def test_heads_that_keep_everything_hold_more_than_any_maximum() -> None:
+    with pytest.raises(RequestError, match="'razor_attention' keeps all of some heads, which this server forbids") as e:
+        Plan.resolve(evict(policy="razor_attention"), {}, maximum=Maximum(budget=0.5))
+    assert e.value.param == "compression.kv.evict.policy"
 
 
 def test_a_request_without_a_plan_has_the_default_under_the_maximum() -> None:

@@ -180,6 +180,28 @@ def test_tri_attention_scores_as_the_paper_does() -> None:
                 torch.testing.assert_close(scores[layer, head], wanted.float(), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("name", "knobs"),
+    [
+        ("snapkv", {"window": 8, "pool": 1}),
+        ("snapkv", {"window": 8, "pool": 9}),
+        ("lagkv", {"lag": 8, "is_ranked": False}),
+        ("expected_attention", {"future": 1}),
+        ("expected_attention", {"use_covariance": False}),
+        ("expected_attention", {"use_values": False}),
+        ("expected_attention", {"epsilon": 0.02}),
+    ],
+)
+def test_knobs_do_what_they_say(name: str, knobs: dict[str, object]) -> None:
+    d, ends = dense(TOKENS), TOKENS - 8  # snapkv's oracle protects the window
+    rule, policy, oracle = evict(name, **knobs), eviction_policy(name), ORACLES[name][0]
+    scores = policy.score(d.view(policy, rule), rule)
+    for layer in range(2):
+        for head in range(2):
+            wanted = oracle(d, layer, head, **knobs).float()
+            torch.testing.assert_close(scores[layer, head, SINKS:ends], wanted[SINKS:ends], atol=1e-6, rtol=1e-4)
+
+
 def test_razor_attention_keeps_whole_the_lanes_that_retrieve() -> None:
     d = dense(TOKENS, layers=5, kv_heads=3)
     policy = eviction_policy("razor_attention")

@@ -15,7 +15,7 @@ from winnow.engine.compression.plan import Plan
 from winnow.engine.errors import PromptTooLong, RequestError
 from winnow.engine.models.decoder import Decoder
 from winnow.engine.models.tokenizer import load_tokenizer
-from winnow.engine.recital import OVERLAP, lead_ins, parts_of
+from winnow.engine.recital import lead_ins, parts_of
 
 from ..models.checkpoints import prompt_of, random_model
 from .bench import Bench, Seen, assert_same, pages_for
@@ -42,7 +42,7 @@ def spoken(prompt: list[int]) -> list[list[int]]:
     """What the model reads behind the prompt, part by part."""
     parts = [[*SAID[0], *SAID[2], *prompt[:CHUNK]]]
     for start in range(CHUNK, len(prompt), CHUNK):
-        parts.append([*SAID[1], *prompt[start - OVERLAP : start], *SAID[2], *prompt[start : start + CHUNK]])
+        parts.append([*SAID[1], *prompt[start - 8 : start], *SAID[2], *prompt[start : start + CHUNK]])
     return parts
 
 

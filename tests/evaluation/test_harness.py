@@ -307,6 +307,7 @@ def test_the_command(tiny_folder: Path, tmp_path: Path) -> None:
     data = json.loads((tmp_path / "mine.json").read_text("utf-8"))
     assert set(data["plans"]) == {OFF, "knorm:0.5", "random:0.5", "streaming_llm:0.5"}
     assert data["cells"] and data["seconds"] >= 0
+    assert "PSF License" in data["text_of"] and "PSF License" in (tmp_path / "mine.html").read_text("utf-8")
 
     arguments = ["eval", "--tasks=variables", *sizes, *model, f"--out={tmp_path}", "--name=mine", "--resume"]
     done = CliRunner().invoke(app, [*arguments, "--plans=knorm:0.5,int8"])

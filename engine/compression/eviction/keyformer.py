@@ -5,7 +5,8 @@
     temperature = `temperature` for the prompt's queries, and `heating` more for each generated token
 
 The noise is Gumbel's: keys that happen to score low now get a chance, since what an eviction leaves out of the softmax
-would otherwise make the strong ones stronger. 30 % of the budget protects the newest tokens.
+would otherwise make the strong ones stronger. 30 % of the budget protects the newest tokens. The reference keeps 60 %
+of the text and evicts every 8 generated tokens: `budget`, `interval`.
 
 Where we depart: noise belongs to a key, by the request's seed, the layer, the KV head and the position; the reference
 draws it anew for each query from the process' generator, which no request could repeat, and where the sum over queries

@@ -7,8 +7,13 @@ A token of much energy has many that are like it: it is background. To lose r to
 in that order, into two sets, and each of the first merges with the most similar of the second. All others are
 protected. Every layer takes the same share of its tokens away.
 
-Where we depart: in some models the reference has plain ToMe in the lower half of the layers; here, as in the paper, the
-rule holds in all of them. A layer that has to lose more than half of its tokens matches a second time.
+Where we depart:
+- The energy is that of the reference's vision models. The paper's equation 4 counts the cosine itself from the margin
+  on, not what it is beyond the margin, so that it has a step there. The Gaussian of the reference's language models, of
+  which it says that it does better than the equation, is not here.
+- In some models the reference has plain ToMe in the lower half of the layers; here, as in the paper, the rule holds in
+  all of them.
+- A layer that has to lose more than half of its tokens matches a second time.
 """
 
 from __future__ import annotations
