@@ -9,10 +9,12 @@ lengths are known ahead. Only then, with the device at work, are they read, one 
 
 So whatever goes by ids still has them: penalties, stop tokens, plans that are due and what is told. Who turns out to
 have ended is taken out of the step that is under way, as wrong guesses are: the row leaves its lanes. So is a sequence
-whose token could not be told without the host (`Sampled.late`), which reads the right one in the next step.
+whose token could not be told without the host (`Sampled.late`), which reads the right one in the next step. A row that
+votes or chooses what it reads could not be read again (`Sequence.leaves_traces`): its token is made sure of where it is
+drawn.
 
-Ids are read at once where a row could not be taken back (`Sequence.can_read_ahead`), and before anybody has to give way
-for want of pages. Guesses are verified by the host in any case (see speculation/speculator.py).
+Ids are read at once where somebody guesses from them, since guesses are verified by the host in any case (see
+speculation/speculator.py), and before anybody has to give way for want of pages.
 """
 
 from __future__ import annotations
@@ -90,10 +92,12 @@ class Drawing:
         if rows != list(range(len(logits))):
             logits = logits[to_device(torch.tensor(rows), logits.device)]
         slots = np.array([seq.slot for seq in seqs], np.int64)
-        self._unread = Unread(seqs, self._sampler.launch(logits, self._table.batch(slots)))
+        is_read_ahead = self._is_async and all(seq.can_read_ahead for seq in seqs)
+        is_sure = np.array([is_read_ahead and seq.leaves_traces for seq in seqs])
+        self._unread = Unread(seqs, self._sampler.launch(logits, self._table.batch(slots), is_sure))
         for row, seq in enumerate(seqs):
             seq.unread = row
-        if not self._is_async or not all(seq.can_read_ahead for seq in seqs):
+        if not is_read_ahead:
             self.settle()
 
     def settle(self) -> bool:

@@ -1,8 +1,8 @@
 """Recorded steps: on a GPU, a step in which every sequence has one row is launched as one CUDA graph.
 
-A graph is recorded for a number of rows and for what kernels are chosen by: the formats of full pages and the side
-state that lanes have. What it reads of a step is brought to where it was when the graph was recorded; a step of fewer
-rows is filled up with nobody's. It holds the tables' address: where they grow, it is recorded again.
+A graph is recorded for a number of rows and for what kernels are chosen by: the formats of full pages, the side state
+that lanes have and whether rows vote. What it reads of a step is brought to where it was when the graph was recorded; a
+step of fewer rows is filled up with nobody's. It holds the tables' address: where they grow, it is recorded again.
 """
 
 from __future__ import annotations
@@ -23,12 +23,10 @@ from winnow.kernels.kv import LaneBatch, PagedKV
 from winnow.kernels.layout import PageFormat
 
 if TYPE_CHECKING:
+    from winnow.kernels.triton.rules import Voting
     from winnow.kernels.triton.step import DeviceBatch, HostStep
 
 log = logging.getLogger(__name__)
-
-SIDES = {"positions", "log_weights"}
-"""Side state that kernels only read; with other parts there is more to a step than a graph records"""
 
 WORTH_IT = 2
 """Steps of a kind that were seen before one is recorded: it takes as long as several steps"""
@@ -42,6 +40,7 @@ class Kind(NamedTuple):
     sealed_formats: frozenset[PageFormat]
     rest_formats: frozenset[PageFormat]
     sides: tuple[str, ...]
+    voting: Voting
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +83,14 @@ class Graphs:
     def warm_up(self, within_s: float) -> None:
         """Records steps of sequences without a plan until that has taken so long; large ones first, whose memory the
         others then share."""
+        from winnow.kernels.triton.rules import NOBODY
+
         began = time.monotonic()
         self._forget_if_moved()
         for rows in reversed(self._sizes):
             if time.monotonic() - began > within_s:
                 break
-            self._record(Kind(rows, frozenset(), frozenset(), ()))
+            self._record(Kind(rows, frozenset(), frozenset(), (), NOBODY))
         log.info("recorded %d steps in %.1f s", len(self._recorded), time.monotonic() - began)
 
     def run(self, tokens: Tensor, batch: LaneBatch, unread: DeviceTokens | None = None) -> Tensor | None:
@@ -110,14 +111,14 @@ class Graphs:
         return self._logits[: len(tokens)]
 
     def _find(self, host: HostStep) -> Recorded | None:
-        if "modes" in host.parts or not SIDES.issuperset(host.sides) or host.size > self._sizes[-1]:
-            return None
+        if "modes" in host.parts or host.size > self._sizes[-1]:
+            return None  # a graph knows of no rows that choose what they read
         if not all(host.ready):
             return None  # kernels will say what is wrong
         if host.angles_end > self._model.config.max_position:
             raise IndexError(f"a position is not below {self._model.config.max_position}")
         rows = next(size for size in self._sizes if size >= host.size)
-        kind = Kind(rows, host.sealed_formats, host.rest_formats, host.sides)
+        kind = Kind(rows, host.sealed_formats, host.rest_formats, host.sides, host.voting)
         self._forget_if_moved()
         self._seen[kind] += 1
         if kind not in self._recorded and kind not in self._refused and self._seen[kind] >= WORTH_IT:
@@ -146,6 +147,7 @@ class Graphs:
         out = self._logits[: kind.rows]
 
         def forward(step: DeviceBatch) -> None:
+            step.forget_what_was_made()  # the making is part of the step
             parts = nobody.parts
             lanes = LaneBatch(parts["slots"], parts["cu_rows"], parts["positions"], parts["first_vote"], native=step)
             assert step.tokens is not None

@@ -120,9 +120,13 @@ class Sampler:
         return self.launch(logits, batch).read()
 
     @torch.inference_mode()
-    def launch(self, logits: Tensor, batch: SamplingBatch) -> Drawn:
-        """The same, under way when this returns: all is done where the logits are, and nothing is waited for."""
+    def launch(self, logits: Tensor, batch: SamplingBatch, is_sure: NDArray[np.bool_] | None = None) -> Drawn:
+        """The same, under way when this returns: all is done where the logits are, and nothing is waited for.
+
+        `is_sure` [R]: rows that must not be late, though all of their probabilities be sorted.
+        """
         there = partial(_there, logits.device)
+        is_sure = np.zeros(len(batch), bool) if is_sure is None else is_sure
         peak, tokens = logits.max(dim=1)
         is_fine, edited = peak.isfinite(), None
         if batch.edits is not None:
@@ -134,8 +138,8 @@ class Sampler:
         drawn, probabilities = batch.drawn, None
         if len(drawn):
             probabilities = _softmax(logits, edited, peak, drawn, batch)
-            tokens[there(drawn)] = self._draw(probabilities, drawn, batch)
-            if not batch.is_filtered[drawn].any():
+            tokens[there(drawn)] = self._draw(probabilities, drawn, batch, is_sure[drawn])
+            if not (batch.is_filtered & ~is_sure)[drawn].any():
                 probabilities = None
         said = torch.where(is_fine, tokens, BAD)
         ids, logprobs = said.clamp_min(0), None
@@ -144,8 +148,10 @@ class Sampler:
             logprobs = Logprobs.launch(logits[rows], ids[rows], batch.logprobs[asked])
         return Drawn(ids, batch, self._ranks, to_host(said), probabilities, logprobs)
 
-    def _draw(self, probabilities: Tensor, rows: NDArray[np.int64], batch: SamplingBatch) -> Tensor:
-        """[R] tokens, UNSETTLED where all of a row's probabilities must be sorted to know."""
+    def _draw(
+        self, probabilities: Tensor, rows: NDArray[np.int64], batch: SamplingBatch, is_sure: NDArray[np.bool_]
+    ) -> Tensor:
+        """[R] tokens, UNSETTLED where all of a row's probabilities must be sorted to know, and it is not to be sure."""
         there = partial(_there, probabilities.device)
         filtered = np.flatnonzero(batch.is_filtered[rows])
         if not len(filtered):
@@ -154,8 +160,10 @@ class Sampler:
         free = np.setdiff1d(np.arange(len(rows)), filtered, assume_unique=True)
         if len(free):
             tokens[there(free)] = _invert(probabilities[there(free)].long(), there(batch.uniform[rows[free]]))
+        if len(sure := filtered[is_sure[filtered]]):
+            tokens[there(sure)] = _draw_from_all(probabilities[there(sure)], rows[sure], batch)
         # Beyond top_k there must be one more: the last of the few may have equals that are not among them.
-        hopeful = filtered[batch.top_k[rows[filtered]] < self._few]
+        hopeful = filtered[~is_sure[filtered] & (batch.top_k[rows[filtered]] < self._few)]
         if self._few < probabilities.shape[1] and len(hopeful):
             some = probabilities if len(hopeful) == len(rows) else probabilities[there(hopeful)]
             values, ids = _likeliest_first(*some.topk(self._few, dim=1))

@@ -326,7 +326,7 @@ class Scheduler:
         """Takes a sequence out of the step that is under way, if it is in it: its rows leave its lanes."""
         if seq.under_way:
             self._arena.truncate(np.array([seq.slot], np.int32), np.array([seq.under_way], np.int32))
-            self._side.truncated(seq, seq.rows_read)
+            self._side.withdrawn(seq)
             seq.under_way = 0
 
     def preempt(self, seq: Sequence) -> None:

@@ -216,9 +216,14 @@ class Sequence:
 
     @property
     def can_read_ahead(self) -> bool:
-        """Whether its token may be read one step late: its next row leaves nothing behind when it is taken out of its
-        lanes again, since it does not vote and does not choose what it reads, and nobody guesses from the token."""
-        return self.plan.read is None and self.computed < self.vote_start and self.speculation is None
+        """Whether its token may be read one step late: nobody guesses from it."""
+        return self.speculation is None
+
+    @property
+    def leaves_traces(self) -> bool:
+        """Whether its next row leaves more than its keys and values behind when it is taken out of its lanes again: what
+        it voted, or chose to read. Only who has ended may be, then."""
+        return self.plan.read is not None or self.computed >= self.vote_start
 
     @property
     def first_needed(self) -> int:

@@ -91,6 +91,8 @@ class ReadState:
     rule: ReadRule
     touched: Tensor
     """[3] int64: bytes that its rows read, bytes that reading all would have taken, rows"""
+    touched_before: Tensor
+    """The same without the rows of the newest step"""
     bounds: Tensor | None
     """[layers, kv_heads, pages, 2, D] bf16: least and greatest key channel of the lane's pages in a float format, from
     the first of them on, rounded outward. Sealed pages in a quantized format have them in their scales."""
@@ -119,6 +121,7 @@ class ReadState:
         return cls(
             rule=rule,
             touched=zeros(3, dtype=torch.int64),
+            touched_before=zeros(3, dtype=torch.int64),
             bounds=zeros(layers, kv_heads, 0, 2, head_dim, dtype=torch.bfloat16) if rule.by_bounds else None,
             bounded=zeros(layers, kv_heads, dtype=torch.int32),
             anchors=zeros(layers, q_heads, head_dim, dtype=torch.float32) if rule.reuses else None,
@@ -144,6 +147,13 @@ class ReadState:
             self.bounds = _resized(self.bounds, 2, pages)
         if self.anchor_choice is not None:
             self.anchor_choice = _resized(self.anchor_choice, 1, tokens)
+
+    def begin_step(self) -> None:
+        self.touched_before.copy_(self.touched)
+
+    def forget_step(self) -> None:
+        """Its rows were taken out of the lanes, and are not counted. What they chose is not forgotten."""
+        self.touched.copy_(self.touched_before)
 
     def forget_pages(self) -> None:
         """The lanes' pages hold other tokens now: their bounds say nothing any more."""

@@ -48,7 +48,13 @@ class Reader:
         if seq.slot not in self._arena.kv.reading:
             rule = self._rule(seq.plan.read)
             self._arena.kv.reading[seq.slot] = ReadState.empty(rule, *self._lanes, self._arena.kv.device)
+        self._arena.kv.reading[seq.slot].begin_step()
         self.fit(seq)
+
+    def withdrawn(self, seq: Sequence) -> None:
+        """After the step that `prepare` was for lost all its rows."""
+        if (state := self._arena.kv.reading.get(seq.slot)) is not None:
+            state.forget_step()
 
     def fit(self, seq: Sequence) -> None:
         """Makes the state's room what its lanes' lengths are."""

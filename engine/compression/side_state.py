@@ -97,6 +97,12 @@ class SideState:
         if self._counts_queries(seq, upto) and slot not in kv.moments:
             kv.moments[slot] = torch.zeros(self._moments, dtype=torch.float64, device=self._device)
 
+    def withdrawn(self, seq: Sequence) -> None:
+        """After all rows of a step were taken out of its lanes again. What they voted stays: see
+        `Sequence.leaves_traces`."""
+        self._reader.withdrawn(seq)
+        self.truncated(seq, seq.rows_read)
+
     def truncated(self, seq: Sequence, upto: int) -> None:
         """After the newest rows were taken out of its lanes again, so that they have read up to `upto`."""
         seq.positions_known = min(seq.positions_known, upto)

@@ -69,7 +69,7 @@ def attention(q: Tensor, batch: LaneBatch, kv: PagedKV, layer: int, scale: float
         raise ValueError(f"q {list(q.shape)} is not [{len(batch.positions)}, heads, {dim}] for {heads} KV heads")
     native, q, group = device_batch(batch, kv, layer), q.contiguous(), q.shape[1] // heads
     out = torch.empty_like(q)
-    lse = q.new_empty(q.shape[:2], dtype=torch.float32) if "mass" in native.sides else None
+    lse = q.new_empty(q.shape[:2], dtype=torch.float32) if native.voting.rows else None
     tile = attend_tile(True, group, dim, q.dtype == torch.float32, kv.layout.compute)
     few = tile.M // group
     if few not in native.work:  # once a step, for all layers

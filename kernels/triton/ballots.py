@@ -1,64 +1,25 @@
-"""What rows vote with: their rules on the device, and the logits of a block of rows over tokens of a page."""
+"""What rows vote with: where that is on the device, and the logits of a block of rows over tokens of a page."""
 
 from __future__ import annotations
-
-import math
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from winnow.kernels.kv import LaneBatch, PagedKV
 from winnow.kernels.reading import ReadMode
-from winnow.kernels.triton.device import upload
 from winnow.kernels.triton.step import DeviceBatch
 from winnow.kernels.triton.tiles import keys_at, padded
-from winnow.kernels.vote import Vote
 
 HELD = tl.constexpr(9)
-"""Numbers of a sequence in `Ballot.held`"""
+"""Numbers of a sequence in `DeviceBatch.ballot`"""
 _CHOSEN = tl.constexpr(int(ReadMode.CHOSEN))
 
 
-@dataclass(frozen=True, slots=True)
-class Ballot:
-    """How the sequences of a step vote; kept as `DeviceBatch.ballot`."""
-
-    most_rows: int
-    """that vote, of one sequence"""
-    has_own_softmax: bool
-    """any of those that vote"""
-    numbers: Tensor
-    """[B, 4] f32: log2 of the decay, temperature, heating"""
-    kinds: Tensor
-    """[B, 4] int32: warm_from, whether the largest counts, whether noise is added, whether the softmax is its own"""
-    held: Tensor
-    """[B, 9] int64: address and capacity of mass, log weights, positions, choices; address of the noise; 0 for none"""
-
-
-def ballot_of(batch: LaneBatch, kv: PagedKV, native: DeviceBatch) -> Ballot:
-    """The rules of a step's sequences; ValueError for noise that does not fit the mass."""
-    slots = batch.slots.tolist()
-    votes = [kv.votes.get(slot, Vote()) if slot in kv.mass else None for slot in slots]
-    for slot, vote in zip(slots, votes, strict=True):
-        if vote is not None and vote.is_noisy:
-            noise = kv.noise.get(slot)
-            if noise is None or noise.shape != kv.mass[slot].shape:
-                raise ValueError(f"the noise of slot {slot} does not fit its mass {list(kv.mass[slot].shape)}")
-    voting = (batch.cu_rows.diff() - batch.first_vote).clamp_min(0).tolist()
-    voting = [0 if vote is None else rows for rows, vote in zip(voting, votes, strict=True)]
-    rules = [vote or Vote() for vote in votes]
-    kinds = [[r.warm_from, r.reduce == "max", r.is_noisy, not r.is_attention] for r in rules]
+def ballot_of(native: DeviceBatch) -> Tensor:
+    """[B, 9] int64: address and capacity of mass, log weights, positions, choices; address of the noise; 0 for none."""
     sides = [part for name in ("mass", "log_weights", "positions", "choices") for part in native.side(name)]
-    return Ballot(
-        most_rows=max(voting),
-        has_own_softmax=any(rows and not rule.is_attention for rows, rule in zip(voting, rules, strict=True)),
-        numbers=upload(torch.tensor([[math.log2(r.decay), r.temperature, r.heating, 0.0] for r in rules])),
-        kinds=upload(torch.tensor(kinds, dtype=torch.int32)),
-        held=torch.stack([*(part.long() for part in sides), native.side("noise")[0]], 1),
-    )
+    return torch.stack([*(part.long() for part in sides), native.side("noise")[0]], 1)
 
 
 @triton.jit

@@ -19,6 +19,7 @@ from winnow.kernels.kv import LaneBatch, PagedKV
 from winnow.kernels.layout import PageFormat
 from winnow.kernels.reading import ReadMode
 from winnow.kernels.triton.device import device, upload
+from winnow.kernels.triton.rules import Voting, rules_of, vote_rules
 
 
 @dataclass(slots=True)
@@ -79,16 +80,21 @@ class DeviceBatch:
     """Where all of this lies, but for the table"""
     ready: list[bool]
     """By layer: its lanes count the rows already, in open pages"""
+    voting: Voting
     sides: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Name of a part of `PagedKV` that is held by slot -> addresses [B] int64, 0 for a slot without, and capacities [B]
     int32 (the last dimension). A name is there if any sequence of the batch has the part. So with "choices", which
     `LaneBatch` holds by b"""
     modes: Tensor | None = None
     """[layers, B]: `ReadMode`; None where all read all"""
+    vote_numbers: Tensor | None = None
+    """[B, 4] float32: log2 of the decay, temperature, heating; None where nobody votes"""
+    vote_kinds: Tensor | None = None
+    """[B, 4]: warm_from, whether the largest counts, whether noise is added, whether the softmax is its own; likewise"""
     lanes: Tensor | None = None
     """columns.py makes them when first asked for"""
-    ballot: Any = None
-    """So does votes.py"""
+    ballot: Tensor | None = None
+    """So does ballots.py"""
     readers: Any = None
     """And reading.py"""
     work: dict[int, Any] = field(default_factory=dict)
@@ -102,6 +108,10 @@ class DeviceBatch:
     def formats(self) -> frozenset[PageFormat]:
         """Of the full pages, in either part."""
         return self.sealed_formats | self.rest_formats
+
+    def forget_what_was_made(self) -> None:
+        """Of numbers that have been brought over anew."""
+        self.lanes = self.ballot = self.readers = self.no_side = None
 
     def side(self, name: str) -> tuple[Tensor, Tensor]:
         """Of `sides`, with zeros where no sequence of the batch has the part."""
@@ -163,6 +173,7 @@ class HostStep:
     rest_formats: frozenset[PageFormat]
     sides: tuple[str, ...]
     ready: list[bool]
+    voting: Voting
 
 
 def host_step(batch: LaneBatch, kv: PagedKV) -> HostStep:
@@ -190,9 +201,11 @@ def host_step(batch: LaneBatch, kv: PagedKV) -> HostStep:
         batch.make_room_for_choices(kv)
     if batch.choices:
         parts["modes"] = _modes(batch, kv)
-    sides = _sides(batch, kv)
+    voting, rules = vote_rules(batch, kv)
+    sides = _sides(batch, kv, voting)
     for name, (addresses, capacities) in sides.items():
         parts |= {_at(name): addresses, _room(name): capacities}
+    parts |= rules
     return HostStep(
         parts=parts,
         size=size,
@@ -203,6 +216,7 @@ def host_step(batch: LaneBatch, kv: PagedKV) -> HostStep:
         rest_formats=_present(rest_formats, rest),
         sides=tuple(sides),
         ready=(open_tokens >= counts[:, None, None]).all(2).all(0).tolist(),
+        voting=voting,
     )
 
 
@@ -225,6 +239,7 @@ def bring(step: HostStep, kv: PagedKV) -> DeviceBatch:
         table=device_table(kv),
         memory=memory,
         ready=step.ready,
+        voting=step.voting,
         sides=sides,
         **views,
     )
@@ -260,12 +275,15 @@ def nobody(
     sealed_formats: frozenset[PageFormat],
     rest_formats: frozenset[PageFormat],
     sides: tuple[str, ...],
+    voting: Voting,
 ) -> HostStep:
     """A step of rows that are nobody's, for which kernels are chosen as for lanes of these."""
     none = torch.empty(0, dtype=torch.int32)
     empty = host_step(LaneBatch(none, torch.zeros(1, dtype=torch.int32), none, none), kv)
     for name in sides:
         empty.parts.update({_at(name): none.long(), _room(name): none})
+    if voting.rows:
+        empty.parts.update(rules_of([]))
     empty.parts["tokens"] = none
     alike = replace(
         empty,
@@ -274,6 +292,7 @@ def nobody(
         sealed_formats=sealed_formats,
         rest_formats=rest_formats,
         sides=sides,
+        voting=voting,
     )
     return padded(alike, size, kv)
 
@@ -354,13 +373,14 @@ def _modes(batch: LaneBatch, kv: PagedKV) -> Tensor:
     return torch.stack([all_ if state is None else state.rule.modes for state in states], 1).int()
 
 
-def _sides(batch: LaneBatch, kv: PagedKV) -> dict[str, tuple[Tensor, Tensor]]:
-    """Addresses are the device's: side state is made there. IndexError where a part is shorter than a lane."""
+def _sides(batch: LaneBatch, kv: PagedKV, voting: Voting) -> dict[str, tuple[Tensor, Tensor]]:
+    """Addresses are the device's: side state is made there. What is there for votes counts where there are any.
+    IndexError where a part is shorter than a lane."""
     slots = batch.slots.tolist()
     held: dict[str, list[Tensor | None]] = {}
     if batch.choices:
         held["choices"] = [batch.choices.get(b) for b in range(len(slots))]
-    for name in ("mass", "noise", "moments", "positions", "log_weights"):
+    for name in (*(("mass", "noise") if voting.rows else ()), "moments", "positions", "log_weights"):
         if side := getattr(kv, name):
             held[name] = [side.get(slot) for slot in slots]
     longest = kv.kept[batch.slots.long()].flatten(1).amax(1).tolist() if held and slots else []

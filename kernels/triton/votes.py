@@ -48,13 +48,10 @@ def add_votes(q: Tensor, lse: Tensor, batch: LaneBatch, kv: PagedKV, layer: int,
             for sequences whose rule is plain attention.
     """
     native = device_batch(batch, kv, layer)
-    if "mass" not in native.sides:
+    if not native.voting.rows:
         return
     if native.ballot is None:
-        native.ballot = ballot_of(batch, kv, native)
-    ballot = native.ballot
-    if not ballot.most_rows:
-        return
+        native.ballot = ballot_of(native)
     heads, width = kv.table.shape[2:]
     group = q.shape[1] // heads
     block = max(BLOCK, triton.next_power_of_2(group))
@@ -65,9 +62,9 @@ def add_votes(q: Tensor, lse: Tensor, batch: LaneBatch, kv: PagedKV, layer: int,
         "first_vote": native.first_vote,
         "positions": native.positions,
         "modes": native.slots if native.modes is None else native.modes,
-        "numbers": ballot.numbers,
-        "kinds": ballot.kinds,
-        "held": ballot.held,
+        "numbers": native.vote_numbers,
+        "kinds": native.vote_kinds,
+        "held": native.ballot,
         "rows_of_step": len(q),
         "layer": layer,
         "scale": scale,
@@ -80,9 +77,9 @@ def add_votes(q: Tensor, lse: Tensor, batch: LaneBatch, kv: PagedKV, layer: int,
         **pages_of(native, kv),
     }
     own = lse
-    if ballot.has_own_softmax:
+    if native.voting.has_own_softmax:
         own = lse.new_empty(SPLITS, *lse.shape)
-        blocks = triton.cdiv(ballot.most_rows, block // group)
+        blocks = triton.cdiv(native.voting.rows, block // group)
         _normalise[(blocks * SPLITS, heads, native.size)](own=own, **given)
     _count[(min(width, COLUMNS), heads, native.size)](lse=lse, own=own, **given)
 

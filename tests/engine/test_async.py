@@ -29,8 +29,10 @@ PLANS: dict[str, dict[str, Any]] = {
     "int8": {"format": "int8", "residual": 0},
     "votes at last": {"evict": {"policy": "snapkv", "budget": 0.5, "window": 3, "during": "both", "interval": 8}},
     "h2o": evict("h2o"),
+    "expected_attention": evict("expected_attention"),
     "sliding": {"evict": {"policy": "streaming_llm", "budget": 40, "positions": "compact", "block": 32}},
     "quest": {"read": {"policy": "quest", "tokens": 40}},
+    "token_select": {"read": {"policy": "token_select", "tokens": 40, "recent": 8}},
     "zipcache": {"mix": {"policy": "zipcache", "every": 10}, "residual": 0},
 }
 SAMPLING: list[dict[str, Any]] = [
@@ -157,9 +159,9 @@ def test_who_is_cancelled_or_finished(tiny: Decoder, steps: int) -> None:
     assert bench.engine.arena.free_slots == 64
 
 
-@pytest.mark.parametrize("kv", [{}, evict("h2o"), PLANS["quest"]], ids=["no plan", "h2o", "quest"])
-def test_tokens_that_the_device_cannot_tell(tiny: Decoder, kv: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who reads ahead then reads the wrong one, which leaves nothing."""
+@pytest.mark.parametrize("plan", ["no plan", "h2o", "quest", "token_select"])
+def test_tokens_that_the_device_cannot_tell(tiny: Decoder, plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who reads ahead then reads the wrong one, which leaves nothing. Where it would, all is sorted until it can."""
     late = 0
     read = Drawn.read
 
@@ -174,10 +176,12 @@ def test_tokens_that_the_device_cannot_tell(tiny: Decoder, kv: dict[str, Any], m
     bench.engine.drawing._sampler = Sampler(few=2)
     for each in (wanted, bench):
         for i, filters in enumerate(({"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 30, "logprobs": 2}, {})):
-            each.submit(str(i), prompt_of(60, i), NEW, {"kv": kv}, temperature=1.2, stop_token_ids=(3,), **filters)
+            each.submit(
+                str(i), prompt_of(60, i), NEW, {"kv": PLANS[plan]}, temperature=1.2, stop_token_ids=(3,), **filters
+            )
         assert late == 0
         each.run(each.engine.check_integrity)
-    assert late > 2 * NEW
+    assert late > 2 * NEW if plan == "no plan" else late == 0
     assert_same_answers(bench, wanted)
 
 
@@ -211,12 +215,12 @@ def test_bad_logits(tiny: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kv", "is_late"), [({}, True), ({"evict": {"policy": "snapkv", "budget": 0.5}}, True), (evict("h2o"), False)]
+    ("plan", "guesses"), [*((plan, {}) for plan in PLANS), ("no plan", {"method": "prompt_lookup", "tokens": 4})]
 )
 def test_a_step_is_launched_before_tokens_are_read(
-    tiny: Decoder, kv: dict[str, Any], is_late: bool, monkeypatch: pytest.MonkeyPatch
+    tiny: Decoder, plan: str, guesses: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Unless its rows vote."""
+    """Unless somebody guesses from them."""
     order: list[str] = []
     read = Drawn.read
 
@@ -233,9 +237,9 @@ def test_a_step_is_launched_before_tokens_are_read(
         return run(*arguments)
 
     monkeypatch.setattr(bench.engine.runner, "run", watched_run)
-    assert len(bench.alone(prompt_of(50), 4, {"kv": kv}).tokens) == 4
+    assert len(bench.alone(prompt_of(40), 4, {"kv": PLANS[plan]}, speculative=guesses).tokens) == 4
     # Nothing is read ahead of the last token: lengths are known.
-    assert order == (["run", *["run", "read"] * 3, "read"] if is_late else ["run", "read"] * 4)
+    assert order == (["run", "read"] * 4 if guesses else ["run", *["run", "read"] * 3, "read"])
 
 
 def test_nobody_gives_way_to_who_is_over(tiny: Decoder) -> None:

@@ -23,9 +23,11 @@ from winnow.kernels.dispatch import Backend, WeightKind, backend
 from ..kernels.triton.interpreter import install
 from ..models.checkpoints import prompt_of, random_model, write_gguf
 from . import imagery
-from .bench import Bench
+from .bench import Bench, assert_same
 from .imagery import Part
+from .plans import evict
 from .seeing import TinyEyes, picture, pictured, with_axes
+from .tape import capture
 
 if knobs.runtime.interpret:
     install()
@@ -90,6 +92,35 @@ def test_greedy_answers(
     assert answers(bench) == wanted
     assert bool(replayed) is cuda_graphs, "steps of one row each are replayed"
     assert all(rows in (1, 2, 4) for rows in replayed)
+
+
+VOTERS: dict[str, dict[str, Any]] = {
+    "h2o": evict("h2o", interval=3),
+    "a2sf": evict("a2sf", interval=4) | {"format": "int8", "residual": 0},
+    "votes at last": evict("snapkv", interval=4, window=2),
+    "keyformer": evict("keyformer", interval=5),
+    "expected_attention": evict("expected_attention", interval=4),
+}
+
+
+def test_rows_that_vote(there: Decoder, triton: Backend, wanted: dict[str, list[int]], replayed: list[int]) -> None:
+    """Are replayed too, and what they voted has the same bits."""
+    benches = [
+        Bench(there, 600, triton, {}, device="cuda", page_tokens=16, max_step_tokens=64, cuda_graphs=cuda_graphs)
+        for cuda_graphs in (False, True)
+    ]
+    for bench in benches:
+        bench.submit("plain", PROMPTS["plain"], NEW)
+        for i, (name, kv) in enumerate(VOTERS.items()):
+            bench.submit(name, prompt_of(20, i), 4 + 2 * i, {"kv": kv})
+        bench.run()
+    for choice, seen in benches[0].seen.items():
+        assert_same(benches[1].seen[choice], seen)
+    assert benches[1].seen["plain", 0].tokens == wanted["plain"]
+    graphs = benches[1].engine.graphs
+    assert graphs is not None
+    assert {kind.voting for kind in graphs._recorded} == {(0, False), (1, False), (1, True)}
+    assert len(replayed) > 5
 
 
 @pytest.mark.parametrize("has_axes", [False, True])
@@ -182,7 +213,7 @@ def test_weights_are_the_files(
 
 @pytest.fixture
 def replayed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many rows the recorded steps had that were replayed; the interpreter computes them anew."""
+    """How many rows the recorded steps had that were replayed."""
     seen: list[int] = []
     find = Graphs._find
 
@@ -192,4 +223,5 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return recorded
 
     monkeypatch.setattr(Graphs, "_find", watched)
+    monkeypatch.setattr(Graphs, "_capture", lambda _, launch: capture(launch))
     return seen

@@ -118,7 +118,7 @@ def copy_state(state: State) -> State:
     copy = state.copy()
     for slot, one in state.kv.reading.items():
         parts = {name: getattr(one, name) for name in ("touched", "bounds", "bounded", "anchors", "anchored")}
-        parts["anchor_choice"] = one.anchor_choice
+        parts |= {"touched_before": one.touched_before, "anchor_choice": one.anchor_choice}
         cloned = {name: None if part is None else part.clone() for name, part in parts.items()}
         copy.kv.reading[slot] = ReadState(one.rule, **cloned)
     return copy
