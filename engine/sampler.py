@@ -32,6 +32,9 @@ BLOCK = 128
 FEW = 128
 """As many of the likeliest tokens are looked at first; most filters are decided among them."""
 
+SORTED = 16
+"""Rows of which all probabilities are sorted at a time: that takes many times their memory."""
+
 UNIT = 2.0**-50
 """Probabilities are summed in units of this, as integers: their sums are the same in whatever order a device makes
 them."""
@@ -160,8 +163,10 @@ class Sampler:
         free = np.setdiff1d(np.arange(len(rows)), filtered, assume_unique=True)
         if len(free):
             tokens[there(free)] = _invert(probabilities[there(free)].long(), there(batch.uniform[rows[free]]))
-        if len(sure := filtered[is_sure[filtered]]):
-            tokens[there(sure)] = _draw_from_all(probabilities[there(sure)], rows[sure], batch)
+        sure = filtered[is_sure[filtered]]
+        for first in range(0, len(sure), SORTED):
+            some = sure[first : first + SORTED]
+            tokens[there(some)] = _draw_from_all(probabilities[there(some)], rows[some], batch)
         # Beyond top_k there must be one more: the last of the few may have equals that are not among them.
         hopeful = filtered[~is_sure[filtered] & (batch.top_k[rows[filtered]] < self._few)]
         if self._few < probabilities.shape[1] and len(hopeful):
