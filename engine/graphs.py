@@ -1,8 +1,9 @@
 """Recorded steps: on a GPU, a step in which every sequence has one row is launched as one CUDA graph.
 
 A graph is recorded for a number of rows and for what kernels are chosen by: the formats of full pages, the side state
-that lanes have and whether rows vote. What it reads of a step is brought to where it was when the graph was recorded; a
-step of fewer rows is filled up with nobody's. It holds the tables' address: where they grow, it is recorded again.
+that lanes have, whether rows vote or choose what they read. What it reads of a step is brought to where it was when the
+graph was recorded; a step of fewer rows is filled up with nobody's. It holds the tables' address: where they grow, it
+is recorded again.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from winnow.kernels.kv import LaneBatch, PagedKV
 from winnow.kernels.layout import PageFormat
 
 if TYPE_CHECKING:
+    from winnow.kernels.triton.readers import Reading
     from winnow.kernels.triton.rules import Voting
     from winnow.kernels.triton.step import DeviceBatch, HostStep
 
@@ -41,6 +43,7 @@ class Kind(NamedTuple):
     rest_formats: frozenset[PageFormat]
     sides: tuple[str, ...]
     voting: Voting
+    reading: Reading | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +93,7 @@ class Graphs:
         for rows in reversed(self._sizes):
             if time.monotonic() - began > within_s:
                 break
-            self._record(Kind(rows, frozenset(), frozenset(), (), NOBODY))
+            self._record(Kind(rows, frozenset(), frozenset(), (), NOBODY, None))
         log.info("recorded %d steps in %.1f s", len(self._recorded), time.monotonic() - began)
 
     def run(self, tokens: Tensor, batch: LaneBatch, unread: DeviceTokens | None = None) -> Tensor | None:
@@ -103,7 +106,8 @@ class Graphs:
         if recorded is None:
             batch.native = self._step.bring(host, kv)
             return None
-        self._step.bring_into(recorded.step, self._step.padded(host, recorded.step.size, kv), kv)
+        there = recorded.step
+        self._step.bring_into(there, self._step.padded(host, there.size, kv, there.reading), kv)
         if unread is not None:
             assert recorded.step.tokens is not None
             recorded.step.tokens[unread.rows] = unread.tokens
@@ -111,19 +115,25 @@ class Graphs:
         return self._logits[: len(tokens)]
 
     def _find(self, host: HostStep) -> Recorded | None:
-        if "modes" in host.parts or host.size > self._sizes[-1]:
-            return None  # a graph knows of no rows that choose what they read
+        if host.size > self._sizes[-1]:
+            return None
         if not all(host.ready):
             return None  # kernels will say what is wrong
         if host.angles_end > self._model.config.max_position:
             raise IndexError(f"a position is not below {self._model.config.max_position}")
-        rows = next(size for size in self._sizes if size >= host.size)
-        kind = Kind(rows, host.sealed_formats, host.rest_formats, host.sides, host.voting)
+        rows, reading = self._room(host.size), host.reading
+        if reading is not None:
+            count, units = self._room(reading.count), 1 << (reading.units - 1).bit_length()
+            reading = reading._replace(count=count, rows=count, units=units)
+        kind = Kind(rows, host.sealed_formats, host.rest_formats, host.sides, host.voting, reading)
         self._forget_if_moved()
         self._seen[kind] += 1
         if kind not in self._recorded and kind not in self._refused and self._seen[kind] >= WORTH_IT:
             self._record(kind)
         return self._recorded.get(kind)
+
+    def _room(self, count: int) -> int:
+        return next(size for size in self._sizes if size >= count)
 
     def _forget_if_moved(self) -> None:
         table = self._step.device_table(self._kv)

@@ -221,8 +221,8 @@ class Sequence:
 
     @property
     def leaves_traces(self) -> bool:
-        """Whether its next row leaves more than its keys and values behind when it is taken out of its lanes again: what
-        it voted, or chose to read. Only who has ended may be, then."""
+        """Whether its next row leaves something behind when it is taken out of its lanes again, what it voted or chose
+        to read, so that only who has ended may be."""
         return self.plan.read is not None or self.computed >= self.vote_start
 
     @property

@@ -101,6 +101,8 @@ class SideState:
         """After all rows of a step were taken out of its lanes again. What they voted stays: see
         `Sequence.leaves_traces`."""
         self._reader.withdrawn(seq)
+        if self._hears_newest(seq):  # it was made for that step
+            self._arena.kv.earlier_mass.pop(seq.slot, None)
         self.truncated(seq, seq.rows_read)
 
     def truncated(self, seq: Sequence, upto: int) -> None:
@@ -183,7 +185,8 @@ class SideState:
         if Signal.ATTENTION in seq.plan.evict.signals:
             if seq.vote_start < upto:
                 parts["mass"] = torch.float32
-            if self._hears_newest(seq) or seq.slot in self._arena.kv.earlier_mass:
+            hears_newest = self._hears_newest(seq) and seq.computed < upto
+            if hears_newest or seq.slot in self._arena.kv.earlier_mass:
                 parts["earlier_mass"] = torch.float32
             if seq.vote_start != NEVER and seq.plan.evict.vote(seq.document_tokens).is_noisy:
                 parts["noise"] = torch.float32

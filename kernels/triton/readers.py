@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from struct import pack, unpack
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import pad
 
 from winnow.kernels.kv import LaneBatch, PagedKV
 from winnow.kernels.layout import PageFormat
 from winnow.kernels.reading import ReadMode, ReadRule, ReadState
 from winnow.kernels.triton.device import upload
-from winnow.kernels.triton.step import DeviceBatch
 
 SETTINGS = tl.constexpr(26)
 """Numbers of a reader, as follows"""
@@ -53,23 +56,26 @@ all are chosen; how many tokens are wanted"""
 _channels: WeakKeyDictionary[ReadRule, Tensor] = WeakKeyDictionary()
 
 
-@dataclass(slots=True)
-class Readers:
-    """The sequences of a step that read by a rule; kept as `DeviceBatch.readers`."""
+class Reading(NamedTuple):
+    """Who reads by a rule in a step, as far as kernels are chosen by it."""
 
     count: int
+    """sequences that do"""
     rows: int
     """R: of all of them"""
-    modes: list[set[tuple[ReadMode, bool]]]
+    modes: tuple[frozenset[tuple[ReadMode, bool]], ...]
     """of each layer: the modes of its readers, and whether they choose pages"""
     pools: bool
-    reuses: bool
+    anchored: int
+    """query heads of those that may take a choice over; 0 where nobody does"""
     units: int
     """tokens or pages of the longest lane"""
-    settings: Tensor
-    """[readers, SETTINGS] int64"""
-    places: Tensor
-    """[R, 2] int32: reader of a row, and which of its rows it is"""
+
+
+@dataclass(frozen=True, slots=True)
+class Worked:
+    """What is worked out layer by layer; kept as `DeviceBatch.worked`."""
+
     spans: Tensor
     """[R, kv_heads, SPAN] int32"""
     sources: Tensor
@@ -83,50 +89,101 @@ class Readers:
     pooled: Tensor
     """As `votes`, or the same where nobody pools"""
 
+    @classmethod
+    def room(cls, reading: Reading, q_heads: int, kv_heads: int, device: torch.device) -> Worked:
+        def room(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
 
-def readers_of(batch: LaneBatch, kv: PagedKV, native: DeviceBatch, q_heads: int) -> Readers:
-    """The step's readers; ValueError or IndexError for states that do not fit the lanes."""
+        rows, units = reading.rows, reading.units
+        votes = room(rows, kv_heads, units)
+        return cls(
+            spans=room(rows, kv_heads, SPAN.value, dtype=torch.int32),
+            sources=room(rows, dtype=torch.int32),
+            scores=room(rows, q_heads, units),
+            norms=room(rows, q_heads),
+            votes=votes,
+            pooled=torch.empty_like(votes) if reading.pools else votes,
+        )
+
+
+def readers_of(batch: LaneBatch, kv: PagedKV) -> tuple[Reading | None, dict[str, Tensor]]:
+    """The step's readers, if there are any, and what `DeviceBatch` has of them, by its names for it.
+
+    ValueError or IndexError for states that do not fit the lanes.
+    """
+    states = {b: kv.reading[int(batch.slots[b])] for b in batch.choices}
+    if not states:
+        return None, {}
     bounds, slots, layers = batch.cu_rows.tolist(), batch.slots.tolist(), kv.table.shape[1]
     settings: list[list[int]] = []
     places: list[list[int]] = []
-    modes: list[set[tuple[ReadMode, bool]]] = [set() for _ in range(layers)]
-    states = {b: kv.reading[slots[b]] for b in batch.choices}
+    kinds: list[set[tuple[ReadMode, bool]]] = [set() for _ in range(layers)]
+    modes = torch.full((layers, len(slots)), int(ReadMode.ALL), dtype=torch.int32)
     for b, state in states.items():
         rule = state.rule
-        check_reading(kv, slots[b], state, q_heads)
+        check_reading(kv, slots[b], state)
+        modes[:, b] = rule.modes
         for layer, mode in enumerate(rule.modes.tolist()):
-            modes[layer].add((ReadMode(mode), rule.by_bounds))
+            kinds[layer].add((ReadMode(mode), rule.by_bounds))
         first, rows = bounds[b], bounds[b + 1] - bounds[b]
         settings.append(
             [b, *_settings(state, batch.choices[b], kv.layout.head_dim), first, rows, len(places), *_bits(rule)]
         )
         places += [[len(settings) - 1, row] for row in range(rows)]
-    reading = [slots[b] for b in states]
     by_tokens = any(not state.rule.by_bounds for state in states.values())
-    units = int(kv.kept[reading].max()) if by_tokens else kv.table.shape[3]
-    heads, rows, device = kv.table.shape[2], len(places), kv.device
-    pools = any(state.rule.pool > 1 for state in states.values())
-
-    def room(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    votes = room(rows, heads, units)
-    return Readers(
+    reading = Reading(
         count=len(states),
-        rows=rows,
-        modes=modes,
-        pools=pools,
-        reuses=any(state.rule.reuses for state in states.values()),
-        units=units,
-        settings=upload(torch.tensor(settings, dtype=torch.int64)),
-        places=upload(torch.tensor(places, dtype=torch.int32)),
-        spans=room(rows, heads, SPAN.value, dtype=torch.int32),
-        sources=room(rows, dtype=torch.int32),
-        scores=room(rows, q_heads, units),
-        norms=room(rows, q_heads),
-        votes=votes,
-        pooled=torch.empty_like(votes) if pools else votes,
+        rows=len(places),
+        modes=tuple(map(frozenset, kinds)),
+        pools=any(state.rule.pool > 1 for state in states.values()),
+        anchored=_anchored_heads(states.values()),
+        units=int(kv.kept[[slots[b] for b in states]].max()) if by_tokens else kv.table.shape[3],
     )
+    parts = {
+        "modes": modes,
+        "settings": torch.tensor(settings, dtype=torch.int64),
+        "places": torch.tensor(places, dtype=torch.int32),
+    }
+    return reading, parts
+
+
+def no_readers(layers: int) -> dict[str, Tensor]:
+    """What `readers_of` has of them where there are none."""
+    return {
+        "modes": torch.empty((layers, 0), dtype=torch.int32),
+        "settings": torch.empty((0, SETTINGS.value), dtype=torch.int64),
+        "places": torch.empty((0, 2), dtype=torch.int32),
+    }
+
+
+def padded_readers(parts: dict[str, Tensor], reading: Reading, size: int) -> dict[str, Tensor]:
+    """Those of a step of one row for each sequence, with further ones, up to `size` and `reading.count`, that read all
+    and that nobody counts."""
+    modes, settings, places = (parts[name] for name in ("modes", "settings", "places"))
+    modes = pad(modes, (0, size - modes.shape[1]))
+    if more := reading.count - len(settings):
+        b = int((modes == int(ReadMode.ALL)).all(0).int().argmax())
+        other = settings.new_zeros(more, SETTINGS.value)
+        other[:, OWNER.value] = other[:, FIRST_ROW.value] = b
+        other[:, ROWS.value], other[:, TOUCHED.value] = 1, _nowhere().data_ptr()
+        settings = torch.cat([settings, other])
+        each = torch.arange(reading.count, dtype=torch.int32)
+        places = torch.stack([each, torch.zeros_like(each)], 1)
+    return {"modes": modes, "settings": settings, "places": places}
+
+
+@cache
+def _nowhere() -> Tensor:
+    """Takes the place of `ReadState.touched`."""
+    return upload(torch.zeros(3, dtype=torch.int64))
+
+
+def _anchored_heads(states: Iterable[ReadState]) -> int:
+    """Of `Reading.anchored`; ValueError where states do not agree."""
+    heads = {state.anchors.shape[1] for state in states if state.anchors is not None}
+    if len(heads) > 1:
+        raise ValueError(f"anchors of {sorted(heads)} query heads")
+    return max(heads, default=0)
 
 
 def _settings(state: ReadState, choice: Tensor, dim: int) -> list[int]:
@@ -176,7 +233,7 @@ def _channels_on_device(rule: ReadRule, dim: int) -> Tensor | None:
     return _channels[rule]
 
 
-def check_reading(kv: PagedKV, slot: int, state: ReadState, q_heads: int) -> None:
+def check_reading(kv: PagedKV, slot: int, state: ReadState) -> None:
     """ValueError or IndexError unless a slot's rule and state fit its lanes."""
     rule, (_, layers, heads, _), dim = state.rule, kv.table.shape, kv.layout.head_dim
     kept, tokens = kv.kept[slot], int(kv.kept[slot].max())
@@ -199,7 +256,7 @@ def check_reading(kv: PagedKV, slot: int, state: ReadState, q_heads: int) -> Non
     if rule.reuses:
         if state.anchors is None or state.anchor_choice is None:
             raise ValueError("a rule that takes choices over needs room for one")
-        _fits("anchors", state.anchors, torch.float32, (layers, q_heads, dim))
+        _fits("anchors", state.anchors, torch.float32, (layers, state.anchors.shape[1], dim))
         _fits("anchor_choice", state.anchor_choice, torch.uint8, (layers, state.anchor_choice.shape[1]))
         if state.anchor_choice.shape[1] < tokens:
             raise IndexError(f"{tokens} tokens in a lane, but anchors for {state.anchor_choice.shape[1]}")

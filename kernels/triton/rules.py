@@ -29,6 +29,8 @@ def vote_rules(batch: LaneBatch, kv: PagedKV) -> tuple[Voting, dict[str, Tensor]
 
     ValueError for noise that does not fit the mass.
     """
+    if not kv.mass:
+        return NOBODY, {}
     counts = (batch.cu_rows.diff() - batch.first_vote).clamp_min(0).tolist()
     votes = {
         b: kv.votes.get(slot, Vote())

@@ -17,9 +17,10 @@ from torch.nn.functional import pad
 
 from winnow.kernels.kv import LaneBatch, PagedKV
 from winnow.kernels.layout import PageFormat
-from winnow.kernels.reading import ReadMode
 from winnow.kernels.triton.device import device, upload
+from winnow.kernels.triton.readers import Reading, Worked, no_readers, padded_readers, readers_of
 from winnow.kernels.triton.rules import Voting, rules_of, vote_rules
+from winnow.kernels.triton.sides import at, room, sides_of
 
 
 @dataclass(slots=True)
@@ -81,21 +82,27 @@ class DeviceBatch:
     ready: list[bool]
     """By layer: its lanes count the rows already, in open pages"""
     voting: Voting
+    reading: Reading | None
+    """None where all read all"""
     sides: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Name of a part of `PagedKV` that is held by slot -> addresses [B] int64, 0 for a slot without, and capacities [B]
     int32 (the last dimension). A name is there if any sequence of the batch has the part. So with "choices", which
     `LaneBatch` holds by b"""
     modes: Tensor | None = None
-    """[layers, B]: `ReadMode`; None where all read all"""
+    """[layers, B]: `ReadMode`, and of those who read by a rule"""
+    settings: Tensor | None = None
+    """[readers, SETTINGS] int64"""
+    places: Tensor | None = None
+    """[R, 2]: reader of a row, and which of its rows it is"""
     vote_numbers: Tensor | None = None
     """[B, 4] float32: log2 of the decay, temperature, heating; None where nobody votes"""
     vote_kinds: Tensor | None = None
-    """[B, 4]: warm_from, whether the largest counts, whether noise is added, whether the softmax is its own; likewise"""
+    """[B, 4]: warm_from, whether the largest counts, whether noise is added, whether the softmax is its own; so too"""
     lanes: Tensor | None = None
     """columns.py makes them when first asked for"""
     ballot: Tensor | None = None
     """So does ballots.py"""
-    readers: Any = None
+    worked: Worked | None = None
     """And reading.py"""
     work: dict[int, Any] = field(default_factory=dict)
     """And attention.py, by the most rows of a sequence that go through decode"""
@@ -111,7 +118,7 @@ class DeviceBatch:
 
     def forget_what_was_made(self) -> None:
         """Of numbers that have been brought over anew."""
-        self.lanes = self.ballot = self.readers = self.no_side = None
+        self.lanes = self.ballot = self.worked = self.no_side = None
 
     def side(self, name: str) -> tuple[Tensor, Tensor]:
         """Of `sides`, with zeros where no sequence of the batch has the part."""
@@ -174,6 +181,7 @@ class HostStep:
     sides: tuple[str, ...]
     ready: list[bool]
     voting: Voting
+    reading: Reading | None
 
 
 def host_step(batch: LaneBatch, kv: PagedKV) -> HostStep:
@@ -199,13 +207,12 @@ def host_step(batch: LaneBatch, kv: PagedKV) -> HostStep:
     }
     if not batch.choices:
         batch.make_room_for_choices(kv)
-    if batch.choices:
-        parts["modes"] = _modes(batch, kv)
     voting, rules = vote_rules(batch, kv)
-    sides = _sides(batch, kv, voting)
+    reading, readers = readers_of(batch, kv)
+    sides = sides_of(batch, kv, voting)
     for name, (addresses, capacities) in sides.items():
-        parts |= {_at(name): addresses, _room(name): capacities}
-    parts |= rules
+        parts |= {at(name): addresses, room(name): capacities}
+    parts |= rules | readers
     return HostStep(
         parts=parts,
         size=size,
@@ -217,6 +224,7 @@ def host_step(batch: LaneBatch, kv: PagedKV) -> HostStep:
         sides=tuple(sides),
         ready=(open_tokens >= counts[:, None, None]).all(2).all(0).tolist(),
         voting=voting,
+        reading=reading,
     )
 
 
@@ -228,7 +236,7 @@ def bring(step: HostStep, kv: PagedKV) -> DeviceBatch:
         name: piece.view(part.dtype)[: part.numel()].view(part.shape)
         for (name, part), piece in zip(step.parts.items(), pieces, strict=True)
     }
-    sides = {name: (views.pop(_at(name)), views.pop(_room(name))) for name in step.sides}
+    sides = {name: (views.pop(at(name)), views.pop(room(name))) for name in step.sides}
     return DeviceBatch(
         size=step.size,
         rows=step.rows,
@@ -240,6 +248,7 @@ def bring(step: HostStep, kv: PagedKV) -> DeviceBatch:
         memory=memory,
         ready=step.ready,
         voting=step.voting,
+        reading=step.reading,
         sides=sides,
         **views,
     )
@@ -251,8 +260,9 @@ def bring_into(there: DeviceBatch, step: HostStep, kv: PagedKV) -> None:
     there.memory.copy_(_flat(step), non_blocking=True)
 
 
-def padded(step: HostStep, size: int, kv: PagedKV) -> HostStep:
-    """A step of sequences with one row each, with further ones up to `size` that are nobody's.
+def padded(step: HostStep, size: int, kv: PagedKV, reading: Reading | None) -> HostStep:
+    """A step of sequences with one row each, with further ones up to `size` that are nobody's, and readers as `reading`
+    says, of which the step has no more.
 
     Theirs is the row of the tables behind all slots, where `device_table` puts the arena's last page, and one token in
     it. Nothing that anybody reads is in that page.
@@ -260,13 +270,16 @@ def padded(step: HostStep, size: int, kv: PagedKV) -> HostStep:
     more, compute = size - step.size, int(kv.layout.compute)
     last = {"slots": len(kv.table), "first_vote": 1, "kept": 1, "open_tokens": 1}
     last |= {"sealed_format": compute, "rest_format": compute}
+    readers = {} if reading is None else padded_readers(step.parts, reading, size)
     parts = {
-        name: torch.cat([part, part.new_full((more, *part.shape[1:]), last.get(name, 0))])
+        name: readers[name]
+        if name in readers
+        else torch.cat([part, part.new_full((more, *part.shape[1:]), last.get(name, 0))])
         for name, part in step.parts.items()
     }
     parts["owners"] = torch.arange(size, dtype=torch.int32)
     parts["cu_rows"] = torch.arange(size + 1, dtype=torch.int32)
-    return replace(step, parts=parts, size=size, rows=size)
+    return replace(step, parts=parts, size=size, rows=size, reading=reading)
 
 
 def nobody(
@@ -276,14 +289,17 @@ def nobody(
     rest_formats: frozenset[PageFormat],
     sides: tuple[str, ...],
     voting: Voting,
+    reading: Reading | None,
 ) -> HostStep:
     """A step of rows that are nobody's, for which kernels are chosen as for lanes of these."""
     none = torch.empty(0, dtype=torch.int32)
     empty = host_step(LaneBatch(none, torch.zeros(1, dtype=torch.int32), none, none), kv)
     for name in sides:
-        empty.parts.update({_at(name): none.long(), _room(name): none})
+        empty.parts.update({at(name): none.long(), room(name): none})
     if voting.rows:
         empty.parts.update(rules_of([]))
+    if reading is not None:
+        empty.parts.update(no_readers(kv.table.shape[1]))
     empty.parts["tokens"] = none
     alike = replace(
         empty,
@@ -294,15 +310,7 @@ def nobody(
         sides=sides,
         voting=voting,
     )
-    return padded(alike, size, kv)
-
-
-def _at(side: str) -> str:
-    return f"{side} at"
-
-
-def _room(side: str) -> str:
-    return f"{side} room"
+    return padded(alike, size, kv, reading)
 
 
 def _padded_size(part: Tensor) -> int:
@@ -364,33 +372,3 @@ def _open_tokens(kv: PagedKV, slots: Tensor, kept: Tensor, *parts: tuple[Tensor,
 def _present(formats: Tensor, pages: Tensor) -> frozenset[PageFormat]:
     """Those of formats [B] of which a sequence has any of its pages [B, layers, kv_heads]."""
     return frozenset(PageFormat(fmt) for fmt in formats[pages.flatten(1).any(1)].unique().tolist())
-
-
-def _modes(batch: LaneBatch, kv: PagedKV) -> Tensor:
-    """[layers, B] int32"""
-    states = [kv.reading.get(slot) for slot in batch.slots.tolist()]
-    all_ = torch.full((kv.table.shape[1],), int(ReadMode.ALL), dtype=torch.uint8)
-    return torch.stack([all_ if state is None else state.rule.modes for state in states], 1).int()
-
-
-def _sides(batch: LaneBatch, kv: PagedKV, voting: Voting) -> dict[str, tuple[Tensor, Tensor]]:
-    """Addresses are the device's: side state is made there. What is there for votes counts where there are any.
-    IndexError where a part is shorter than a lane."""
-    slots = batch.slots.tolist()
-    held: dict[str, list[Tensor | None]] = {}
-    if batch.choices:
-        held["choices"] = [batch.choices.get(b) for b in range(len(slots))]
-    for name in (*(("mass", "noise") if voting.rows else ()), "moments", "positions", "log_weights"):
-        if side := getattr(kv, name):
-            held[name] = [side.get(slot) for slot in slots]
-    longest = kv.kept[batch.slots.long()].flatten(1).amax(1).tolist() if held and slots else []
-    sides = {}
-    for name, parts in held.items():
-        if any(part is not None for part in parts):
-            addresses = [0 if part is None else part.data_ptr() for part in parts]
-            capacities = [0 if part is None else part.shape[-1] for part in parts]
-            for part, tokens in zip(parts, longest, strict=True):
-                if part is not None and name != "moments" and part.shape[-1] < tokens:
-                    raise IndexError(f"{tokens} tokens in a lane, but {name} for {part.shape[-1]}")
-            sides[name] = (torch.tensor(addresses), torch.tensor(capacities, dtype=torch.int32))
-    return sides

@@ -100,6 +100,7 @@ def test_rows_read_what_they_chose(triton: Backend, reference: Backend) -> None:
     slots = state.batch.slots.tolist()
     for b in (0, 2):
         state.kv.reading[slots[b]] = ReadState.empty(rule, 2, 2, 4, 32)
+        state.kv.reading[slots[b]].resize(0, state.kv.table.shape[3])
     state.batch.make_room_for_choices(state.kv)
     for b, choice in state.batch.choices.items():
         choice.copy_(torch.rand(choice.shape, generator=rng) < 0.1)
