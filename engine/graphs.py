@@ -123,8 +123,8 @@ class Graphs:
             raise IndexError(f"a position is not below {self._model.config.max_position}")
         rows, reading = self._room(host.size), host.reading
         if reading is not None:
-            count, units = self._room(reading.count), 1 << (reading.units - 1).bit_length()
-            reading = reading._replace(count=count, rows=count, units=units)
+            readers, units = self._room(reading.readers), 1 << (reading.units - 1).bit_length()
+            reading = reading._replace(readers=readers, rows=readers, units=units)
         kind = Kind(rows, host.sealed_formats, host.rest_formats, host.sides, host.voting, reading)
         self._forget_if_moved()
         self._seen[kind] += 1

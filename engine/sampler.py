@@ -165,8 +165,8 @@ class Sampler:
             tokens[there(free)] = _invert(probabilities[there(free)].long(), there(batch.uniform[rows[free]]))
         sure = filtered[is_sure[filtered]]
         for first in range(0, len(sure), SORTED):
-            some = sure[first : first + SORTED]
-            tokens[there(some)] = _draw_from_all(probabilities[there(some)], rows[some], batch)
+            few = sure[first : first + SORTED]
+            tokens[there(few)] = _draw_from_all(probabilities[there(few)], rows[few], batch)
         # Beyond top_k there must be one more: the last of the few may have equals that are not among them.
         hopeful = filtered[~is_sure[filtered] & (batch.top_k[rows[filtered]] < self._few)]
         if self._few < probabilities.shape[1] and len(hopeful):

@@ -59,7 +59,7 @@ _channels: WeakKeyDictionary[ReadRule, Tensor] = WeakKeyDictionary()
 class Reading(NamedTuple):
     """Who reads by a rule in a step, as far as kernels are chosen by it."""
 
-    count: int
+    readers: int
     """sequences that do"""
     rows: int
     """R: of all of them"""
@@ -132,7 +132,7 @@ def readers_of(batch: LaneBatch, kv: PagedKV) -> tuple[Reading | None, dict[str,
         places += [[len(settings) - 1, row] for row in range(rows)]
     by_tokens = any(not state.rule.by_bounds for state in states.values())
     reading = Reading(
-        count=len(states),
+        readers=len(states),
         rows=len(places),
         modes=tuple(map(frozenset, kinds)),
         pools=any(state.rule.pool > 1 for state in states.values()),
@@ -157,17 +157,17 @@ def no_readers(layers: int) -> dict[str, Tensor]:
 
 
 def padded_readers(parts: dict[str, Tensor], reading: Reading, size: int) -> dict[str, Tensor]:
-    """Those of a step of one row for each sequence, with further ones, up to `size` and `reading.count`, that read all
-    and that nobody counts."""
+    """Those of a step of one row for each sequence, with further ones, up to `size` and `reading.readers`, that read
+    all and that nobody counts."""
     modes, settings, places = (parts[name] for name in ("modes", "settings", "places"))
     modes = pad(modes, (0, size - modes.shape[1]))
-    if more := reading.count - len(settings):
+    if more := reading.readers - len(settings):
         b = int((modes == int(ReadMode.ALL)).all(0).int().argmax())
         other = settings.new_zeros(more, SETTINGS.value)
         other[:, OWNER.value] = other[:, FIRST_ROW.value] = b
         other[:, ROWS.value], other[:, TOUCHED.value] = 1, _nowhere().data_ptr()
         settings = torch.cat([settings, other])
-        each = torch.arange(reading.count, dtype=torch.int32)
+        each = torch.arange(reading.readers, dtype=torch.int32)
         places = torch.stack([each, torch.zeros_like(each)], 1)
     return {"modes": modes, "settings": settings, "places": places}
 

@@ -81,7 +81,7 @@ def _choose(
     given = {name: rows[name] for name in ("settings", "spans", "modes", "layer", "size")}
     if reading.anchored:
         numbers = q_heads * dim
-        reading_spans.compare_rows[(reading.count,)](
+        reading_spans.compare_rows[(reading.readers,)](
             q=q,
             **given,
             sources=worked.sources,
@@ -91,7 +91,7 @@ def _choose(
         )
     scored = {**rows, **known, "q": q, "scores": worked.scores, "units": reading.units, "scale": scale, "GROUP": group}
     if any(is_by_bounds for _, is_by_bounds in modes):
-        reading_spans.bound_pages[(columns, heads, reading.count)](**given, **known, CHANNELS=16)
+        reading_spans.bound_pages[(columns, heads, reading.readers)](**given, **known, CHANNELS=16)
         reading_scores.score_pages[by_row](**scored, PAGES=PAGES, maxnreg=PAGE_SCORE_REGISTERS)
     if not all(is_by_bounds for _, is_by_bounds in modes):
         queries = max(16, triton.next_power_of_2(group))
@@ -112,4 +112,4 @@ def _choose(
     )
     if reading.anchored:
         reading_choice.take_over[(heads, reading.rows)](**rows, sources=worked.sources, heads=heads, BLOCK=CANDIDATES)
-        reading_choice.keep_choice[(reading.count,)](**given, sources=worked.sources, heads=heads, BLOCK=CANDIDATES)
+        reading_choice.keep_choice[(reading.readers,)](**given, sources=worked.sources, heads=heads, BLOCK=CANDIDATES)
