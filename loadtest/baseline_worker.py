@@ -1,6 +1,6 @@
 """transformers in a process of its own: JSON commands on stdin, JSON answers on stdout, a line each.
 
-    {"do": "decode", "key": ..., "prompt": [...], "tokens": n}      -> {"tok_s", "tokens", "way"}
+    {"do": "decode", "key": ..., "prompt": [...], "tokens": n}      -> {"tok_s", "tokens", "way", "held_bytes"}
     {"do": "prefill", "prompt": [...]}                              -> {"seconds"}
     {"do": "together", "prompts": [[...], ...], "tokens": n}        -> {"seconds", "prefill_seconds", "way"}
 
@@ -85,6 +85,11 @@ class Context:
     def way(self) -> str:
         return f"{self.attention} attention, {self.kind} cache"
 
+    @property
+    def token_bytes(self) -> int:
+        """Of the keys and values of one token of every sequence."""
+        return sum(part[:, :, :1].nbytes for layer in self.cache.layers for part in (layer.keys, layer.values))
+
     def fastest(self, room: int) -> Context:
         """The same state in the way that decodes fastest, with room for so many more tokens."""
         static = StaticCache(self.model.config, max_cache_len=self.cache.get_seq_length() + room)
@@ -136,7 +141,8 @@ class Worker:
             self.contexts[key] = Context.read(self.model, torch.tensor([prompt]), self.reading).fastest(room=tokens)
         context = self.contexts[key]
         seconds, out = context.decode(tokens - 1)
-        return {"tok_s": (tokens - 1) / seconds, "tokens": out, "way": context.way}
+        held = (len(prompt) + tokens - 1) * context.token_bytes
+        return {"tok_s": (tokens - 1) / seconds, "tokens": out, "way": context.way, "held_bytes": held}
 
     def prefill(self, prompt: list[int]) -> dict[str, Any]:
         began = time.perf_counter()

@@ -5,7 +5,9 @@
     python loadtest/bench.py --only decode --only plans --rounds 5
     python loadtest/bench.py --peer llama.cpp=http://127.0.0.1:8080
 
-A peer must serve the same model; it joins the scenarios that need nothing but HTTP.
+A peer must serve the same model with as many threads. It joins the scenarios that need nothing but OpenAI's API
+(decode, prefill, together) and is left out, with the reason, of what it cannot do. All contenders stay up for the whole
+run and are asked one at a time; the report says how busy the machine is when nobody is asked.
 """
 
 from __future__ import annotations
@@ -24,14 +26,15 @@ from rich.console import Console
 
 from client import Ask, BenchError, Client
 from contenders import Contender, Server, Transformers, transformers
-from machine import ROOT, cores, facts
+from machine import ROOT, busy_cores, cores, facts
 from report import Report
 from scenarios import F32, INT8, QUICK, TARGETS, Bench, Sizes
 from serving import arena_gib, winnow
 from winnow.engine.evaluation.text import PromptBook, corpus, digest
 from winnow.engine.models.tokenizer import Tokenizer, load_tokenizer
 
-SCENARIOS = ("decode", "prefill", "together", "plans", "methods", "speculation", "endless", "capacity")
+OVER_HTTP = ("decode", "prefill", "together")
+SCENARIOS = (*OVER_HTTP, "plans", "methods", "speculation", "endless", "capacity")
 KV_GIB = 3.0
 PEER_KEY = "WINNOW_BENCH_PEER_KEY"
 
@@ -46,6 +49,8 @@ class Field:
         self._tokenizer = tokenizer
         self._servers: dict[str, Server] = {}
         self._baseline: Transformers | None = None
+        self.busy_cores: list[float | None] = []
+        """When nobody is asked, before each scenario that compares"""
         self.peers = [Server(name, self._client(url, os.environ.get(PEER_KEY))) for name, url in peers.items()]
 
     def _client(self, url: str, api_key: str | None = None) -> Client:
@@ -74,10 +79,16 @@ class Field:
         everyone: list[Contender] = [self.baseline(), *map(self.server, servers), *self.peers]
         for contender in everyone:
             contender.together([list(range(1000, 1128))] * 2, 8)
+        time.sleep(1)  # threads that wait for more work stop soon
+        self.busy_cores.append(busy_cores())
         return everyone
 
 
 def run(bench: Bench, field: Field, wanted: tuple[str, ...]) -> None:
+    for peer in field.peers:
+        for name in wanted:
+            if name not in OVER_HTTP:
+                bench.report.leave_out(peer.name, name, "it asks for what OpenAI's API does not have")
     if "decode" in wanted:
         bench.decode(field.contenders(INT8, F32))
     if "prefill" in wanted:
@@ -134,7 +145,7 @@ def main(
     book = PromptBook(lambda part: tokenizer.encode(part, add_special_tokens=False), text)
     known = facts()
     threads = threads or cores()
-    known |= {"model": model, "threads": threads, "text": digest(text), "peers": peers, "sizes": asdict(sizes)}
+    known |= {"model": model, "threads": threads, "text": digest(text), "sizes": asdict(sizes)}
     report = Report(name or known["date"].replace(":", "").replace("+0000", "Z"), known, targets=TARGETS)
     console.print(f"{known['machine']['cpu']}, {known['machine']['cores']} cores, {known['machine']['isa']}")
 
@@ -146,11 +157,10 @@ def main(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that nothing is left running
     try:
         with ExitStack() as stack:
-            run(
-                Bench(sizes, book, report, say),
-                Field(stack, model, threads, tokenizer, peers),
-                tuple(only or SCENARIOS),
-            )
+            field = Field(stack, model, threads, tokenizer, peers)
+            report.facts["peers"] = {one.name: {"url": one.client.url, **one.client.about()} for one in field.peers}
+            report.facts["busy_cores_when_nobody_is_asked"] = field.busy_cores
+            run(Bench(sizes, book, report, say), field, tuple(only or SCENARIOS))
     except BenchError as error:
         console.print(f"stopped: {error}", style="red", markup=False)
         raise typer.Exit(1) from error

@@ -19,6 +19,10 @@ class BenchError(Exception):
     """What keeps a measurement from being one; the message says whose answer it was."""
 
 
+class NotMeasured(BenchError):
+    """What one server cannot do, or did differently from what was asked: others are measured without it."""
+
+
 @dataclass(frozen=True)
 class Ask:
     """One request, greedy, that always gets all its tokens."""
@@ -41,6 +45,7 @@ class Completion:
     """When text came"""
     text: str = ""
     tokens: int = 0
+    prompt_tokens: int = 0
     cached_tokens: int = 0
     compression: dict[str, Any] | None = None
     accepted_tokens: int = 0
@@ -71,7 +76,7 @@ class Client:
     """One OpenAI-compatible server.
 
     Servers differ in what they take: `probe` finds out whether prompts may be token ids and whether `ignore_eos` is
-    known; where not, text is sent, and answers may end early.
+    known; where not, text is sent, and answers may end early. `about` says what was found.
     """
 
     def __init__(self, url: str, decode: Callable[[list[int]], str], api_key: str | None = None):
@@ -87,6 +92,24 @@ class Client:
 
     def get(self, path: str) -> httpx.Response:
         return httpx.get(self.url + path, timeout=30, headers=self._headers).raise_for_status()
+
+    def about(self) -> dict[str, Any]:
+        """What is served, by which version, and how it is asked."""
+        return {
+            "model": self.model,
+            "version": self._version(),
+            "prompts": "token ids" if self._takes_tokens else "text",
+            "ignores_eos": self._ignores_eos,
+        }
+
+    def _version(self) -> str | None:
+        """As vLLM and Winnow, or as llama.cpp say it; None of who does not."""
+        for path, key in (("/version", "version"), ("/props", "build_info")):
+            try:
+                return str(self.get(path).json()[key])
+            except (httpx.HTTPError, ValueError, LookupError, TypeError):
+                continue
+        return None
 
     def probe(self) -> None:
         """Asks for the model's name and finds a form of request that is accepted. Raises BenchError."""
@@ -124,14 +147,16 @@ class Client:
         async with http.stream("POST", "/v1/completions", json=self._body(ask)) as response:
             if response.status_code != 200:
                 await response.aread()
-                raise BenchError(f"{self.url}: {response.status_code}: {response.text[:300]}")
+                kind = NotMeasured if 400 <= response.status_code < 500 else BenchError
+                raise kind(f"{self.url}: {response.status_code}: {response.text[:300]}")
             async for line in response.aiter_lines():
                 if line.startswith("data: ") and line != "data: [DONE]":
                     _take(json.loads(line[6:]), into)
         into.is_done = True
-        into.tokens = into.tokens or len(into.arrivals)  # of a server that counts nothing: a token a chunk
         if not into.arrivals:
             raise BenchError(f"{self.url}: an answer without text")
+        if not into.tokens:
+            raise NotMeasured(f"{self.url}: an answer without `usage`: nobody knows how many tokens it has")
 
     def _body(self, ask: Ask) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -165,6 +190,7 @@ def _take(chunk: dict[str, Any], into: Completion) -> None:
     usage = chunk.get("usage")
     if usage:
         into.tokens = usage["completion_tokens"]
+        into.prompt_tokens = usage["prompt_tokens"]
         into.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
         into.compression = usage.get("compression")
         details = usage.get("completion_tokens_details") or {}

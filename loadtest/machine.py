@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,20 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def busy_cores(seconds: float = 2.0) -> float | None:
+    """How many cores somebody used meanwhile; None where the system does not tell."""
+
+    def busy_s() -> float | None:
+        ticks = _line("/proc/stat", "cpu ", " ").split()
+        # user, nice, system, idle, iowait, irq, softirq, steal: what a neighbour took is not ours to use either
+        return (sum(map(int, ticks[:8])) - int(ticks[3]) - int(ticks[4])) / os.sysconf("SC_CLK_TCK") if ticks else None
+
+    before = busy_s()
+    time.sleep(seconds)
+    after = busy_s()
+    return None if before is None or after is None else round((after - before) / seconds, 2)
+
+
 def _git(*arguments: str) -> str:
     """What git says; empty without a repository."""
     try:
@@ -51,9 +66,9 @@ def _git(*arguments: str) -> str:
         return ""
 
 
-def _line(path: str, key: str) -> str:
+def _line(path: str, key: str, separator: str = ":") -> str:
     try:
         lines = Path(path).read_text("utf-8").splitlines()
     except OSError:
         return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
+    return next((line.partition(separator)[2].strip() for line in lines if line.startswith(key)), "")

@@ -101,9 +101,14 @@ class Report:
     facts: dict[str, Any]
     tables: dict[str, Table] = field(default_factory=dict)
     targets: list[Target] = field(default_factory=list)
+    left_out: dict[tuple[str, str], str] = field(default_factory=dict)
+    """Why, by who and what"""
 
     def table(self, key: str, title: str, base_row: str | None = None, base_column: str | None = None) -> Table:
         return self.tables.setdefault(key, Table(title, base_row, base_column))
+
+    def leave_out(self, who: str, what: str, why: str) -> None:
+        self.left_out[who, what] = why
 
     def verdicts(self) -> list[dict[str, Any]]:
         out = []
@@ -115,7 +120,9 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         tables = {key: table.as_dict() for key, table in self.tables.items()}
-        return {"name": self.name, **self.facts, "tables": tables, "targets": self.verdicts()}
+        left_out = [{"who": who, "what": what, "why": why} for (who, what), why in self.left_out.items()]
+        out = {"name": self.name, **self.facts, "tables": tables, "targets": self.verdicts()}
+        return out | ({"left_out": left_out} if left_out else {})
 
     def write(self, folder: Path) -> Path:
         """Writes NAME.json at once and whole: a run that is cut keeps what it had."""
@@ -129,6 +136,8 @@ class Report:
     def show(self, console: Console) -> None:
         for table in self.tables.values():
             console.print(table.as_grid())
+        for (who, what), why in self.left_out.items():
+            console.print(f"left out: {who}, {what}: {why}", markup=False, highlight=False, soft_wrap=True)
         if not self.targets:
             return
         grid = Grid("target", "wanted", "measured", "", title="Targets", title_justify="left")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import plans
-from client import Ask, BenchError, Client, Completion
+from client import Ask, BenchError, Client, Completion, NotMeasured
 from contenders import TRANSFORMERS, Contender, Server
 from report import Report, Table, Target
 from serving import metric
@@ -77,27 +78,37 @@ class Bench:
         tokens = self.sizes.decode_tokens
         title = f"Batch-1 decode after a context, first to last of {tokens} tokens"
         table = self.report.table("decode", title, base_column=TRANSFORMERS)
-        texts: dict[tuple[int, str], str] = {}
+        held = self.report.table("held", "Keys and values held then", base_column=TRANSFORMERS)
+        texts: dict[tuple[str, int], str] = {}
         for _ in range(self.sizes.rounds):
             for context in self.sizes.contexts:
                 key = f"decode/{context}"
                 prompt = self.book.prompt(key, context)
+                row = f"{context} tokens"
                 for contender in contenders:
-                    done = contender.decode(key, prompt, tokens)
-                    texts[context, contender.name] = done.text
-                    self._add(table, f"{context} tokens", contender.name, "tok/s", done.tok_s, done.note)
-        same = [texts[c, F32] == texts[c, TRANSFORMERS] for c in self.sizes.contexts if (c, TRANSFORMERS) in texts]
-        if same:
-            self.report.facts["f32_texts_equal_to_transformers"] = f"{sum(same)} of {len(same)}"
+                    with self._measuring(contender, f"decode, {row}"):
+                        done = contender.decode(key, prompt, tokens)
+                        texts[contender.name, context] = done.text
+                        self._add(table, row, contender.name, "tok/s", done.tok_s, done.note)
+                        if done.held_bytes is None:
+                            self.report.leave_out(contender.name, "bytes held", "it does not say")
+                        else:
+                            held.add(row, contender.name, "MiB", done.held_bytes / MIB)
+        self.report.facts["texts_equal_to_transformers"] = {
+            one.name: sum(texts.get((one.name, c), "") == texts[TRANSFORMERS, c] for c in self.sizes.contexts)
+            for one in contenders
+        }
 
     def prefill(self, contenders: Sequence[Contender]) -> None:
         tokens = self.sizes.prefill_tokens
         table = self.report.table("prefill", f"Prefill of a new prompt of {tokens} tokens", base_column=TRANSFORMERS)
         for number in range(self.sizes.rounds):
+            prompt = self.book.prompt(f"prefill/{number}", tokens)
             for contender in contenders:
-                seconds = contender.prefill(self.book.prompt(f"prefill/{number}/{contender.name}", tokens))
-                self._add(table, "speed", contender.name, "prompt tok/s", tokens / seconds)
-                table.add("time to first token", contender.name, "s", seconds)
+                with self._measuring(contender, "prefill"):
+                    seconds = contender.prefill(prompt)
+                    self._add(table, "speed", contender.name, "prompt tok/s", tokens / seconds)
+                    table.add("time to first token", contender.name, "s", seconds)
 
     # Many at once ----------------------------------------------------------------------------------------------------
 
@@ -107,10 +118,12 @@ class Bench:
         table = self.report.table("together", title, base_column=TRANSFORMERS)
         for number in range(self.sizes.together_rounds):
             for count in self.sizes.together:
+                prompts = self.book.prompts(f"together/{number}/{count}", count, prompt)
+                row = f"{count} requests"
                 for contender in contenders:
-                    prompts = self.book.prompts(f"together/{number}/{count}/{contender.name}", count, prompt)
-                    speed = contender.together(prompts, new)
-                    self._add(table, f"{count} requests", contender.name, "tok/s", speed.tok_s, speed.note)
+                    with self._measuring(contender, f"together, {row}"):
+                        speed = contender.together(prompts, new)
+                        self._add(table, row, contender.name, "tok/s", speed.tok_s, speed.note)
 
     # Plans -----------------------------------------------------------------------------------------------------------
 
@@ -207,6 +220,15 @@ class Bench:
             table.add(name, "preemptions", "times", seen.preemptions)
             table.add(name, "output", "tok/s", seen.tok_s)
             table.add(name, "held each", "MiB", seen.held_bytes / MIB)
+
+    @contextmanager
+    def _measuring(self, contender: Contender, what: str) -> Iterator[None]:
+        """One who cannot be measured is left out, with the reason; the others go on."""
+        try:
+            yield
+        except NotMeasured as reason:
+            self.report.leave_out(contender.name, what, str(reason))
+            self.say(f"{contender.name} is left out of {what}: {reason}")
 
     def _add(self, table: Table, row: str, column: str, unit: str, value: float, note: str = "") -> None:
         table.add(row, column, unit, value, note)
