@@ -31,7 +31,7 @@ from winnow.engine.evaluation.page import page
 from winnow.engine.evaluation.pictures import SEED, Mosaics
 from winnow.engine.evaluation.plans import BLIND, Plans, check, default_plans, default_vision_plans, read_plans
 from winnow.engine.evaluation.result import Result, write_text
-from winnow.engine.evaluation.server import ServerTarget
+from winnow.engine.evaluation.server import TOP, ServerTarget
 from winnow.engine.evaluation.tables import show
 from winnow.engine.evaluation.targets import EngineTarget, Target
 from winnow.engine.evaluation.tasks import TASKS
@@ -113,6 +113,8 @@ def run_plans(options: Options, console: Console) -> list[Path]:
         about["text_new"] = scope.text_new
     result = _begun(options, about, plans)
     result.facts["text_of"] = SOURCE
+    if options.url is not None:
+        result.facts["kl"] = f"at least as much: a server tells the {TOP} likeliest tokens"
 
     def save() -> None:
         result.write(options.out)

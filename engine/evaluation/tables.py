@@ -23,7 +23,8 @@ def show(result: Result, console: Console) -> None:
 
 def _text(result: Result) -> Table:
     length = next(cell.length for cell in result.values if cell.part == TEXT)
-    table = new_table(f"Real text after {length} tokens, against the uncompressed model")
+    least = f"; KL: {known}" if (known := result.facts.get("kl")) else ""
+    table = new_table(f"Real text after {length} tokens, against the uncompressed model{least}")
     for title in ("held", "MiB", "read", "KL, nats", "agreement, %", "loss, nats"):
         table.add_column(title, justify="right")
     for name in result.measured_plans:

@@ -229,13 +229,14 @@ def test_razor_attention_sets_budgets_itself(knobs: dict[str, str]) -> None:
     ("depth", "span", "overlap", "width", "height", "rungs"),
     [
         (32, 16, 0, 2, 1, [0] * 16 + [1] * 16),  # the paper's default
+        (30, None, 0, 2, 1, [0] * 15 + [1] * 15),  # ours: half of the layers
         (8, 4, 2, 3, 2, [0, 0, 1, 1, 1, 1, 1, 1]),
         (7, 2, 0, 4, 1, [0, 0, 1, 1, 2, 2, 3]),
         (4, 9, 0, 1, 1, [0, 0, 0, 0]),  # no ladder: the oldest go first
     ],
 )
 def test_lacache_climbs_from_shallow_to_deep(
-    depth: int, span: int, overlap: int, width: int, height: int, rungs: list[int]
+    depth: int, span: int | None, overlap: int, width: int, height: int, rungs: list[int]
 ) -> None:
     d = dense(TOKENS, layers=depth, kv_heads=1, q_per_kv=1)
     rule = evict("lacache", span=span, overlap=overlap)

@@ -39,6 +39,7 @@ def test_pyramid_by_hand() -> None:
     assert layer_budgets(20, 3, "pyramid", 1000) == [39, 20, 1]  # 2b - b/20, b, b/20
     assert layer_budgets(300, 5, "pyramid", 400) == [400, 350, 300, 250, 200]  # the first layer keeps all there is
     assert layer_budgets(30, 3, "pyramid", 1000, protected=10) == [49, 30, 11]
+    assert layer_budgets(400, 3, "pyramid", 1000) == [780, 400, 20]
     assert layer_budgets(10, 3, "pyramid", 1000, protected=10) == [10, 10, 10]  # nothing left to distribute
     assert layer_budgets(10, 4, "pyramid", 1000) == [19, 13, 7, 1]
     assert layer_budgets(11, 4, "pyramid", 1000) == [21, 14, 8, 1]  # 21, 14.3, 7.7, 1: the rest to the largest part

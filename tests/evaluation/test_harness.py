@@ -166,6 +166,13 @@ def test_a_server_says_the_same(result: Result, tiny_folder: Path, tmp_path: Pat
         with pytest.raises(EvalError, match="401"):
             ServerTarget(server.url)
         over_http = measure(ServerTarget(server.url, KEY), replace(SCOPE, samples=1, tasks=("qa",)))
+        sizes = ["--tasks=none", "--text-prompts=1", "--text-context=200", "--text-new=20"]
+        command = ["eval", "--plans=snapkv:0.5", f"--url={server.url}", *sizes, f"--out={tmp_path}", "--name=http"]
+        done = CliRunner().invoke(app, command, env={"WINNOW_API_KEY": KEY})
+        assert done.exit_code == 0, done.output
+    assert "KL: at least as much: a server tells the 20 likeliest tokens" in " ".join(done.output.split())
+    assert "kl: at least as much" in (tmp_path / "http.html").read_text("utf-8")
+    assert json.loads((tmp_path / "http.json").read_text("utf-8"))["model"] == server.url
     assert {cell.part for cell in over_http.values} == {TEXT, "qa"}
     for cell, other in over_http.values.items():
         measures = {name: values[: len(other["held"])] for name, values in result.values[cell].items()}

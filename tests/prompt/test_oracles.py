@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from winnow.engine.compression.prompt.spec_pc import voting_layers
 from winnow.engine.compression.prompt.units import starts_of
 from winnow.engine.errors import PromptTooLong
 from winnow.engine.messages import Shorten
@@ -143,6 +144,11 @@ def test_spec_pc(
             pieces.append(([place], max(score[other] for other in around if other in inside)))
     shortened = Bench(tiny, max_step_tokens=max_step_tokens).shorten(request)
     assert shortened.prompt == kept_of(request, pieces, int(0.3 * len(pieces)))
+
+
+@pytest.mark.parametrize(("first", "layers", "voting"), [(None, 30, 8), (None, 16, 8), (None, 7, 3), (12, 30, 12)])
+def test_the_layers_that_vote(first: int | None, layers: int, voting: int) -> None:
+    assert voting_layers(first, layers) == range(voting, layers)
 
 
 @pytest.mark.parametrize("plan", [{"policy": "selective"}, {"policy": "spec_pc", "pool": 3}])

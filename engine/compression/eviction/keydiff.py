@@ -37,8 +37,7 @@ class KeyDiff:
     def score(self, view: LaneView, params: Params) -> Tensor:
         assert view.keys is not None
         unit = view.keys / view.keys.norm(dim=-1, keepdim=True).clamp_min(EPSILON)
-        unit = unit * view.is_held.unsqueeze(-1)  # padding has no part in the mean
-        # The sum points where the mean does.
+        # The sum points where the mean does; padding is zeros, and has no part in it.
         anchor = unit.sum(dim=2)
         anchor = anchor / anchor.norm(dim=-1, keepdim=True).clamp_min(EPSILON)
         return -(unit @ anchor.unsqueeze(-1)).squeeze(-1)

@@ -1,7 +1,7 @@
 """KV merging: a token that is given up is averaged into the kept token whose key is most like its own.
 
     to_e = argmax over kept t of cos(k_e, k_t)
-    w_e  = max(0, cos(k_e, k_to)) · |v_e| / (|v_e| + |v_to|)
+    w_e  = cos(k_e, k_to) · |v_e| / (|v_e| + |v_to|)        if the cosine is at least `threshold`, which is not negative
     v_t  = (v_t + Σ w_e v_e) / (1 + Σ w_e)        over the tokens e that go to t; keys stay, and so does RoPE
 
 The rule is that of kvpress' merging press, after ToMe (Bolya et al., 2023, arXiv:2210.09461) and D2O (Wan et al.,
@@ -45,7 +45,7 @@ class KVMerging:
         merges = (to >= 0) & (cosine >= params.threshold) & _among_first(cosine, lost_count, params.fraction)
         norms, lost_values = values.norm(dim=-1), rows(view.values, lost)
         share = lost_values.norm(dim=-1)
-        weights = cosine.clamp_min(0) * share / (share + rows(norms, to.long()) + EPSILON)
+        weights = cosine * share / (share + rows(norms, to.long()) + EPSILON)
         stood_for = rows(view.log_weights, view.keep).exp()
         weights = weights * rows(view.log_weights, lost).exp()
         sums, totals = view.ops.sum_rows(lost_values, weights, to.masked_fill(~merges, -1), keys.shape[1])
