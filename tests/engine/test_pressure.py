@@ -205,6 +205,24 @@ def test_a_squeeze_that_frees_nothing_is_not_done(tiny: Decoder) -> None:
     assert all(seen.last.compression.squeezed_at is None for seen in bench.seen.values() if seen.last.compression)
 
 
+def test_who_gives_back_most_gives_way_first(tiny: Decoder) -> None:
+    """Of equals the last; who has nothing to give is left alone."""
+    bench = Bench(tiny, prefix_caching=False)
+    lengths = {"a": 60, "b": 200, "c": 120, "d": 200, "e": 20}
+    for name, length in lengths.items():
+        bench.submit(name, prompt_of(length), 40, TO_WINDOW)
+    for _ in range(5):
+        bench.step()
+    assert all(bench.sequence(name).is_decoding for name in lengths)
+    order, left = [], set(lengths)
+    while bench.engine.pressure.relieve(bench.running):
+        (squeezed,) = (name for name in left if not bench.sequence(name).can_be_squeezed)
+        order.append(squeezed)
+        left.remove(squeezed)
+    assert order == ["d", "b", "c", "a"]
+    bench.run(bench.engine.check_integrity)
+
+
 @pytest.mark.parametrize(
     ("plan", "param", "message"),
     [
