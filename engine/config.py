@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from winnow.kernels.layout import PageFormat
 
-WEIGHTS = {"cpu": ("f32", "int8"), "cuda": ("f32", "bf16", "fp8")}
+WEIGHTS = {"cpu": ("f32", "int8"), "cuda": ("f32", "bf16", "f16", "fp8")}
 """How a device can hold weights"""
 
 NO_DRAFT = "needs a draft model; start the server with --draft-model"
@@ -41,8 +41,8 @@ class EngineSettings(BaseModel):
     )
     model: str = Field("default", description="directory, .gguf file, Hugging Face name, or 'default'")
     device: Literal["cpu", "cuda"] = Field("cpu", description="where the model runs")
-    weights: Literal["f32", "int8", "bf16", "fp8"] = Field(
-        "int8", description="how weights are held: f32 or int8 on the CPU, bf16 (its default), fp8 or f32 on a GPU"
+    weights: Literal["f32", "int8", "bf16", "f16", "fp8"] = Field(
+        "int8", description="how weights are held: f32 or int8 on the CPU, bf16 (the default), f16, fp8 or f32 on a GPU"
     )
     tensor_parallel: int = Field(
         1, ge=1, le=64, description="processes, with a GPU each where there are any, that share the model by its heads"
@@ -82,7 +82,7 @@ class EngineSettings(BaseModel):
     draft_model: str | None = Field(
         None, description="a smaller model with the vocabulary of `model`, named like it: guesses, and looks ahead"
     )
-    draft_weights: Literal["f32", "int8", "bf16", "fp8"] | None = Field(
+    draft_weights: Literal["f32", "int8", "bf16", "f16", "fp8"] | None = Field(
         None, description="how the draft model's weights are held; like the model's if unset"
     )
     draft_memory_gib: float = Field(1.0, gt=0, le=4096, description="size of the draft model's own page arena")
@@ -138,4 +138,5 @@ class EngineSettings(BaseModel):
     @property
     def compute_format(self) -> PageFormat:
         """Of the pages that new tokens are written in: it has the precision of activations."""
-        return PageFormat.BF16 if self.weights in ("bf16", "fp8") else PageFormat.F32
+        formats = {"bf16": PageFormat.BF16, "fp8": PageFormat.BF16, "f16": PageFormat.F16}
+        return formats.get(self.weights, PageFormat.F32)

@@ -20,7 +20,7 @@ from winnow.kernels.kv import LaneBatch, PagedKV, Rest
 from winnow.kernels.layout import PageFormat
 
 BackendName = Literal["cpu", "reference", "triton"]
-WeightKind = Literal["f32", "int8", "bf16", "fp8"]
+WeightKind = Literal["f32", "int8", "bf16", "f16", "fp8"]
 
 _MODULES: dict[str, str] = {
     "cpu": "winnow.kernels.cpu",
@@ -52,7 +52,7 @@ class Backend(Protocol):
         """Page formats that it reads and writes, in the order of their values."""
 
     def pack(self, weight: Tensor, kind: WeightKind, bias: Tensor | None = None) -> Weight:
-        """Packs `weight` [N, K], f32 or, for that kind, bf16, and `bias` [N] f32, for `linear` and `embed`.
+        """Packs `weight` [N, K], f32 or, for those kinds, bf16 or f16, and `bias` [N] f32, for `linear` and `embed`.
 
         The result shares no memory with them.
         """

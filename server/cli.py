@@ -47,7 +47,7 @@ def serve(
     ] = None,
     device: Annotated[str | None, typer.Option(help="Where the model runs: cpu or cuda.")] = None,
     weights: Annotated[
-        str | None, typer.Option(help="How weights are held: f32 or int8 on the CPU; bf16, fp8 or f32 on a GPU.")
+        str | None, typer.Option(help="How weights are held: f32 or int8 on the CPU; bf16, f16, fp8 or f32 on a GPU.")
     ] = None,
     tensor_parallel: Annotated[
         int | None,
@@ -159,7 +159,7 @@ def evaluate(
     model: Annotated[str, typer.Option(help="As for `winnow serve`; with --vision the default is mosaic.")] = "default",
     device: Annotated[str, typer.Option(help="Where the model runs: cpu or cuda.")] = "cpu",
     weights: Annotated[
-        str | None, typer.Option(help="How weights are held: int8 or f32; on a GPU bf16, fp8 or f32.")
+        str | None, typer.Option(help="How weights are held: int8 or f32; on a GPU bf16, f16, fp8 or f32.")
     ] = None,
     draft_model: Annotated[str | None, typer.Option(help="As for `winnow serve`; for plans that look ahead.")] = None,
     against_f32: Annotated[bool, typer.Option(help="Compare the weights with f32 ones too.")] = False,

@@ -77,7 +77,7 @@ class Settings(BaseSettings, EngineSettings):
         None, description="a model that sees images, named like `model`, served beside it by an engine of its own"
     )
     vision_model_name: Annotated[tuple[str, ...], NoDecode] = Field((), description="its names, like served_model_name")
-    vision_weights: Literal["f32", "int8", "bf16", "fp8"] | None = Field(
+    vision_weights: Literal["f32", "int8", "bf16", "f16", "fp8"] | None = Field(
         None, description="how its weights are held; like the model's if unset"
     )
     vision_memory_gib: float = Field(1.0, gt=0, le=4096, description="size of its engine's page arena")

@@ -1,7 +1,7 @@
 """Loading weights from safetensors or GGUF files, one layer at a time.
 
 Peak memory is the packed weights and one fused tensor, on the backend's device: files are mapped, not read, and every
-part is brought to its place in a fused matrix of float32, or of bfloat16 where that is what it becomes, which is then
+part is brought to its place in a fused matrix of float32, or of the type of 16 bits that it becomes, which is then
 packed.
 """
 
@@ -31,6 +31,7 @@ __all__ = ["build_model", "load_model", "resolve_model"]
 
 log = logging.getLogger(__name__)
 
+_NARROW = {"bf16": torch.bfloat16, "f16": torch.float16}
 _EMBEDDING, _NORM, _HEAD = "model.embed_tokens", "model.norm.weight", "lm_head"
 
 
@@ -95,7 +96,7 @@ def build_model(config: ModelConfig, source: Source, ops: Backend, kind: WeightK
     tokens = -(-config.vocab_size // ranks.size)
     vocabulary = Matrix(((_EMBEDDING, tokens),), config.hidden_size, False)
     specs = [*_matrices(config, "").values(), vocabulary]
-    device, dtype = ops.device(), torch.bfloat16 if kind == "bf16" else torch.float32
+    device, dtype = ops.device(), _NARROW.get(kind, torch.float32)
     # One buffer for every matrix: buffers of their own, between packed ones, leave the heap full of holes.
     buffer = torch.empty(max(spec.rows * spec.cols for spec in specs), dtype=dtype, device=device)
 

@@ -2,6 +2,9 @@
 
 Sequences with few rows (decode) share each part of a lane among programs, whose results `merge` puts together; those
 with many (chunks) have a program for each block of rows, which goes through the parts of the lane one after the other.
+
+Scales are applied to codes where these become numbers. Folded into queries and weights they would spare an instruction
+for two codes, but cost sums across warps and trips through shared memory in every page, which takes longer on an H100.
 """
 
 from __future__ import annotations
@@ -62,7 +65,7 @@ class Work:
 
 
 def attention(q: Tensor, batch: LaneBatch, kv: PagedKV, layer: int, scale: float, window: int) -> Tensor:
-    """q [T, Hq, D] f32 or bf16 -> [T, Hq * D], of q's type; adds to `kv.mass` where rows vote."""
+    """q [T, Hq, D] f32, bf16 or f16 -> [T, Hq * D], of q's type; adds to `kv.mass` where rows vote."""
     heads = kv.table.shape[2]
     dim = kv.layout.head_dim
     if q.dim() != 3 or q.shape[2] != dim or q.shape[1] % heads or len(q) != len(batch.positions):

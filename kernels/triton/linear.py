@@ -1,6 +1,6 @@
 """Matrix products with packed weights: the vendor's libraries, and for fp8 a kernel that quantizes what goes in.
 
-    f32, bf16   y = x Wᵀ + b                                                       x of the same type
+    f32, bf16, f16   y = x Wᵀ + b                                                  x of the same type
     fp8         W[n] = scale[n] · codes[n],  scale[n] = max |W[n]| / 448           codes e4m3, x bf16
                 x[t] likewise, where the GPU multiplies e4m3;  y = (codes[t] · codes[n]) · scale[t] · scale[n] + b
 
@@ -21,7 +21,12 @@ from winnow.kernels.dispatch import WeightKind
 from winnow.kernels.triton import matmul
 from winnow.kernels.triton.device import architecture, device, upload
 
-TYPES: dict[WeightKind, torch.dtype] = {"f32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+TYPES: dict[WeightKind, torch.dtype] = {
+    "f32": torch.float32,
+    "bf16": torch.bfloat16,
+    "f16": torch.float16,
+    "fp8": torch.bfloat16,
+}
 """Of activations beside each kind of weight"""
 
 FP8_MAX = 448.0
@@ -37,7 +42,7 @@ class PackedWeight:
 
     kind: WeightKind
     values: Tensor
-    """[N, K]: f32, bf16, or e4m3 codes"""
+    """[N, K]: f32, bf16, f16, or e4m3 codes"""
     scale: Tensor | None
     """[N] f32, for fp8"""
     bias: Tensor | None
@@ -66,11 +71,11 @@ def use_batch_invariant(on: bool) -> None:
 
 
 def pack(weight: Tensor, kind: WeightKind, bias: Tensor | None = None) -> PackedWeight:
-    """Packs `weight` [N, K] f32 or bf16 and `bias` [N] f32, from anywhere. The result shares no memory with them."""
+    """Packs `weight` [N, K] f32, bf16 or f16 and `bias` [N] f32, from anywhere. The result shares no memory with it."""
     if kind not in TYPES:
         raise ValueError(f"the triton backend has no {kind} weights: {', '.join(TYPES)}")
-    if weight.dim() != 2 or weight.dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"a weight must be a float32 or bfloat16 matrix, not {weight.dtype} {list(weight.shape)}")
+    if weight.dim() != 2 or weight.dtype not in TYPES.values():
+        raise ValueError(f"a weight must be a matrix of floats, not {weight.dtype} {list(weight.shape)}")
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != torch.float32):
         raise ValueError(f"the bias of {weight.shape[0]} rows must be float32 of that length, not {list(bias.shape)}")
     to, dtype = device(), TYPES[kind]
@@ -159,7 +164,7 @@ def _fp8_product(x: Tensor, w: PackedWeight) -> Tensor:
 
 
 def _wide_product(x: Tensor, w: PackedWeight) -> Tensor:
-    """[T, N] f32: of bf16 that is multiplied without rounding the sums, of codes that are widened first."""
+    """[T, N] f32: of bf16 or f16 that is multiplied without rounding the sums, of codes that are widened first."""
     values = w.values.to(x.dtype)
     y = x.float() @ values.float().T if x.device.type == "cpu" else torch.mm(x, values.T, out_dtype=torch.float32)
     if w.scale is not None:

@@ -45,7 +45,7 @@ def tile_of(values: Tensor) -> Tile:
 def product(
     x: Tensor, values: Tensor, scale: Tensor | None, bias: Tensor | None, out: Tensor, accumulate: bool
 ) -> Tensor:
-    """x [T, K] f32 or bf16 times values [N, K], into out [T, N] of x's type or f32, or added to it.
+    """x [T, K] f32, bf16 or f16 times values [N, K], into out [T, N] of x's type or f32, or added to it.
 
     `values` are of x's type; or, beside bf16, e4m3 codes whose rows have a scale [N] f32. bias [N] is like x.
     """

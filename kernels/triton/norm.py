@@ -12,7 +12,7 @@ GATED = 1024
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [T, N] f32 or bf16, weight [N] f32 -> like x, computed in f32."""
+    """x [T, N] f32, bf16 or f16, weight [N] f32 -> like x, computed in f32."""
     rows, width = x.shape
     if weight.shape != (width,) or weight.dtype != torch.float32:
         raise ValueError(f"weight must be float32 [{width}], not {weight.dtype} {list(weight.shape)}")
@@ -24,7 +24,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """[T, 2I] f32 or bf16 -> [T, I], computed in f32."""
+    """[T, 2I] f32, bf16 or f16 -> [T, I], computed in f32."""
     rows, both = gate_up.shape
     if both % 2:
         raise ValueError(f"gate and up must be of one size, not halves of {both}")

@@ -24,7 +24,7 @@ PAGES = 16
 
 
 def choose_reads(q: Tensor, batch: LaneBatch, kv: PagedKV, layer: int, scale: float, window: int) -> None:
-    """q [T, Hq, D] f32 or bf16: writes `batch.choices` for the rows of sequences in `kv.reading`, and counts bytes."""
+    """q [T, Hq, D] f32, bf16 or f16: writes `batch.choices` for rows of sequences in `kv.reading`, and counts bytes."""
     heads, dim = kv.table.shape[2], kv.layout.head_dim
     if q.dim() != 3 or q.shape[0] != len(batch.positions) or q.shape[2] != dim or q.shape[1] % heads:
         raise ValueError(f"q {list(q.shape)} is not [{len(batch.positions)}, heads, {dim}] for {heads} KV heads")

@@ -16,7 +16,7 @@ from winnow.kernels.kv import LaneBatch, PagedKV
 from winnow.kernels.layout import PageFormat
 from winnow.kernels.triton.step import device_batch
 
-TYPES = {PageFormat.F32: torch.float32, PageFormat.BF16: torch.bfloat16}
+TYPES = {PageFormat.F32: torch.float32, PageFormat.BF16: torch.bfloat16, PageFormat.F16: torch.float16}
 """Of the compute format's numbers"""
 ROWS = 16
 """Rows of a program: in bf16, tokens that lie side by side in a key row fill a sector of memory"""
@@ -33,7 +33,7 @@ def rope_write(
     k_norm: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """qkv [T, (Hq + 2 Hkv) D] f32 or bf16, cos and sin [P, D/2] f32, norms [D] f32 -> q [T, Hq, D] like qkv."""
+    """qkv [T, (Hq + 2 Hkv) D] f32, bf16 or f16, cos and sin [P, D/2] f32, norms [D] f32 -> q [T, Hq, D] like qkv."""
     (_, layers, kv_heads, width), layout = kv.table.shape, kv.layout
     step, dim = device_batch(batch, kv, layer), layout.head_dim
     if qkv.dim() != 2 or qkv.shape[1] % dim or (qkv.shape[1] // dim - 2 * kv_heads) % kv_heads:
@@ -47,8 +47,6 @@ def rope_write(
     for norm in (q_norm, k_norm):
         if norm is not None and norm.shape != (dim,):
             raise ValueError(f"the norm of a head of {dim} cannot be {list(norm.shape)}")
-    if layout.compute not in TYPES:
-        raise ValueError(f"new tokens are written in f32 or bf16 here, not in {layout.compute.label}")
     heads = qkv.shape[1] // dim
     q = qkv.new_empty(len(qkv), heads - 2 * kv_heads, dim)
     _rope_write[(triton.cdiv(len(qkv), ROWS), heads)](

@@ -43,7 +43,7 @@ def add_votes(q: Tensor, lse: Tensor, batch: LaneBatch, kv: PagedKV, layer: int,
     """Adds to `kv.mass` what the rows that vote gave to their tokens.
 
     Args:
-        q: [T, Hq, D] contiguous f32 or bf16.
+        q: [T, Hq, D] contiguous f32, bf16 or f16.
         lse: [T, Hq] f32, natural log of the sum of e^logit over what each row sees, as attention found it; looked at
             for sequences whose rule is plain attention.
     """

@@ -1,5 +1,5 @@
-"""Greedy output on a GPU is transformers', token for token in float32; bf16 strays from float32 no further than
-transformers' own bf16 does."""
+"""Greedy output on a GPU is transformers', token for token in float32; bf16 and f16 stray from float32 no further than
+transformers' own do."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from winnow.engine.graphs import Graphs
 from winnow.engine.models.decoder import Decoder
 from winnow.engine.models.loader import load_model
-from winnow.kernels.dispatch import Backend
+from winnow.kernels.dispatch import Backend, WeightKind
 
 from ..engine.bench import Bench, Seen
 from ..models.checkpoints import logits_of, prompt_of, random_model
@@ -63,13 +63,14 @@ def test_families(
         assert any(size > 1 for size in sizes) is settings.get("cuda_graphs", True)
 
 
-def test_bf16(gpu: Backend, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("weights", "dtype"), [("bf16", torch.bfloat16), ("f16", torch.float16)])
+def test_sixteen_bits(weights: WeightKind, dtype: torch.dtype, gpu: Backend, tmp_path: Path) -> None:
     """Error of the logits, as a share of their size, where all read the same tokens."""
-    narrow = random_model("llama", max_position_embeddings=512, num_hidden_layers=2).bfloat16()
+    narrow = random_model("llama", max_position_embeddings=512, num_hidden_layers=2).to(dtype)
     narrow.save_pretrained(tmp_path)
-    model = load_model(str(tmp_path), gpu, "bf16")
+    model = load_model(str(tmp_path), gpu, weights)
     prompts = [prompt_of(length, length + 1) for length in LENGTHS]
-    seen = together(bench_of(model, gpu, weights="bf16"), prompts)
+    seen = together(bench_of(model, gpu, weights=weights), prompts)
     texts = [[*prompt, *each.tokens[:-1]] for prompt, each in zip(prompts, seen, strict=True)]
     theirs = [logits_of(narrow, text)[-NEW:] for text in texts]
     wide = narrow.float()

@@ -150,34 +150,38 @@ def test_rows(gpu: Backend, reference: Backend, rows: int) -> None:
     near(gpu.silu_mul(gate_up.to(to)).float().cpu(), reference.silu_mul(gate_up.float()))
 
 
+TYPES: dict[WeightKind, torch.dtype] = {"bf16": torch.bfloat16, "f16": torch.float16, "fp8": torch.bfloat16}
+"""Of activations"""
+
+
 @pytest.mark.parametrize("rows", [1, 17, 300])
-@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+@pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("size", [(6144, 4096), (576, 1536), (100, 72)], ids=str)
 def test_linear(gpu: Backend, kind: WeightKind, rows: int, size: tuple[int, int]) -> None:
-    """Into a new matrix, added to bf16, and into f32; (100, 72): sizes for which libraries have no product in fp8."""
+    """Into a new matrix, added to one, and into f32; (100, 72): sizes for which libraries have no product in fp8."""
     to = gpu.device()
     weight, bias = randn(*size, seed=1) / size[1] ** 0.5, randn(size[0], seed=2)
-    x = randn(rows, size[1], seed=3).bfloat16()
+    x = randn(rows, size[1], seed=3).to(TYPES[kind])
     w = gpu.pack(weight.to(to), kind, bias.to(to))
-    assert w.nbytes < size[0] * (size[1] * (2 if kind == "bf16" else 1) + 8)
+    assert w.nbytes < size[0] * (size[1] * (1 if kind == "fp8" else 2) + 8)
     exact = x.double() @ weight.double().T + bias
-    near = partial(assert_near, part=1e-2 if kind == "bf16" else 5e-2)
+    near = partial(assert_near, part=5e-2 if kind == "fp8" else 1e-2)
     y = gpu.linear(x.to(to), w)
-    assert y.dtype == torch.bfloat16
+    assert y.dtype == x.dtype
     near(y, exact)
-    before = randn(rows, size[0], seed=4).bfloat16()
+    before = randn(rows, size[0], seed=4).to(x.dtype)
     near(gpu.linear(x.to(to), w, out=before.to(to, copy=True), accumulate=True), exact + before.double())
     out = torch.full((rows, size[0]), torch.nan, device=to)
     assert gpu.linear(x.to(to), w, out=out) is out
     near(out, exact)
 
 
-@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+@pytest.mark.parametrize("kind", TYPES)
 def test_embed(gpu: Backend, kind: WeightKind) -> None:
     weight, tokens = randn(1000, 576), torch.tensor([0, 999, 3, 3], dtype=torch.int32)
     rows = gpu.embed(tokens.to(gpu.device()), gpu.pack(weight, kind))
-    assert rows.dtype == torch.bfloat16
-    assert_near(rows, weight[tokens.long()], part=1e-2 if kind == "bf16" else 5e-2)
+    assert rows.dtype == TYPES[kind]
+    assert_near(rows, weight[tokens.long()], part=5e-2 if kind == "fp8" else 1e-2)
 
 
 # Pages ---------------------------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def test_the_environment_names_the_file(config: Path, monkeypatch: pytest.Monkey
         ("kv_memory_gib: null", "kv_memory_gib"),
         ("device: tpu", "device"),
         ("weights: fp8", "not for device cpu, which has f32, int8"),
-        ("device: cuda\nweights: int8", "not for device cuda, which has f32, bf16, fp8"),
+        ("device: cuda\nweights: int8", "not for device cuda, which has f32, bf16, f16, fp8"),
         ("device: cuda\nmemory_utilization: 1.5", "memory_utilization"),
         ("api_key: ['a b']", "api_key"),
         ("max_compression: {budget: 7.5}", "max_compression"),
@@ -103,6 +103,7 @@ def test_defaults_are_the_devices(config: Path, monkeypatch: pytest.MonkeyPatch)
     assert (settings.weights, settings.page_tokens, settings.kv_memory_gib) == ("bf16", 32, None)
     assert (settings.compute_format, settings.max_seqs) == (PageFormat.BF16, 3)
     assert load(weights="fp8").of_engine.compute_format is PageFormat.BF16
+    assert load(weights="f16").of_engine.compute_format is PageFormat.F16
     assert load(weights="f32", kv_memory_gib=1).of_engine.compute_format is PageFormat.F32
 
 

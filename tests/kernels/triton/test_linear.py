@@ -16,9 +16,9 @@ SIZES = [
     pytest.param(33, 96, id="odd rows"),  # not for the library's fp8
 ]
 sizes = pytest.mark.parametrize(("rows", "cols"), SIZES)
-kinds = pytest.mark.parametrize("kind", ["f32", "bf16", "fp8"])
-TYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
-STEPS = {torch.float32: 1e-6, torch.bfloat16: 2**-8}
+kinds = pytest.mark.parametrize("kind", ["f32", "bf16", "f16", "fp8"])
+TYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "fp8": torch.bfloat16}
+STEPS = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
 def _e4m3(x: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def test_linear_is_the_product(
     bias = randn(rows, seed=3).to(TYPES[kind]).float() if with_bias else None
     w = triton.pack(weight, kind, bias)
     assert (w.rows, w.cols, w.kind) == (rows, cols, kind)
-    size = {"f32": 4, "bf16": 2, "fp8": 1}[kind]
+    size = {"f32": 4, "bf16": 2, "f16": 2, "fp8": 1}[kind]
     assert w.nbytes >= rows * cols * size
     exact = _product(x, weight, kind, is_quantized=rows % 16 == 0) + (0 if bias is None else bias)
     out = None if out_type is None else torch.full((7, rows), torch.nan, dtype=out_type)
@@ -94,7 +94,7 @@ def test_embed(triton: Backend, kind: WeightKind) -> None:
     for where in ("cpu", triton.device()):
         out = triton.embed(tokens.to(where), w)
         assert out.dtype == TYPES[kind]
-        torch.testing.assert_close(out, expected, atol=0, rtol=1e-6 if kind == "f32" else 2**-8)
+        torch.testing.assert_close(out, expected, atol=0, rtol=STEPS[TYPES[kind]])
 
 
 @kinds
@@ -105,7 +105,7 @@ def test_no_rows_are_no_work(triton: Backend, kind: WeightKind) -> None:
 
 
 def test_what_it_does_not_have(triton: Backend) -> None:
-    with pytest.raises(ValueError, match="int8 weights: f32, bf16, fp8"):
+    with pytest.raises(ValueError, match="int8 weights: f32, bf16, f16, fp8"):
         triton.pack(randn(16, 32), "int8")
     with pytest.raises(ValueError, match="float32"):
         triton.linear(randn(2, 32).bfloat16(), triton.pack(randn(16, 32), "f32"))

@@ -14,8 +14,8 @@ from winnow.kernels.triton.linear import use_batch_invariant
 
 from ..build import randn
 
-kinds = pytest.mark.parametrize("kind", ["f32", "bf16", "fp8"])
-TYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+kinds = pytest.mark.parametrize("kind", ["f32", "bf16", "f16", "fp8"])
+TYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "fp8": torch.bfloat16}
 SIZES = [
     pytest.param(48, 64, id="one tile"),
     pytest.param(200, 70, id="parts of tiles"),
@@ -51,7 +51,7 @@ def test_linear_is_the_product(triton: Backend, kind: WeightKind, rows: int, col
     exact = x.double() @ exact_weight.T
     y = triton.linear(x, triton.pack(weight, kind))
     assert y.dtype == TYPES[kind]
-    rounding = 1e-6 if kind == "f32" else 2**-8
+    rounding = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[y.dtype]
     torch.testing.assert_close(y.double(), exact, atol=4e-6, rtol=rounding)
     out = torch.full((count, rows), torch.nan)
     triton.linear(x, triton.pack(weight, kind, bias), out)

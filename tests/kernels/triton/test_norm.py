@@ -10,8 +10,8 @@ from winnow.kernels.dispatch import Backend
 
 from ..build import randn
 
-STEPS = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
-types = pytest.mark.parametrize("dtype", STEPS, ids=["f32", "bf16"])
+STEPS = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+types = pytest.mark.parametrize("dtype", STEPS, ids=["f32", "bf16", "f16"])
 widths = pytest.mark.parametrize("width", [8, 64, 576, 1000, 1100])
 
 

@@ -1,4 +1,4 @@
-"""Queries, and keys and values in their pages, as the reference has them: in both types, beside dimensions that blocks
+"""Queries, and keys and values in their pages, as the reference has them: in all types, beside dimensions that blocks
 do not divide."""
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from winnow.kernels.layout import PageFormat, PageLayout
 
 from ..build import Held, State, assert_same_bits, build, one_sequence, randn
 
-F32, BF16, INT8, INT4, INT2, FP8, *_ = PageFormat
+F32, BF16, INT8, INT4, INT2, FP8, F16, *_ = PageFormat
+TYPES = {F32: (torch.float32, torch.int32), BF16: (torch.bfloat16, torch.int16), F16: (torch.float16, torch.int16)}
+"""Of a page's numbers, and of their bits"""
+STEPS = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 HELD = [
     Held((60,), rows=1, fmt=INT8, sealed=(1,)),
     Held((33, 40), rows=33),
@@ -32,8 +35,16 @@ def _run(ops: Backend, state: State, qkv: Tensor, norms: tuple[Tensor | None, Te
 
 
 @pytest.mark.parametrize("dim", [16, 80, 128])
-@pytest.mark.parametrize("pages", [F32, BF16])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize(
+    ("pages", "dtype"),
+    [
+        (F32, torch.float32),
+        (F32, torch.bfloat16),
+        (BF16, torch.float32),
+        (BF16, torch.bfloat16),
+        (F16, torch.float16),
+    ],
+)
 def test_as_the_reference(triton: Backend, reference: Backend, dim: int, pages: PageFormat, dtype: torch.dtype) -> None:
     state = build(PageLayout(dim, pages), HELD, layers=2)
     theirs = state.copy()
@@ -41,14 +52,13 @@ def test_as_the_reference(triton: Backend, reference: Backend, dim: int, pages: 
     norms = (randn(dim, seed=8), randn(dim, seed=9) if dim > 16 else None)
     q, expected = _run(triton, state, qkv, norms), _run(reference, theirs, qkv.float(), norms)
     assert q.dtype == dtype
-    torch.testing.assert_close(q.float(), expected, atol=5e-6, rtol=1e-5 if dtype is torch.float32 else 2**-8)
-    size, step = (torch.int32, 1e-5) if pages is F32 else (torch.int16, 2**-7)
-    actual, wanted = (kv.data.view(size) for kv in (state.kv, theirs.kv))
+    torch.testing.assert_close(q.float(), expected, atol=5e-6, rtol=STEPS[dtype])
+    number, bits = TYPES[pages]
+    actual, wanted = (kv.data.view(bits) for kv in (state.kv, theirs.kv))
     differ = actual != wanted
-    numbers = (
-        part[differ].view(torch.float32 if pages is F32 else torch.bfloat16).float() for part in (actual, wanted)
-    )
-    torch.testing.assert_close(*numbers, atol=5e-6, rtol=step)  # NaN where nothing should have been written
+    numbers = (part[differ].view(number).float() for part in (actual, wanted))
+    # Not a number where nothing should have been written
+    torch.testing.assert_close(*numbers, atol=5e-6, rtol=2 * STEPS[number])
     assert differ.float().mean() < 0.1
 
 
