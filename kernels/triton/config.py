@@ -48,10 +48,14 @@ def attend_tile(is_decode: bool, group: int, dim: int, is_f32: bool, fmt: PageFo
         return Tile(least, 32, 4, 1)
     if is_decode:
         return Tile(least, 64 if dim <= 128 else 32, 4, 3)
+    # The two halves of an int4 page, as numbers, leave registers for half as many rows; with the asynchronous products
+    # of Blackwell, whose blocks have 64 rows at least, for none that are read ahead.
+    if dim > 128 and architecture() >= 100:
+        return Tile(max(least, 64), 32, 8, 1 if fmt is PageFormat.INT4 else 3)
     if dim > 128:
-        return Tile(max(least, 64), 32, 4, 3)
+        is_tight = fmt is PageFormat.INT4 or (fmt.is_quantized and architecture() < 90)
+        return Tile(max(least, 32 if is_tight else 64), 32, 8, 3)
     if architecture() < 90:
-        # The two halves of an int4 page, as numbers, leave registers for half as many rows.
         return Tile(max(least, 32 if fmt is PageFormat.INT4 and dim > 64 else 64), 64, 8, 3)
     # A warp group, four warps, computes 64 rows; two share what is read and made into numbers.
     return Tile(max(least, 128), 64, 8, 3)
@@ -67,10 +71,12 @@ def attend_registers(
     arch = architecture()
     if is_codes and is_decode and arch < 100:
         # Four blocks of threads share a multiprocessor then, and hide each other's waits. Where that spills, fewer do.
-        has_room = not is_choosy and (arch >= 90 or fmt is not PageFormat.INT4 or dim > 64)
+        has_room = not is_choosy and dim <= 128 and (arch >= 90 or fmt is not PageFormat.INT4 or dim > 64)
         return 128 if has_room else None
     if is_decode and fmt is PageFormat.INT2 and dim > 64 and arch == 90 and not is_choosy:
         return 168  # three blocks
+    if is_decode and fmt is PageFormat.FP8 and not is_codes and dim > 128:
+        return 168
     if (fmt is PageFormat.F16 and is_choosy) or (is_f32 and is_windowed):
         return 128
     return None

@@ -20,12 +20,14 @@ from triton import knobs
 
 from winnow.kernels.dispatch import backend
 from winnow.kernels.layout import PageFormat
-from winnow.kernels.triton.aot import SHARED_LIMITS, Machine, recording
+from winnow.kernels.triton.aot import SHARED_LIMITS, Launch, Machine, recording
 from winnow.kernels.triton.device import page_formats
 from winnow.kernels.triton.roofline import GPUS, Decode
 from winnow.kernels.triton.workloads import MODELS, workloads
 
 NAMES = {80: "A100", 90: "H100, H200", 100: "B200"}
+BATCH, CONTEXT = 32, 8192
+"""Of the bound on decode"""
 
 
 @dataclass(frozen=True)
@@ -37,15 +39,21 @@ class Variant:
     machine: Machine
 
 
-def variants(arch: int, wanted: list[str]) -> Iterator[Variant]:
-    """Compiles what the workloads launch, or those that are wanted: names, or models. In a process of its own only."""
+def launches(arch: int, wanted: list[str]) -> list[tuple[str, Launch]]:
+    """What the workloads launch, or those that are wanted, names or models; each variant with the first that does. In a
+    process of its own only."""
     launched = []
     with recording(arch) as taken:
         for workload in workloads(backend("triton")):
             if not wanted or workload.name in wanted or workload.name.split(",")[0] in wanted:
                 workload.run()
                 launched += [(workload.name, launch) for launch in taken()]
-    for name, launch in launched:
+    return launched
+
+
+def variants(arch: int, wanted: list[str]) -> Iterator[Variant]:
+    """Compiles those."""
+    for name, launch in launches(arch, wanted):
         constants = {key: str(value) for key, value in launch.constexprs.items() if value is not None}
         yield Variant(name, constants, launch.compile())
 
@@ -111,8 +119,8 @@ def roofline(batch: int, context: int) -> str:
         lines = [
             f"### {model.name}: {batch} sequences of {context} tokens, one layer",
             "",
-            f"| format | MB | times less than bf16 | {' | '.join(f'{gpu.name}, µs' for gpu in GPUS)} |",
-            f"| --- |{' ---: |' * (2 + len(GPUS))}",
+            f"| format | MB | times less than bf16 | GFLOP | {' | '.join(f'{gpu.name}, µs' for gpu in GPUS)} |",
+            f"| --- |{' ---: |' * (3 + len(GPUS))}",
         ]
         whole = Decode(model.layout, model.q_heads, model.kv_heads, PageFormat.BF16, batch, context)
         for fmt in page_formats():
@@ -120,9 +128,8 @@ def roofline(batch: int, context: int) -> str:
                 continue
             one = Decode(model.layout, model.q_heads, model.kv_heads, fmt, batch, context)
             times = [f"{1e6 * one.seconds(gpu):.0f}" for gpu in GPUS]
-            lines.append(
-                f"| {fmt.label} | {one.bytes / 1e6:.0f} | {whole.bytes / one.bytes:.2f} | {' | '.join(times)} |"
-            )
+            cells = [fmt.label, f"{one.bytes / 1e6:.0f}", f"{whole.bytes / one.bytes:.2f}", f"{one.flops / 1e9:.1f}"]
+            lines.append(f"| {' | '.join(cells + times)} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
@@ -154,8 +161,8 @@ def report(found: dict[int, list[Variant]], wanted: list[str], batch: int, conte
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch", type=int, default=32, help="sequences of the bound on decode")
-    parser.add_argument("--context", type=int, default=8192, help="their tokens")
+    parser.add_argument("--batch", type=int, default=BATCH, help="sequences of the bound on decode")
+    parser.add_argument("--context", type=int, default=CONTEXT, help="their tokens")
     parser.add_argument("--out", type=Path, help="where to write the report instead of printing it")
     parser.add_argument("--compile", type=int, choices=SHARED_LIMITS, help="one architecture only, as lines of JSON")
     parser.add_argument("workloads", nargs="*", help="their names, or models; all if there is none")

@@ -20,6 +20,12 @@ from winnow.kernels.triton.device import page_formats
 from winnow.kernels.vote import Vote
 
 LAYERS = 2
+KINDS: dict[torch.dtype, tuple[WeightKind, ...]] = {
+    torch.float32: ("f32",),
+    torch.bfloat16: ("bf16", "fp8"),
+    torch.float16: ("f16",),
+}
+"""Of weights, by the activations beside them"""
 SEALED = tuple(fmt for fmt in page_formats() if fmt not in (PageFormat.F32, PageFormat.BF16))
 """Formats that full pages are turned into, in which no new token is written"""
 
@@ -39,13 +45,15 @@ class Model:
     def layout(self) -> PageLayout:
         if self.dtype is torch.float32:
             return PageLayout(self.head_dim, PageFormat.F32, 16)
-        return PageLayout(self.head_dim, PageFormat.BF16, 32)
+        return PageLayout(self.head_dim, PageFormat.BF16 if self.dtype is torch.bfloat16 else PageFormat.F16, 32)
 
 
 SMOLLM2 = Model("SmolLM2 135M", head_dim=64, q_heads=9, kv_heads=3, hidden=576)
 LLAMA = Model("Llama 3.1 8B", head_dim=128, q_heads=32, kv_heads=8, hidden=4096)
 QWEN = Model("Qwen3 8B", head_dim=128, q_heads=32, kv_heads=8, hidden=4096, has_qk_norm=True)
 MODELS = (SMOLLM2, LLAMA, QWEN)
+OTHER_HEADS = tuple(Model(f"heads of {dim}", dim, q_heads=32, kv_heads=8, hidden=32 * dim) for dim in (80, 96, 256))
+"""Of no model in particular"""
 
 
 @dataclass(frozen=True)
@@ -125,7 +133,11 @@ def workloads(ops: Backend, batch: int = 5) -> Iterator[Workload]:
         yield from attention(ops, model, batch)
     f32 = replace(SMOLLM2, name="SmolLM2 135M f32", dtype=torch.float32)
     yield from attention(ops, f32, batch, (PageFormat.INT4,))
-    for model in MODELS:
+    f16 = replace(LLAMA, name="Llama 3.1 8B f16", dtype=torch.float16)
+    yield from attention(ops, f16, batch, (PageFormat.INT4,))
+    for model in OTHER_HEADS:
+        yield from attention(ops, model, batch)
+    for model in (*MODELS, *OTHER_HEADS, f16):
         yield from rows(ops, model, batch)
     for model in (SMOLLM2, LLAMA):
         yield from signals(ops, model, batch)
@@ -166,8 +178,7 @@ def rows(ops: Backend, model: Model, batch: int) -> Iterator[Workload]:
         ops.rope_write(q.new_zeros(len(q), heads * dim), tables[0], tables[1], rows, kv, 0, norm, norm, 1e-5)
 
     def linear(count: int) -> None:
-        kinds: tuple[WeightKind, ...] = ("f32",) if model.dtype is torch.float32 else ("bf16", "fp8")
-        for kind in kinds:
+        for kind in KINDS[model.dtype]:
             weight = ops.pack(torch.zeros(256, hidden), kind)
             x = ops.embed(torch.zeros(count, dtype=torch.int32), weight)
             ops.linear(x, weight)

@@ -126,6 +126,22 @@ def test_the_pod_asks_for_probes_that_exist_and_waits_for_the_drain(tmp_path: Pa
     assert int(grace.rstrip("s")) > Settings().drain_s
 
 
+@kubernetes
+def test_requests_reach_the_pods(name: str, series: set[str]) -> None:
+    """By the service, and by a router of the Gateway API's inference extension."""
+    parts = manifests(name)
+    template = parts["Deployment"]["spec"]["template"]
+    labels = template["metadata"]["labels"]
+    for selector in (parts["Deployment"]["spec"]["selector"]["matchLabels"], parts["Service"]["spec"]["selector"]):
+        assert selector.items() <= labels.items()
+    assert {port["targetPort"] for port in parts["Service"]["spec"]["ports"]} == {
+        port["name"] for port in template["spec"]["containers"][0]["ports"]
+    }
+    assert labels["inference.networking.k8s.io/engine-type"] == "winnow"
+    told = set(re.findall(r"winnow:[a-z]\w+", (DEPLOY / name).read_text()))
+    assert len(told) == 3 and told <= series
+
+
 @pytest.fixture(scope="module")
 def series() -> set[str]:
     """Names of the server's time series."""

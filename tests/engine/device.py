@@ -70,6 +70,9 @@ class There(Tensor):
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
+    def data_ptr(self) -> int:
+        return self.here.data_ptr()
+
 
 def here(x: Any) -> Any:
     return x.here if isinstance(x, There) else x

@@ -26,7 +26,7 @@ from ..models.checkpoints import prompt_of, random_model, write_gguf
 from . import imagery
 from .bench import Bench, assert_same
 from .imagery import Part
-from .plans import evict
+from .plans import KV, evict
 from .seeing import TinyEyes, picture, pictured, with_axes
 from .tape import capture
 
@@ -37,11 +37,20 @@ pytestmark = pytest.mark.skipif(not knobs.runtime.interpret, reason="tests/gpu d
 
 PLANS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "evicted and packed": {"kv": {"evict": {"policy": "snapkv", "budget": 20, "recent": 6}, "format": "int4"}},
-    "packed": {"kv": {"format": "int4", "residual": 0}},
+    "evicted and packed": {
+        "kv": {"evict": {"policy": "snapkv", "budget": 50, "recent": 6}, "format": "int8", "residual": 0}
+    },
+    "packed": {"kv": {"format": "fp8", "residual": 0}},
 }
-PROMPTS = {name: prompt_of(length, length) for name, length in zip(PLANS, (17, 40, 36), strict=True)}
+PROMPTS = {name: prompt_of(length, length) for name, length in zip(PLANS, (17, 60, 56), strict=True)}
 NEW = 5
+METHODS: dict[str, tuple[int, dict[str, Any]]] = {
+    "keys are turned to new places": (74, KV["compact"]),
+    "rows vote": (20, evict("h2o")),
+    "tokens are merged": (20, evict("h2o", merge={"policy": "compensation"})),
+    "pages are read by their bounds": (40, KV["quest"] | {"read": KV["quest"]["read"] | {"tokens": 16}}),
+}
+"""Tokens of a prompt, and what its plan does to lanes"""
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +80,32 @@ def answers(bench: Bench) -> dict[str, list[int]]:
     bench.engine.arena.kv.data.fill_(255)
     for name, plan in PLANS.items():
         bench.submit(name, PROMPTS[name], NEW, plan)
-    return {name: seen.tokens for (name, _), seen in bench.run().items()}
+    seen = {name: one for (name, _), one in bench.run().items()}
+    for name, fmt in {"evicted and packed": "int8", "packed": "fp8"}.items():
+        report = seen[name].last.compression
+        assert report is not None and report.tokens_by_format[fmt]
+    return {name: one.tokens for name, one in seen.items()}
+
+
+def test_methods(there: Decoder, folder: Path, triton: Backend, ops: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All in one batch: what they say, which tokens they hold, and what they report."""
+    for module in (votes, reading):  # short lanes need few programs
+        monkeypatch.setattr(module, "COLUMNS", 2)
+    said = []
+    for bench in (
+        Bench(load_model(str(folder), ops, "f32"), 2000, profiles={}, max_step_tokens=128),
+        Bench(there, 2000, triton, {}, device="cuda", page_tokens=16, max_step_tokens=128),
+    ):
+        for name, (length, kv) in METHODS.items():
+            bench.submit(name, prompt_of(length, length), 9, {"kv": kv})
+        said.append(bench.run())
+    for choice, wanted in said[0].items():
+        seen = said[1][choice]
+        assert seen.tokens == wanted.tokens, choice
+        assert seen.kept.keys() == wanted.kept.keys()
+        for event, held in wanted.kept.items():
+            assert torch.equal(seen.kept[event], held), (choice, event)
+        assert seen.last.compression == wanted.last.compression
 
 
 def test_image_tokens_are_dropped_between_layers(there: Decoder, triton: Backend, folder: Path, ops: Backend) -> None:
@@ -210,7 +244,7 @@ def test_what_cannot_be(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         build_engine(settings(folder))
 
 
-@pytest.mark.parametrize("weights", ["bf16", "fp8"])
+@pytest.mark.parametrize("weights", ["bf16", "f16", "fp8"])
 def test_weights_are_the_files(
     weights: WeightKind, folder: Path, triton: Backend, ops: Backend, tmp_path: Path
 ) -> None:
@@ -220,10 +254,25 @@ def test_weights_are_the_files(
     exact = load_model(str(folder), ops, "f32").embed(tokens)
     for path in (folder, write_gguf(tmp_path / "small.gguf", model, "llama")):
         narrow = load_model(str(path), triton, weights).embed(tokens)
-        assert narrow.dtype == torch.bfloat16
-        if weights == "bf16":
-            assert torch.equal(narrow, exact.bfloat16())
+        assert narrow.dtype == (torch.float16 if weights == "f16" else torch.bfloat16)
+        if weights != "fp8":
+            assert torch.equal(narrow, exact.to(narrow.dtype))
         torch.testing.assert_close(narrow.float(), exact, rtol=2**-4, atol=exact.abs().max().item() * 2**-9)
+
+
+@pytest.mark.parametrize(("weights", "part"), [("bf16", 0.03), ("f16", 0.008)])
+def test_sixteen_bits(
+    weights: WeightKind, part: float, folder: Path, triton: Backend, ops: Backend, replayed: list[int]
+) -> None:
+    """Logits stray from those of f32 by what the type rounds off, in chunks and in a step that is replayed."""
+    model, wide = load_model(str(folder), triton, weights), load_model(str(folder), ops, "f32")
+    bench = Bench(model, 600, triton, {}, device="cuda", weights=weights, page_tokens=16, max_step_tokens=16)
+    assert bench.engine.arena.layout.compute.label == bench.engine.info.compute_format == weights
+    prompt = prompt_of(40)
+    seen = bench.alone(prompt, 3)
+    assert replayed == [1], "of the two generated tokens that are read the second"
+    exact = Bench(wide, 600, max_step_tokens=64).alone([*prompt, *seen.tokens[:2]], 1).logits[42]
+    assert (seen.logits[42] - exact).norm() < part * exact.norm()
 
 
 @pytest.fixture

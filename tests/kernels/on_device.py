@@ -37,7 +37,7 @@ class OnDevice:
             given = dict(bound.arguments)
             for key, value in given.items():
                 if isinstance(value, PagedKV):
-                    bound.arguments[key] = _kv_to(value, to)
+                    bound.arguments[key] = kv_to(value, to)
                 elif isinstance(value, LaneBatch):
                     choices = {b: choice.to(to, copy=True) for b, choice in value.choices.items()}
                     bound.arguments[key] = replace(value, choices=choices, native=None)
@@ -64,7 +64,8 @@ def _home(result: Any) -> Any:
     return result.cpu() if isinstance(result, Tensor) else result
 
 
-def _kv_to(kv: PagedKV, to: torch.device) -> PagedKV:
+def kv_to(kv: PagedKV, to: torch.device) -> PagedKV:
+    """A copy whose pages, and what slots hold beside them, are in the memory of `to`."""
     sides = {name: {slot: part.to(to, copy=True) for slot, part in getattr(kv, name).items()} for name in SIDES}
     reading = {slot: _state(state, lambda part: part.to(to, copy=True)) for slot, state in kv.reading.items()}
     energy = {slot: replace(part, sums=part.sums.to(to, copy=True)) for slot, part in kv.energy.items()}

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from pathlib import Path
 
+import gpu
 import pytest
 import torch
+import typer
 from gpu_lanes import BF16, LLAMA, SMOL, lanes
 from gpu_model import TINY as TINY_MODEL
 from gpu_model import random_model
@@ -49,6 +52,13 @@ def test_a_model_of_random_weights_is_a_model() -> None:
     logits = model.forward(torch.arange(6, dtype=torch.int32), state.batch, state.kv, torch.arange(6))
     assert logits.shape == (6, 128)
     assert bool(logits.isfinite().all()) and float(logits.std()) > 0.1
+
+
+def test_without_a_gpu_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "HAS_GPU", False)
+    with pytest.raises(typer.BadParameter, match="no GPU"):
+        gpu.main(out=tmp_path / "gpu.json")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_fails_costs_nothing_else() -> None:

@@ -1,14 +1,17 @@
 """Kernels that serve real models, compiled for GPUs that are not there: nothing spills, pages are read in whole
-vectors, products are those of tensor cores, and the size of a step compiles nothing anew.
+vectors, products are those of tensor cores, the size of a step compiles nothing anew; and to launch them nothing is
+asked of the device.
 
 Compilation needs processes without the interpreter. Here a few variants are compiled, all of them by
 `python -m winnow.kernels.triton.report`.
 """
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -40,6 +43,15 @@ with recording(90) as taken:
             workload.run()
         print(sorted({launch.name for launch in taken()}))
 """
+
+ROOT = Path(__file__).parents[3]
+
+
+def lines_of(*arguments: str) -> list[list]:
+    """What a process prints, line by line of JSON."""
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +107,24 @@ def test_the_size_of_a_step_compiles_nothing_anew(outside: None) -> None:
     first, *later = done.stdout.splitlines()
     assert "attend" in first
     assert later == ["[]", "[]"]
+
+
+def test_launching_a_step_asks_nothing_of_the_device(outside: None) -> None:
+    """Nor waits for a copy to it. That something would be seen is seen where lanes are repacked, between steps."""
+    *steps, (repack, asked, _) = lines_of("-m", "tests.kernels.triton.launching")
+    assert repack == "repack" and asked
+    launched = set()
+    for name, asked, kernels in steps:
+        assert not asked, name
+        launched |= {*kernels}
+    assert launched >= {
+        "attend",
+        "merge",
+        "_rope_write",
+        "_rms_norm",
+        "_silu_mul",
+        "_count",
+        "_normalise",
+        "_add_moments",
+    }
+    assert launched >= {"bound_pages", "score_pages", "score_tokens", "select", "take_over"}

@@ -23,14 +23,17 @@ def _attend(ops: Backend, state: State, q: Tensor, window: int = 0, layer: int =
 
 
 def _assert_parity(triton: Backend, reference: Backend, state: State, group: int, window: int = 0) -> None:
+    """Outputs and masses, in both types of activations."""
     heads, dim = state.kv.table.shape[2], state.kv.layout.head_dim
     q = randn(state.rows, group * heads, dim, seed=5)
-    expected = _attend(reference, state, q, window)
-    torch.testing.assert_close(_attend(triton, state, q, window), expected, atol=2e-5, rtol=1e-5)
     # In bf16 the error of a row is that of its weights and values, rounded to 8 bits.
-    rounded = q.bfloat16()
-    expected = _attend(reference, state, rounded.float(), window)
-    torch.testing.assert_close(_attend(triton, state, rounded, window).float(), expected, atol=2e-2, rtol=2e-2)
+    for queries, tolerance in ((q, {"atol": 2e-5, "rtol": 1e-5}), (q.bfloat16(), {"atol": 2e-2, "rtol": 2e-2})):
+        ours, theirs = state.copy(), state.copy()
+        out = _attend(triton, ours, queries, window)
+        assert out.dtype == queries.dtype
+        torch.testing.assert_close(out.float(), _attend(reference, theirs, queries.float(), window), **tolerance)
+        for slot, mass in theirs.kv.mass.items():
+            torch.testing.assert_close(ours.kv.mass[slot], mass, **(tolerance | {"rtol": tolerance["atol"]}))
 
 
 CASES = {
@@ -50,6 +53,10 @@ CASES = {
     ],
     "tokens that stand for many": [Held((50, 20), rows=4, sealed=(2, 1), weighted=True), Held((40,))],
     "a sequence without rows": [Held((30,), rows=2), Held((30,), rows=0), Held((5,))],
+    "lanes for several programs, and for one": [
+        Held((600, 3), first_vote=0),  # in the second lane all shares but the first are empty
+        Held((1,), sealed=(6, 2), rest=(0, 10), rest_fmt=INT8),  # the new row alone is open
+    ],
 }
 
 
@@ -59,7 +66,18 @@ def test_attention_matches_the_reference(triton: Backend, reference: Backend, he
     _assert_parity(triton, reference, build(PageLayout(64, compute), held), group=3)
 
 
-@pytest.mark.parametrize(("group", "dim"), [(1, 80), (7, 16), (20, 32)])
+@pytest.mark.parametrize("held", [CASES["every format, alone and as a second one"], CASES["chunks over full pages"]])
+def test_attention_in_f16(triton: Backend, reference: Backend, held: list[Held]) -> None:
+    state = build(PageLayout(64, F16, 32), [*held, Held((70, 33), rows=2, first_vote=0), Held((90,), rows=90)])
+    theirs, q = state.copy(), randn(state.rows, 6, 64, seed=5).half()
+    out = _attend(triton, state, q)
+    assert out.dtype == torch.float16
+    torch.testing.assert_close(out.float(), _attend(reference, theirs, q.float()), atol=4e-3, rtol=4e-3)
+    for slot, mass in theirs.kv.mass.items():
+        torch.testing.assert_close(state.kv.mass[slot], mass, atol=4e-3, rtol=4e-3)
+
+
+@pytest.mark.parametrize(("group", "dim"), [(1, 80), (7, 16), (20, 32), (3, 96), (4, 128), (2, 256)])
 def test_head_shapes(triton: Backend, reference: Backend, group: int, dim: int) -> None:
     held = [
         Held((9, 20), rows=2, fmt=INT4, sealed=(0, 1), first_vote=1),
@@ -67,6 +85,16 @@ def test_head_shapes(triton: Backend, reference: Backend, group: int, dim: int) 
         Held((20,), rows=20, fmt=INT8, sealed=(1,)),
     ]
     _assert_parity(triton, reference, build(PageLayout(dim, BF16), held, kv_heads=1, seed=dim), group)
+
+
+def test_pages_that_sequences_share(triton: Backend, reference: Backend) -> None:
+    """The first pages of all lanes, sealed ones and open ones, as a prefix that was found is held."""
+    held = [Held((70, 20), sealed=(2, 1)), Held((40,), rows=7, sealed=(2, 1)), Held((33,), rows=33), Held((50,))]
+    state = build(PageLayout(64, BF16, 32), held)
+    table, (first, second, third, fourth) = state.kv.table, state.batch.slots.tolist()
+    table[second, 0, 0, :3], table[second, 0, 1, :1] = table[first, 0, 0, :3], table[first, 0, 1, :1]
+    table[fourth, ..., :1] = table[third, ..., :1]
+    _assert_parity(triton, reference, state, group=2)
 
 
 def test_parts_of_a_chunk_in_blocks_of_their_own(
