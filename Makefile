@@ -17,7 +17,7 @@ test: install-dev  ## run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-vllm: install-dev build/vllm/.installed  ## the server with vLLM as its engine, on a CPU
-	WINNOW_VLLM_PYTHON=build/vllm/bin/python $(BIN)/python -m pytest tests/contract/test_vllm.py $(ARGS)
+	WINNOW_VLLM_PYTHON=build/vllm/bin/python $(BIN)/python -m pytest tests/contract/test_vllm.py tests/contract/test_vllm_images.py $(ARGS)
 
 check: install-dev build/src  ## linters and types
 	$(BIN)/ruff check .

@@ -244,6 +244,8 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
     """JSON paths of what a request cannot ask of this engine, and why; a format that it has can be asked for still"""
     sees: dict[str, int] = {}
     """What the model sees ("image", "video") -> the id of the tokens that stand for it in a prompt; empty: only text"""
+    video_keep: float | None = None
+    """Share that the policy 'evs' leaves of every video, whatever plans say; None: as they say"""
 
 
 class EngineStats(msgspec.Struct, frozen=True, tag="stats"):

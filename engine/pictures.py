@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
@@ -102,7 +102,7 @@ class Pictures:
         """Queues a request. RequestError where it cannot be served with pictures, or its prompt does not fit them."""
         check_pictures(request, plan, speculation, self.eyes)
         vision = plan.prunes if plan.prunes is not None and plan.prunes.shrinks_prompts else None
-        self._waiting[request.request_id] = Waiting(request, vision, places_of(request, self.eyes))
+        self._waiting[request.request_id] = Waiting(request, vision, places_of(request, self.eyes.sees))
 
     def forget(self, request_id: str) -> None:
         self._waiting.pop(request_id, None)
@@ -207,24 +207,26 @@ def digest_of(picture: Picture, vision: Vision | None, salt: str) -> bytes:
     return digest.digest()
 
 
-def places_of(request: Submit, eyes: Eyes) -> list[Indices]:
+def places_of(request: Submit, sees: Mapping[str, int]) -> list[Indices]:
     """[N] each: where the placeholders of the request's pictures stand in its prompt.
 
+    Args
+        sees: `EngineInfo.sees`
     Raises
         RequestError: pictures are not what the prompt has placeholders for
     """
     prompt, upto, places = np.array(request.prompt, np.int32), 0, []
     for i, picture in enumerate(request.pictures):
         end = picture.first + picture.span
-        if picture.kind not in eyes.sees:
+        if picture.kind not in sees:
             raise RequestError("messages", f"messages: this model sees no {picture.kind}s")
         is_in_order = upto <= picture.first < end <= picture.turn_end <= len(prompt)
         if len(picture.key) != KEY_BYTES or not is_in_order:
             raise RequestError("pictures", f"pictures: the prompt does not have number {i} where it is said to be")
-        own = np.flatnonzero(prompt[picture.first : end] == eyes.sees[picture.kind])
+        own = np.flatnonzero(prompt[picture.first : end] == sees[picture.kind])
         places.append(picture.first + own)
         upto = end
-    placeholders = np.isin(prompt, list(eyes.sees.values())).sum()
+    placeholders = np.isin(prompt, list(sees.values())).sum()
     if placeholders != sum(map(len, places)) or not all(map(len, places)):
         raise RequestError("pictures", f"pictures: the prompt's {placeholders} placeholders are not all theirs")
     return places

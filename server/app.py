@@ -78,8 +78,7 @@ def _load(settings: Settings) -> tuple[Client, Tokenizer, Processor | None]:
     from winnow.engine.models.vision.processor import load_processor
 
     tokenizer = load_tokenizer(settings.model)
-    processor = load_processor(settings.model, tokenizer) if settings.engine == "winnow" else None
-    return EngineClient(settings.of_engine), tokenizer, processor
+    return EngineClient(settings.of_engine), tokenizer, load_processor(settings.model, tokenizer)
 
 
 def _describe(app: FastAPI, needs_key: bool) -> None:

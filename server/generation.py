@@ -9,8 +9,10 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from uuid import uuid4
 
+from winnow.engine.compression.capabilities import for_pictures
 from winnow.engine.compression.plan import Plan
 from winnow.engine.compression.reach import dropped_tokens, longest_text
+from winnow.engine.compression.vision.policy import Kind
 from winnow.engine.errors import EngineDied, PlanNotSupported, PromptTooLong, RequestError
 from winnow.engine.messages import EngineInfo, Output, Picture, Submit
 from winnow.engine.speculation.speculation import Speculation
@@ -89,8 +91,10 @@ class Generation:
             info = service.engine()
             request.check_vocabulary(info.vocab_size)
             plan = service.plans.resolve(request.compression, info, service.settings.model_to_name)
-            has_pictures = any(prompt.pictured is not None for prompt in self.prompts)
-            speculation = service.speculations.resolve(request.speculative, plan, info, has_pictures)
+            kinds = frozenset[Kind]().union(*(prompt.kinds for prompt in self.prompts))
+            seen = [kind for kind in kinds if kind in info.sees]
+            plan = for_pictures(plan, seen, info, request.compression is not None)
+            speculation = service.speculations.resolve(request.speculative, plan, info, bool(kinds))
             self.usage.speculates = speculation is not None
             self.has_plan = not plan.is_off
             self.usage.plan = described(plan) if self.has_plan else None
@@ -108,17 +112,16 @@ class Generation:
     async def _read(self, index: int, plan: Plan, flight: Flight, info: EngineInfo) -> ReadPrompt:
         prompt = self.prompts[index]
         if prompt.pictured is not None:
-            self._check_images(plan, prompt, info)
+            self._check_images(plan)
             pictured = await prompt.pictured(info, flight)
             return ReadPrompt(pictured.tokens, pictures=pictured.pictures)
         read = await self._read_text(index, plan, flight, info)
         check_unmarked(read.tokens, info.sees, self.prompt_param)
         return read
 
-    def _check_images(self, plan: Plan, prompt: PromptSource, info: EngineInfo) -> None:
-        """Refuses what does not go with images, before any is read. What goes by marked text, of which the tokens are
-        not known where images are among it, the server's own plan does without."""
-        plan.check_pictures(prompt.kinds & info.sees.keys())
+    def _check_images(self, plan: Plan) -> None:
+        """Refuses what goes by marked text, of which the tokens are not known where images are among it. The server's
+        own plan does without."""
         if self.request.compression is None:
             return
         for path, is_asked in (("compression.prompt", plan.shortens), ("compression.kv.scope", plan.kv.scope)):

@@ -28,7 +28,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 NOT_OF_VLLM = {"page_tokens", "max_stream_len", "embedding_model", "llmlingua2_model", "speculative"}
 NOT_OF_VLLM |= {"draft_model", "draft_weights", "draft_memory_gib"}
 NOT_OF_VLLM |= {"vision_model", "vision_model_name", "vision_weights", "vision_memory_gib"}
-NOT_OF_VLLM |= {"allowed_image_domains", "image_cache_gib", "async_scheduling"}
+NOT_OF_VLLM |= {"image_cache_gib", "async_scheduling"}
 """Settings of what only our own engine does"""
 DOMAIN = re.compile(r"[A-Za-z0-9.-]+(:\d{1,5})?")
 """A host as it is looked up (internationalized names in their ASCII form), and a port"""

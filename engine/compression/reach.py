@@ -35,7 +35,7 @@ def dropped_tokens(prompt: list[int], pictures: Iterable[Picture], plan: Plan, i
     vision, dropped = plan.prunes, 0
     if vision is None or not vision.shrinks_prompts:
         return 0
-    for picture in pictures:
+    for picture in (one for one in pictures if one.kind in vision.kinds):
         tokens = prompt[picture.first : picture.first + picture.span].count(info.sees[picture.kind])
         dropped += tokens - vision.tokens(tokens)
     return dropped

@@ -1,4 +1,4 @@
 """vLLM as the engine behind the same server: its models, and its parallelism over GPUs and nodes.
 
-Only `engine.py` imports vllm, and only a process started with `engine: vllm` imports that.
+Only `engine.py` and `multimodal.py` import vllm, and only a process started with `engine: vllm` imports that.
 """

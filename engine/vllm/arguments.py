@@ -7,6 +7,7 @@ from typing import Any
 
 from winnow.engine.config import EngineSettings
 from winnow.engine.errors import ModelError
+from winnow.engine.vllm.pictures import PRUNES_VIDEOS, seeing_type
 
 DTYPES = {"f32": "float32", "bf16": "bfloat16", "fp8": "bfloat16"}
 """What vLLM computes in, by how weights are held"""
@@ -24,10 +25,14 @@ REFUSED = {
     "kv_cache_memory_bytes": "is the setting kv_memory_gib",
     "served_model_name": "is the setting served_model_name",
     "tokenizer": "has no effect: the server tokenizes",
-    "skip_tokenizer_init": "has no effect: the server tokenizes",
+    "skip_tokenizer_init": "follows from the model: the server tokenizes",
+    "language_model_only": "follows from the model: all but Qwen2-VL and Qwen2.5-VL read text only",
+    "mm_processor_kwargs": "has no effect: the server's image processor is asked, not vLLM's",
+    "mm_device_do_normalize": "must stay: the server's image processor has normalized pixels",
+    "media_io_kwargs": "has no effect: the server decodes images and videos",
     "max_logprobs": "is the setting max_logprobs",
     "logprobs_mode": "must stay: logprobs are those before any change to them",
-    "video_pruning_rate": "has no effect: this server takes no videos",
+    "video_pruning_method": "must stay: it is the policy evs, the only one that plans have a name for",
     "data_parallel_size": "has no effect: a server runs one replica",
 }
 """Arguments that others stand for, and why"""
@@ -41,16 +46,24 @@ def engine_arguments(settings: EngineSettings, model: Path) -> dict[str, Any]:
     """Fields of vLLM's EngineArgs.
 
     Raises
-        ModelError: it names an entry of `vllm_args` that another setting stands for
+        ModelError: it names an entry of `vllm_args` that another setting stands for, or that has no effect
     """
     for name in settings.vllm_args:
         if name in REFUSED:
             raise ModelError(f"vllm_args.{name} {REFUSED[name]}")
+    kind = seeing_type(model)
+    if "video_pruning_rate" in settings.vllm_args and kind not in PRUNES_VIDEOS:
+        raise ModelError(
+            "vllm_args.video_pruning_rate: of the models that this server reads videos for, vLLM prunes "
+            "those of Qwen2.5-VL alone"
+        )
     memory = settings.kv_memory_gib
     return {
         "model": str(model),
         "tokenizer": str(model),
-        "skip_tokenizer_init": True,
+        "skip_tokenizer_init": kind is None,  # vLLM makes up pictures with it, to see what memory they take
+        "language_model_only": kind is None,
+        "mm_device_do_normalize": False,  # the server's image processor has
         "dtype": DTYPES[settings.weights],
         "quantization": "fp8" if settings.weights == "fp8" else None,
         "max_model_len": settings.max_model_len,

@@ -10,11 +10,11 @@ import dataclasses
 import time
 from dataclasses import dataclass
 
+import msgspec
 from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMClientError, VLLMError
-from vllm.inputs.engine import tokens_input
 from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
@@ -23,7 +23,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
 from winnow.engine.calibration.store import cache_folder, weights_hash
-from winnow.engine.compression.capabilities import for_engine
+from winnow.engine.compression.capabilities import for_engine, for_pictures
 from winnow.engine.compression.plan import Plan
 from winnow.engine.config import EngineSettings
 from winnow.engine.errors import ModelError, PromptTooLong, RequestError
@@ -33,7 +33,10 @@ from winnow.engine.models.export import export_directory
 from winnow.engine.models.files import resolve_model
 from winnow.engine.vllm.arguments import engine_arguments, kv_format
 from winnow.engine.vllm.memory import BlockMemory
-from winnow.engine.vllm.requests import REFUSES, sampling_fields, token_logprobs
+from winnow.engine.vllm.multimodal import Prompt, Prompts
+from winnow.engine.vllm.pictures import seeing_type
+from winnow.engine.vllm.positions import place_as_whole
+from winnow.engine.vllm.requests import REFUSES, refusals, sampling_fields, token_logprobs
 
 
 @dataclass
@@ -42,7 +45,7 @@ class Choice:
 
     request_id: str
     index: int
-    prompt_tokens: int
+    prompt: Prompt
     logprobs: int | None
     generated: int = 0
     cached_tokens: int = 0
@@ -102,6 +105,9 @@ class VllmEngine:
         self._scheduler = self._llm.engine_core.engine_core.scheduler
         specs = [spec for worker in self._llm.collective_rpc("get_kv_cache_spec") for spec in worker.values()]
         self._memory = BlockMemory(specs, config, config.model_config.dtype, label)
+        self._prompts = Prompts(config.model_config, seeing_type(path))
+        if self._prompts.video_keep is not None:
+            self._llm.collective_rpc(place_as_whole)
         self._choices: dict[str, Choice] = {}
         self._steps, self._step_s = 0, 0.0
         self.info = EngineInfo(
@@ -118,8 +124,10 @@ class VllmEngine:
             weights=settings.weights,
             device=settings.device,
             max_stream_len=config.model_config.max_model_len,
-            refuses=REFUSES,
+            refuses=refusals(self._prompts.video_keep),
             formats=(label,),
+            sees=self._prompts.sees,
+            video_keep=self._prompts.video_keep,
         )
         self._warm_up()
 
@@ -153,7 +161,7 @@ class VllmEngine:
 
     def submit(self, request: Submit) -> None:
         """Queues a request. RequestError where it cannot be served; bounds are checked again here."""
-        sampling, length = request.sampling, len(request.prompt)
+        sampling, length = request.sampling, len(request.prompt)  # all of it needs a position
         if not request.prompt or not 0 <= min(request.prompt) <= max(request.prompt) < self.info.vocab_size:
             raise RequestError("prompt", f"prompt must be token ids below {self.info.vocab_size}")
         if length + sampling.max_tokens > (longest := self.info.max_model_len):
@@ -163,15 +171,16 @@ class VllmEngine:
         for name, asked in (("speculative", request.speculative), ("forced", request.forced)):
             if asked:
                 raise RequestError(name, f"{name}: {REFUSES[name]}", "not_supported")
-        for_engine(Plan.parse(request.plan), self.info)
+        plan = for_engine(Plan.parse(request.plan), self.info)
+        for_pictures(plan, {picture.kind for picture in request.pictures}, self.info)
+        prompt = self._prompts.read(request)
         fields = [sampling_fields(sampling, index) for index in range(sampling.n)]
-        prompt = tokens_input(request.prompt, cache_salt=request.cache_salt or None)
         try:
             for index, of_choice in enumerate(fields):
                 params = SamplingParams(**of_choice, output_kind=RequestOutputKind.DELTA)
                 name = _name(request.request_id, index)
-                self._llm.add_request(name, prompt, params)
-                self._choices[name] = Choice(request.request_id, index, length, sampling.logprobs)
+                self._llm.add_request(name, prompt.input, params)
+                self._choices[name] = Choice(request.request_id, index, prompt, sampling.logprobs)
         except (VLLMClientError, ValueError) as error:  # vLLM's own checks
             self.abort(request.request_id)
             raise RequestError(getattr(error, "parameter", None), str(error), "invalid_value") from error
@@ -251,7 +260,8 @@ class VllmEngine:
     def _last(self, name: str, output: Output, reason: str, stop_token: int | None) -> Output:
         choice = self._choices.pop(name)
         # The last token is not read any more: it has no keys and values.
-        seen = choice.prompt_tokens + max(choice.generated - 1, 0)
+        prompt, read = choice.prompt, choice.prompt.tokens + max(choice.generated - 1, 0)
+        report = self._memory.report(read, prompt.dropped)
         return Output(
             output.request_id,
             output.index,
@@ -260,7 +270,9 @@ class VllmEngine:
             finish_reason=reason,
             stop_token=stop_token,
             cached_tokens=choice.cached_tokens,
-            compression=self._memory.report(seen),
+            compression=msgspec.structs.replace(
+                report, image_tokens=prompt.image_tokens, image_tokens_kept=prompt.image_tokens_kept
+            ),
         )
 
 

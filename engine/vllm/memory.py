@@ -49,18 +49,18 @@ class BlockMemory:
         """Of one block of every layer."""
         return sum(layers * page for (_, page, _, _), layers in self._layers.items())
 
-    def report(self, tokens: int) -> CompressionReport:
+    def report(self, tokens: int, dropped: int = 0) -> CompressionReport:
         """What a sequence of so many tokens holds, and would if blocks were in the format that the model computes in.
 
-        Nothing is evicted. A layer with a window, or with a state instead of keys and values, holds its most at most.
+        Nothing is evicted; `dropped` tokens of videos were never held. A layer with a window, or with a state instead
+        of keys and values, holds its most at most.
         """
         held, full = 0, 0.0
         for (block, page, most, shrink), layers in self._layers.items():
-            size = layers * min(-(-tokens // block) * page, most)
-            held += size
-            full += size * shrink
+            held += layers * min(-(-tokens // block) * page, most)
+            full += layers * min(-(-(tokens + dropped) // block) * page, most) * shrink
         return CompressionReport(
-            tokens_seen=tokens,
+            tokens_seen=tokens + dropped,
             tokens_kept_min=tokens,
             tokens_kept_mean=tokens,
             tokens_kept_max=tokens,

@@ -24,7 +24,10 @@ REFUSES = {
     "compression.kv.residual": "vLLM leaves no token unquantized",
     "compression.kv.read": "vLLM reads every token",
     "compression.kv.scope": "vLLM reads documents and questions alike",
-    "compression.vision": "vLLM is given no images",
+    "compression.vision": (
+        "vLLM prunes no images, and of videos all or none: by evs, where the server is started with it "
+        "(--vllm-arg video_pruning_rate=...)"
+    ),
     "compression.prompt": "vLLM shortens no prompts",
     "compression.on_pressure": "vLLM makes room by preempting",
     "compression.quality": "no plan but the format that it was started with can be carried out by vLLM",
@@ -32,6 +35,14 @@ REFUSES = {
     "forced": "vLLM cannot be told how its output begins",
 }
 """What `EngineInfo.refuses` says of it"""
+
+
+def refusals(video_keep: float | None) -> dict[str, str]:
+    """The same of a server that prunes videos: `EngineInfo.video_keep`."""
+    if video_keep is None:
+        return REFUSES
+    plan = f'{{"policy": "evs", "keep": {video_keep}}}'
+    return REFUSES | {"compression.vision": f"this server's vLLM prunes every video by {plan}, and no image"}
 
 
 class Logprob(Protocol):

@@ -77,9 +77,9 @@ def test_nothing_is_passed_over() -> None:
     """What a plan or a submission may say is refused or done."""
     said = {f"compression.{name}" for name in set(Plan.model_fields) - {"kv"}}
     assert said | {f"compression.kv.{name}" for name in KV.model_fields} <= REFUSES.keys()
-    of_refused_plans, of_models_that_see = {"lead_ins", "document"}, {"pictures"}
-    done = {"request_id", "prompt", "sampling", "plan", "cache_salt"}
-    refused = of_refused_plans | of_models_that_see | REFUSES.keys() & {"speculative", "forced"}
+    of_refused_plans = {"lead_ins", "document"}
+    done = {"request_id", "prompt", "sampling", "plan", "cache_salt", "pictures"}
+    refused = of_refused_plans | REFUSES.keys() & {"speculative", "forced"}
     assert set(Submit.__struct_fields__) == done | refused
 
 
@@ -233,3 +233,10 @@ def test_bytes_are_those_of_its_blocks() -> None:
     assert report.tokens_by_format == {"fp8": 65}
     plain_bf16 = BlockMemory([Spec(16, torch.bfloat16, 200, 10_000)], None, torch.bfloat16, "bf16").report(16)
     assert plain_bf16.bytes_held == plain_bf16.bytes_uncompressed == 200
+
+
+def test_what_was_dropped_of_videos_was_never_held() -> None:
+    memory = BlockMemory([Spec(16, torch.bfloat16, 200, 10_000)], None, torch.bfloat16, "bf16")
+    report = memory.report(20, dropped=30)
+    assert (report.tokens_seen, report.tokens_kept_min, report.tokens_kept_max) == (50, 20, 20)
+    assert (report.bytes_held, report.bytes_uncompressed) == (400, 800)

@@ -55,7 +55,7 @@ VIT: dict[str, Any] = {
 _PINPOINTS = [[32, 64], [64, 32], [64, 64], [32, 96], [96, 32]]
 
 
-def _config(family: str) -> dict[str, Any]:
+def config_of(family: str) -> dict[str, Any]:
     """Of the whole model; what its parts share is above."""
     if family == "llava":
         clip = {**VIT, "model_type": "clip_vision_model"}
@@ -110,7 +110,7 @@ def image_processor(family: str) -> Any:
         edges = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
         return LlavaNextImageProcessorPil(**edges, image_grid_pinpoints=_PINPOINTS)
     if family == "llava_onevision":
-        pinpoints = _config(family)["image_grid_pinpoints"]
+        pinpoints = config_of(family)["image_grid_pinpoints"]
         return LlavaOnevisionImageProcessorPil(size={"height": 24, "width": 24}, image_grid_pinpoints=pinpoints)
     if family in ("qwen2_vl", "qwen2_5_vl"):
         return Qwen2VLImageProcessorPil(patch_size=4, size={"shortest_edge": 8 * 8, "longest_edge": 48 * 48})
@@ -142,7 +142,7 @@ def chat_template(family: str) -> str:
 
 def random_vlm(family: str, **changes: Any) -> PreTrainedModel:
     """In evaluation mode, attending eagerly."""
-    stated = _config(family) | {"image_token_id": IDS["<image>"]} | changes
+    stated = config_of(family) | {"image_token_id": IDS["<image>"]} | changes
     if family in ("qwen2_vl", "qwen2_5_vl"):
         stated["image_token_id"] = IDS["<|image_pad|>"]
     config = AutoConfig.for_model(family, **stated)

@@ -9,12 +9,14 @@ from io import BytesIO
 from typing import Any
 
 import httpx
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
 
 from winnow.engine.messages import Submit
 from winnow.engine.models.tokenizer import Tokenizer
+from winnow.engine.vllm.requests import refusals
 from winnow.server.protocol.responses import ChatChunk, ChatCompletion
 
 from .conftest import HELLO
@@ -227,6 +229,25 @@ async def test_metrics(http: httpx.AsyncClient) -> None:
     assert value("image_tokens_total", policy="uniform") == 18
     assert value("image_tokens_kept_total", policy="uniform") == 9
     assert value("image_tokens_total", policy="none") == value("image_tokens_kept_total", policy="none") == 6
+
+
+async def test_an_engine_that_prunes_every_video(http: httpx.AsyncClient, engine: FakeEngine) -> None:
+    """As vLLM does: who asks for no plan is told so, who asks for another is refused."""
+    assert engine.info is not None
+    engine.info = msgspec.structs.replace(engine.info, refuses=refusals(0.5), video_keep=0.5)
+    evs = {"vision": {"policy": "evs", "keep": 0.5, "positions": "original"}}
+    for fields in ({}, {"compression": {"vision": {"policy": "evs", "keep": 0.5}}}):
+        for parts in ([video_part(png())], [image_part(), video_part(png())]):
+            answer = await http.post(CHAT, json=ask(*parts, **fields))
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["usage"]["compression"]["plan"] == {"kv": {"residual": 32}} | evs
+            assert engine.submits[-1].plan["vision"] == {"policy": "evs", "keep": 0.5}
+    for plan in ("off", {}, {"vision": {"policy": "evs", "keep": 0.25}}):
+        error = error_of(await http.post(CHAT, json=ask(video_part(png()), compression=plan)))
+        assert error["param"] == "compression.vision"
+        assert '{"policy": "evs", "keep": 0.5}' in error["message"]
+    for compression in (None, "off", {}):
+        assert not (await submitted(http, engine, ask(image_part(), compression=compression))).plan
 
 
 async def test_tokenize(http: httpx.AsyncClient, engine: FakeEngine) -> None:
