@@ -121,19 +121,16 @@ class Graphs:
             return None  # kernels will say what is wrong
         if host.angles_end > self._model.config.max_position:
             raise IndexError(f"a position is not below {self._model.config.max_position}")
-        rows, reading = self._room(host.size), host.reading
-        if reading is not None:
-            readers, units = self._room(reading.readers), 1 << (reading.units - 1).bit_length()
-            reading = reading._replace(readers=readers, rows=readers, units=units)
+        rows, reading = next(size for size in self._sizes if size >= host.size), host.reading
+        if reading is not None:  # as few kinds as may be
+            readers = min(rows, _power_of_two(reading.readers))
+            reading = reading._replace(readers=readers, rows=readers, units=_power_of_two(reading.units))
         kind = Kind(rows, host.sealed_formats, host.rest_formats, host.sides, host.voting, reading)
         self._forget_if_moved()
         self._seen[kind] += 1
         if kind not in self._recorded and kind not in self._refused and self._seen[kind] >= WORTH_IT:
             self._record(kind)
         return self._recorded.get(kind)
-
-    def _room(self, count: int) -> int:
-        return next(size for size in self._sizes if size >= count)
 
     def _forget_if_moved(self) -> None:
         table = self._step.device_table(self._kv)
@@ -181,6 +178,11 @@ class Graphs:
         with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self._pool):
             launch()
         return graph.replay
+
+
+def _power_of_two(count: int) -> int:
+    """The least that is not below."""
+    return 1 << (count - 1).bit_length()
 
 
 def sizes(most: int) -> list[int]:
