@@ -177,8 +177,9 @@ static bool attend_span(const KV& kv, const Lane& lane, const Groups& groups, in
   std::memset(x.o, 0, sizeof(float) * x.rows * kv.dim);
   const int end = min_i(groups.count, (span + 1) * SPAN_GROUPS);
   for (int i = span * SPAN_GROUPS; i < end; i++) {
-    const Group g = group_at(groups, i);
+    Group g = group_at(groups, i);
     if (g.first >= x.last) break;
+    g.pages = min_i(g.pages, (x.last - g.first + g.capacity - 1) / g.capacity);  // none beyond: a sum of exact zeros
     if (g.first + g.pages * g.capacity <= x.first) continue;
     if (!any_chosen(x.chosen, g.first, min_i(g.pages * g.capacity, x.last - g.first))) continue;
     if (!attend_group(kv, lane, g, x, groups.max_tokens)) return false;

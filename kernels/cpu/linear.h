@@ -13,18 +13,8 @@ namespace TARGET {
 constexpr int PANEL = 16;   // output rows of a panel
 constexpr int GROUP = 64;   // columns that share a scale
 #if defined(__AVX512F__)
-typedef float W __attribute__((vector_size(64), aligned(4), may_alias));
-INLINE W wfma(W a, W b, W c) { return (W)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
-INLINE W wload(const float* p) { return *(const W*)p; }
-INLINE W wload(const int8_t* p) { return (W)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
-INLINE W wsplat(float x) { return (W)_mm512_set1_ps(x); }
 constexpr int TILE_ROWS = 12, TILE_PANELS = 2;
 #else
-typedef V W;
-INLINE W wfma(W a, W b, W c) { return fma(a, b, c); }
-INLINE W wload(const float* p) { return load(p); }
-INLINE W wload(const int8_t* p) { return load_i8(p); }
-INLINE W wsplat(float x) { return splat(x); }
 constexpr int TILE_ROWS = 6, TILE_PANELS = 1;
 #endif
 constexpr int WL = sizeof(W) / 4, PV = PANEL / WL;  // vectors in a panel's row
@@ -112,9 +102,17 @@ static void row_tiles(const float* x, int64_t ldx, int rows, const Panels<T>& w,
 
 // The codes of `cols` columns of one panel, which begin a group, as floats.
 INLINE void widen(const int8_t* codes, const float* scale, int cols, float* dst) {
-  for (int k = 0; k < cols; k++)
-    for (int j = 0; j < PANEL; j += LANES)
-      store(dst + k * PANEL + j, load_i8(codes + k * PANEL + j) * load(scale + k / GROUP * PANEL + j));
+  for (int k0 = 0; k0 < cols; k0 += GROUP, scale += PANEL)
+    for (int j = 0; j < PANEL; j += WL) {
+      const W s = wload(scale + j);
+      for (int k = k0; k < min_i(cols, k0 + GROUP); k++) *(W*)(dst + k * PANEL + j) = wload(codes + k * PANEL + j) * s;
+    }
+}
+
+INLINE void add(float* y, const float* x, int count) {
+  int i = 0;
+  for (; i + WL <= count; i += WL) *(W*)(y + i) += *(const W*)(x + i);
+  for (; i < count; i++) y[i] += x[i];
 }
 
 static void linear(const Matrix& w, const float* x, int count, float* out, bool accumulate) {
@@ -149,13 +147,12 @@ static void linear(const Matrix& w, const float* x, int count, float* out, bool 
         row_tiles(rows + k, cols, m, part, np, kc, acc, lda, k == 0);
       }
     }
+    const int n0 = p0 * PANEL, n = min_i(lda, w.rows - n0);
     for (int r = 0; r < m; r++) {
-      float* y = out + (int64_t)(m0 + r) * w.rows;
-      for (int c = 0; c < lda && p0 * PANEL + c < w.rows; c++) {
-        const int n = p0 * PANEL + c;
-        const float v = w.bias ? acc[r * lda + c] + w.bias[n] : acc[r * lda + c];
-        y[n] = accumulate ? y[n] + v : v;
-      }
+      float *sum = acc + r * lda, *y = out + (int64_t)(m0 + r) * w.rows + n0;
+      if (w.bias) add(sum, w.bias + n0, n);
+      if (accumulate) add(y, sum, n);
+      else std::memcpy(y, sum, sizeof(float) * n);
     }
   }
 }

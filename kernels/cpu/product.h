@@ -9,7 +9,7 @@
 namespace winnow {
 namespace TARGET {
 
-#if defined(__AVX512VL__)
+#if defined(__AVX512F__)
 constexpr int MAX_ROWS = 12;  // rows of a register tile
 #else
 constexpr int MAX_ROWS = 6;
@@ -32,43 +32,89 @@ template <Format F> INLINE void load_pair(const uint8_t* row, int a, int b, V& x
   if constexpr (F == FP8) { x = load_e4m3(row + a); y = load_e4m3(row + b); }
 }
 
-// c[r][columns of the pair] (+)= sum over k of a[r][k] * stored[k][column].
-template <Format F, int R>
-INLINE void pair_tile(const float* a, int64_t lda, const uint8_t* stored, int columns, int depth, int pair, float* c,
+// Two vectors, of columns that need not be neighbours.
+#if defined(__AVX512F__)
+typedef W Pair;
+INLINE Pair pair_of(V x, V y) { return (Pair)_mm512_insertf32x8(_mm512_castps256_ps512((__m256)x), (__m256)y, 1); }
+INLINE V first_of(Pair p) { return (V)_mm512_castps512_ps256((__m512)p); }
+INLINE V second_of(Pair p) { return (V)_mm512_extractf32x8_ps((__m512)p, 1); }
+INLINE Pair pair_fma(float s, Pair b, Pair c) { return wfma(wsplat(s), b, c); }
+constexpr int pairs_at_once(int rows) { return rows <= 4 ? 4 : 2; }
+#else
+struct Pair { V x, y; };
+INLINE Pair pair_of(V x, V y) { return {x, y}; }
+INLINE V first_of(const Pair& p) { return p.x; }
+INLINE V second_of(const Pair& p) { return p.y; }
+INLINE Pair pair_fma(float s, const Pair& b, const Pair& c) { return {fma(splat(s), b.x, c.x), fma(splat(s), b.y, c.y)}; }
+constexpr int pairs_at_once(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+#endif
+
+// c[r][columns of P pairs] (+)= sum over k of a[r][k] * stored[k][column].
+template <Format F, int R, int P>
+INLINE void pair_tile(const float* a, int64_t lda, const uint8_t* stored, int columns, int depth, int first, float* c,
                       int64_t ldc, bool accumulate) {
-  const int x0 = first_column<F>(pair), y0 = second_column<F>(pair, columns);
   const int64_t stride = row_bytes(F, columns);
-  V x[R], y[R];
+  Pair sum[R][P];
 #pragma GCC unroll 12
-  for (int r = 0; r < R; r++) {
-    x[r] = accumulate ? load(c + r * ldc + x0) : zero();
-    y[r] = accumulate ? load(c + r * ldc + y0) : zero();
-  }
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int p = 0; p < P; p++) {
+      const float* at = c + r * ldc;
+      sum[r][p] = accumulate ? pair_of(load(at + first_column<F>(first + p)), load(at + second_column<F>(first + p, columns)))
+                             : pair_of(zero(), zero());
+    }
+  // Rows in threes from one address each, which the compiler may not split: one for every row would not fit the registers.
+  const float* thirds[(R + 2) / 3];
+#pragma GCC unroll 4
+  for (int i = 0; i < (R + 2) / 3; i++) thirds[i] = a + 3 * i * lda;
   for (int k = 0; k < depth; k++) {
-    V p, q;
-    load_pair<F>(stored + k * stride, x0, y0, p, q);
+    Pair b[P];
+#pragma GCC unroll 4
+    for (int p = 0; p < P; p++) {
+      V x, y;
+      load_pair<F>(stored + k * stride, first_column<F>(first + p), second_column<F>(first + p, columns), x, y);
+      b[p] = pair_of(x, y);
+    }
 #pragma GCC unroll 12
-    for (int r = 0; r < R; r++) {
-      const V s = splat(a[r * lda + k]);
-      x[r] = fma(s, p, x[r]);
-      y[r] = fma(s, q, y[r]);
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+      for (int p = 0; p < P; p++) sum[r][p] = pair_fma(thirds[r / 3][r % 3 * lda], b[p], sum[r][p]);
+#pragma GCC unroll 4
+    for (int i = 0; i < (R + 2) / 3; i++) {
+      thirds[i]++;
+      asm("" : "+r"(thirds[i]));
     }
   }
 #pragma GCC unroll 12
-  for (int r = 0; r < R; r++) { store(c + r * ldc + x0, x[r]); store(c + r * ldc + y0, y[r]); }
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int p = 0; p < P; p++) {
+      store(c + r * ldc + first_column<F>(first + p), first_of(sum[r][p]));
+      store(c + r * ldc + second_column<F>(first + p, columns), second_of(sum[r][p]));
+    }
+}
+
+// Few rows leave registers free: more pairs at once hide the latency of the chains.
+template <Format F, int R>
+INLINE void row_tile(const float* a, int64_t lda, const uint8_t* stored, int columns, int depth, float* c, int64_t ldc,
+                     bool accumulate) {
+  constexpr int P = pairs_at_once(R);
+  const int pairs = (columns + 15) / 16;
+  int p = 0;
+  for (; p + P <= pairs; p += P) pair_tile<F, R, P>(a, lda, stored, columns, depth, p, c, ldc, accumulate);
+  for (; p < pairs; p++) pair_tile<F, R, 1>(a, lda, stored, columns, depth, p, c, ldc, accumulate);
 }
 
 template <Format F>
 static void product(const float* a, int64_t lda, int rows, const uint8_t* stored, int columns, int depth, float* c,
                     int64_t ldc, bool accumulate) {
-  const int pairs = (columns + 15) / 16;
   for (int r = 0; r < rows; r += MAX_ROWS) {
     const float* x = a + r * lda;
     float* y = c + r * ldc;
-    for (int p = 0; p < pairs; p++) switch (min_i(MAX_ROWS, rows - r)) {
-#define CASE(N) case N: pair_tile<F, N>(x, lda, stored, columns, depth, p, y, ldc, accumulate); break;
+    switch (min_i(MAX_ROWS, rows - r)) {
+#define CASE(N) case N: row_tile<F, N>(x, lda, stored, columns, depth, y, ldc, accumulate); break;
       CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
-#if defined(__AVX512VL__)
+#if defined(__AVX512F__)
       CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
 #endif
 #undef CASE

@@ -109,6 +109,21 @@ INLINE V round_near(V x) { V r; for (int i = 0; i < LANES; i++) r[i] = __builtin
 INLINE VI to_int(V x) { VI r; for (int i = 0; i < LANES; i++) r[i] = (int32_t)x[i]; return r; }
 #endif
 
+// The target's full width, for matrix products.
+#if defined(__AVX512F__)
+typedef float W __attribute__((vector_size(64), aligned(4), may_alias));
+INLINE W wfma(W a, W b, W c) { return (W)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+INLINE W wload(const float* p) { return *(const W*)p; }
+INLINE W wload(const int8_t* p) { return (W)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
+INLINE W wsplat(float x) { return (W)_mm512_set1_ps(x); }
+#else
+typedef V W;
+INLINE W wfma(W a, W b, W c) { return fma(a, b, c); }
+INLINE W wload(const float* p) { return load(p); }
+INLINE W wload(const int8_t* p) { return load_i8(p); }
+INLINE W wsplat(float x) { return splat(x); }
+#endif
+
 INLINE float clamp_f16(float x) { return x > 65504.f ? 65504.f : x < -65504.f ? -65504.f : x; }
 // Lane j of vector i becomes lane i of vector j.
 INLINE void transpose(V (&r)[LANES]) {
