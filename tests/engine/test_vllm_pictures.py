@@ -198,7 +198,7 @@ def test_what_stays_stands_where_it_would(step: int) -> None:
         embedded.append(np.column_stack([np.full(len(kept), 0.5), own, np.full(len(kept), grid[2])]))
     model = Model()
     expected = Model.get_mrope_input_positions(model, whole, whole_features)[0][:, stays]
-    positions, ahead = model.get_mrope_input_positions(left, features[::-1])  # type: ignore[arg-type]
+    positions, ahead = model.get_mrope_input_positions(left, features[::-1])
     rows, is_own = torch.from_numpy(np.concatenate(embedded)), torch.tensor(left) > 2
     for first in range(0, len(left), step):
         read = slice(first, min(first + step, len(left)))

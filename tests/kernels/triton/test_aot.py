@@ -3,7 +3,7 @@ vectors, products are those of tensor cores, the size of a step compiles nothing
 asked of the device.
 
 Compilation needs processes without the interpreter. Here a few variants are compiled, all of them by
-`python -m winnow.kernels.triton.report`.
+`python -m winnow.kernels.triton.report`, whose committed result is of the variants that there are.
 """
 
 import json
@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from winnow.kernels.layout import PageFormat
+from winnow.kernels.triton import report
 from winnow.kernels.triton.aot import SHARED_LIMITS
 from winnow.kernels.triton.report import Variant, compiled
 
@@ -44,6 +45,13 @@ with recording(90) as taken:
         print(sorted({launch.name for launch in taken()}))
 """
 
+LAUNCHED = """
+import json, sys
+from winnow.kernels.triton.report import launches
+
+for workload, launch in launches(int(sys.argv[1]), []):
+    print(json.dumps([launch.name, workload, launch.options["num_warps"], launch.options["num_stages"]]))
+"""
 ROOT = Path(__file__).parents[3]
 
 
@@ -107,6 +115,14 @@ def test_the_size_of_a_step_compiles_nothing_anew(outside: None) -> None:
     first, *later = done.stdout.splitlines()
     assert "attend" in first
     assert later == ["[]", "[]"]
+
+
+@pytest.mark.parametrize("arch", SHARED_LIMITS)
+def test_what_was_reported_is_what_is_launched(outside: None, arch: int) -> None:
+    said = Path(report.__file__).with_name("REPORT.md").read_text().split(f"### sm_{arch} (")[1].split("\n#")[0]
+    rows = [line.strip("| ").split(" | ") for line in said.splitlines() if line.startswith("| `")]
+    reported = [[kernel.strip("`"), workload, *map(int, sizes[:2])] for kernel, _, workload, *sizes in rows]
+    assert sorted(reported) == sorted(lines_of("-c", LAUNCHED, str(arch)))
 
 
 def test_launching_a_step_asks_nothing_of_the_device(outside: None) -> None:
